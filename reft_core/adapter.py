@@ -1,0 +1,227 @@
+"""The adapter file: one ``.safetensors`` with the spec in its metadata.
+
+Reading is hostile-input code. Everything the header declares is checked before a tensor is
+built: size, header length, JSON, spec, tensor names, dtypes and shapes; then values must be
+finite. The file's SHA-256, its *digest*, is the adapter's identity everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from reft_core.edits import Edit
+from reft_core.errors import AdapterFileInvalid, AdapterMismatch, AdapterTooLarge, explain
+from reft_core.positions import PositionRule
+from reft_core.sites import ModelDescription
+from reft_core.spec import METADATA_KEY, AdapterSpec, BaseModelSpec, Site, tensor_name
+
+MAX_ADAPTER_BYTES = 256 * 1024 * 1024
+MAX_HEADER_BYTES = 1024 * 1024
+_LENGTH_PREFIX_BYTES = 8
+_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HEADER_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class EditKey(NamedTuple):
+    """Where one edit of an adapter sits."""
+
+    layer: int
+    site: Site
+    unit: int
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A validated adapter: its spec and its edits, float32 on the CPU. Immutable."""
+
+    spec: AdapterSpec
+    edits: Mapping[EditKey, Edit]
+    digest: str
+    num_bytes: int
+
+    @property
+    def rule(self) -> PositionRule:
+        """The prompt positions it edits."""
+        return self.spec.positions.to_rule()
+
+
+def encode_adapter(spec: AdapterSpec, edits: Mapping[EditKey, Edit]) -> bytes:
+    """The file's bytes, holding ``edits`` in ``spec.dtype``. Equal input, equal bytes.
+
+    The result is read back before it is returned, so what this function writes is what
+    :func:`decode_adapter` accepts; raises :class:`AdapterFileInvalid` otherwise.
+    """
+    dtype = _TORCH_DTYPES[spec.dtype]
+    tensors = {
+        tensor_name(key.layer, key.site, key.unit, part): tensor.to(dtype).contiguous()
+        for key, edit in edits.items()
+        for part, tensor in edit.parts()
+    }
+    data = safetensors.torch.save(tensors, metadata={METADATA_KEY: spec.to_json()})
+    decode_adapter(data)
+    return data
+
+
+def decode_adapter(data: bytes, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapter:
+    """The adapter in a file's bytes, fully validated.
+
+    Raises :class:`AdapterTooLarge` or :class:`AdapterFileInvalid`, naming the field, what it
+    held and what was allowed.
+    """
+    if len(data) > max_bytes:
+        raise AdapterTooLarge(
+            explain("adapter file", f"{len(data)} bytes", f"at most {max_bytes} bytes"),
+            field="body",
+        )
+    header = _read_header(data)
+    spec = _read_spec(header.pop("__metadata__", None))
+    _check_tensors_declared(header, spec)
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise AdapterFileInvalid(f"body: not a valid safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterFileInvalid.because(name, "NaN or infinity", "finite values only")
+    digest = hashlib.sha256(data).hexdigest()
+    return Adapter(spec, _build_edits(spec, tensors), digest, len(data))
+
+
+def read_adapter(path: Path, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapter:
+    """The adapter in the file at ``path``; its size is checked before it is read."""
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise AdapterTooLarge(
+            explain(str(path), f"{size} bytes", f"at most {max_bytes} bytes"), field="body"
+        )
+    return decode_adapter(path.read_bytes(), max_bytes=max_bytes)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path`` whole or not at all, also across a power cut.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_fits(spec: AdapterSpec, model: ModelDescription) -> None:
+    """Raise :class:`AdapterMismatch` unless ``spec`` was made for ``model``'s shape."""
+    for field in BaseModelSpec.model_fields:
+        if field == "name":
+            continue
+        declared, loaded = getattr(spec.base, field), getattr(model, field)
+        if declared != loaded:
+            raise AdapterMismatch(
+                explain(f"base.{field}", declared, f"{loaded!r}, as in the loaded {model.name}"),
+                field=f"base.{field}",
+            )
+
+
+def _read_header(data: bytes) -> dict[str, Any]:
+    """The safetensors header as JSON, its length checked against the cap and the file."""
+    prefix = data[:_LENGTH_PREFIX_BYTES]
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < _LENGTH_PREFIX_BYTES or length > len(data) - _LENGTH_PREFIX_BYTES:
+        raise AdapterFileInvalid(
+            "body: not a safetensors file (its first 8 bytes are no header length)", field="body"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise AdapterFileInvalid.because(
+            "header", f"{length} bytes", f"at most {MAX_HEADER_BYTES} bytes"
+        )
+    raw = data[_LENGTH_PREFIX_BYTES : _LENGTH_PREFIX_BYTES + length]
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileInvalid(f"header: not valid JSON ({error})", field="header") from None
+    if not isinstance(header, dict):
+        raise AdapterFileInvalid.because("header", type(header).__name__, "a JSON object")
+    return header
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON object of ``pairs``; readers disagree on repeated keys, so none may repeat."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice")
+    return found
+
+
+def _read_spec(metadata: object) -> AdapterSpec:
+    """The spec in the safetensors metadata. Errors name the spec's field."""
+    if not isinstance(metadata, dict) or set(metadata) != {METADATA_KEY}:
+        held = sorted(metadata) if isinstance(metadata, dict) else metadata
+        raise AdapterFileInvalid.because(
+            "__metadata__", held, f"exactly one key, {METADATA_KEY!r}, holding the spec"
+        )
+    text = metadata[METADATA_KEY]
+    if not isinstance(text, str):
+        raise AdapterFileInvalid.because("spec", type(text).__name__, "a JSON document as text")
+    try:
+        return AdapterSpec.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(["spec", *(str(part) for part in first["loc"])])
+        raise AdapterFileInvalid.because(field, first.get("input"), first["msg"]) from None
+
+
+def _check_tensors_declared(header: dict[str, Any], spec: AdapterSpec) -> None:
+    """Every tensor the spec implies, with its dtype and shape, and no other."""
+    expected = spec.tensor_shapes()
+    for name in header:
+        if name not in expected:
+            raise AdapterFileInvalid.because("tensors", name, "only tensors the spec implies")
+    for name, shape in expected.items():
+        entry = header.get(name)
+        if not isinstance(entry, dict):
+            raise AdapterFileInvalid(f"{name}: missing, expected shape {shape}", field=name)
+        if entry.get("dtype") != _HEADER_DTYPES[spec.dtype]:
+            raise AdapterFileInvalid.because(
+                f"{name}.dtype", entry.get("dtype"), _HEADER_DTYPES[spec.dtype]
+            )
+        if entry.get("shape") != list(shape):
+            raise AdapterFileInvalid.because(f"{name}.shape", entry.get("shape"), str(list(shape)))
+
+
+def _build_edits(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[EditKey, Edit]:
+    """Edits in float32, folded."""
+    edits: dict[EditKey, Edit] = {}
+    for site_name, site in spec.sites.items():
+        for layer in site.layers:
+            for unit in range(spec.positions.to_rule().num_units):
+                parts = {
+                    part: tensors[tensor_name(layer, site_name, unit, part)].float()
+                    for part in site.parts
+                }
+                edit = Edit(**parts, activation=site.activation, scale=site.scale)  # type: ignore[arg-type]
+                edits[EditKey(layer, site_name, unit)] = edit.fold()
+    return edits

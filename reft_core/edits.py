@@ -1,0 +1,123 @@
+"""The canonical edit: one formula that every method reduces to.
+
+At a site with output h and input x, an edit adds
+
+    Δ(h, x) = scale · ( act(x·down + bias) − x·skip ) · up + shift + gain ∘ h
+
+with row vectors h, x (N, d); down, skip (d, r); up (r, d); bias (r,); shift, gain (d,).
+Absent parts contribute nothing. At ``block_output``, ReFT's site, x is h itself.
+
+Dimension letters: N tokens, d hidden size, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Literal["identity", "relu", "gelu", "silu", "tanh", "sigmoid"]
+Part = Literal["down", "skip", "up", "bias", "shift", "gain"]
+
+PARTS: tuple[Part, ...] = get_args(Part)
+ACTIVATION_NAMES: tuple[Activation, ...] = get_args(Activation)
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def activate(name: Activation, x: Tensor) -> Tensor:
+    """``x`` through the named activation; same shape and dtype."""
+    return _ACTIVATIONS[name](x)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit's tensors, in the letters of this module's formula.
+
+    ``down`` and ``up`` come together or not at all; ``skip`` and ``bias`` need them.
+    """
+
+    down: Tensor | None = None
+    skip: Tensor | None = None
+    up: Tensor | None = None
+    bias: Tensor | None = None
+    shift: Tensor | None = None
+    gain: Tensor | None = None
+    activation: Activation = "identity"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert (self.down is None) == (self.up is None), "down and up come together"
+        assert self.down is not None or (self.skip is None and self.bias is None)
+
+    @property
+    def rank(self) -> int:
+        """r of the low-rank part, 0 when there is none."""
+        return 0 if self.down is None else self.down.shape[1]
+
+    def parts(self) -> Iterator[tuple[Part, Tensor]]:
+        """Each tensor that is present, by the name it has in the adapter file."""
+        for part in PARTS:
+            tensor: Tensor | None = getattr(self, part)
+            if tensor is not None:
+                yield part, tensor
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers stored, over all parts."""
+        return sum(tensor.numel() for _, tensor in self.parts())
+
+    def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> Edit:
+        """The same edit with contiguous tensors of another dtype or on another device."""
+        moved = {
+            part: tensor.to(dtype=dtype, device=device).contiguous()
+            for part, tensor in self.parts()
+        }
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def fold(self) -> Edit:
+        """An equal edit that costs fewer products.
+
+        With the identity activation skip merges into down: (x·down + bias − x·skip) equals
+        x·(down − skip) + bias, and the scale merges into up. LoReFT thereby becomes two
+        thin products: down = Wᵀ − R, up = Rᵀ. Other activations keep their form.
+        """
+        if self.down is None or self.up is None or self.activation != "identity":
+            return self
+        down = self.down if self.skip is None else self.down - self.skip  # (d, r)
+        return replace(self, down=down, skip=None, up=self.up * self.scale, scale=1.0)
+
+    def delta(self, h: Tensor, x: Tensor | None = None) -> Tensor:
+        """Δ(h, x) of this module's formula, (N, d), in float32.
+
+        h is the site's output, x its input (h when left out), both (N, d) of any float
+        dtype. The arithmetic is float32: bfloat16 has 8 bits of mantissa, and the low-rank
+        difference of LoReFT subtracts nearly equal numbers.
+        """
+        h = h.float()
+        x = h if x is None else x.float()
+        out: Tensor | None = None
+        if self.down is not None and self.up is not None:
+            inner = x @ self.down if self.bias is None else torch.addmm(self.bias, x, self.down)
+            inner = activate(self.activation, inner)  # (N, r)
+            if self.skip is not None:
+                inner = inner - x @ self.skip
+            out = inner @ self.up  # (N, d)
+            if self.scale != 1.0:
+                out = out * self.scale
+        if self.shift is not None:
+            out = self.shift.expand_as(h) if out is None else out + self.shift
+        if self.gain is not None:
+            out = self.gain * h if out is None else torch.addcmul(out, self.gain, h)
+        return torch.zeros_like(h) if out is None else out

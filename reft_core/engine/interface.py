@@ -1,0 +1,223 @@
+"""What an engine is to the rest of the project: requests in, tokens out.
+
+The engine deals in token ids only. Text, templates and stop strings belong to its callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from reft_core.adapter import Adapter
+from reft_core.errors import InvalidRequest, ReftError
+from reft_core.sites import ModelDescription
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_LOGPROBS = 20
+_MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Every value is checked on construction.
+
+    Order of operations on a token's logits: logit bias, repetition penalty, presence and
+    frequency penalties, temperature, then top-k, top-p and min-p on the result. Reported
+    log-probabilities are of the model's own distribution, before all of these.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output; above 1 discourages."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    """Same seed, prompt and adapter give the same tokens, whatever else is in the batch."""
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None reports nothing; n reports the chosen token's and the n likeliest."""
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, 1, 1_000_000)
+        _check("temperature", self.temperature, 0, 2)
+        _check("top_p", self.top_p, 0, 1, open_low=True)
+        _check("top_k", self.top_k, 0, 10_000_000)
+        _check("min_p", self.min_p, 0, 1)
+        _check("repetition_penalty", self.repetition_penalty, 0, 10, open_low=True)
+        _check("presence_penalty", self.presence_penalty, -2, 2)
+        _check("frequency_penalty", self.frequency_penalty, -2, 2)
+        for token, bias in self.logit_bias.items():
+            _check(f"logit_bias[{token}]", bias, -100, 100)
+        if self.seed is not None:
+            _check("seed", self.seed, -_MAX_SEED, _MAX_SEED)
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0
+
+
+def _check(
+    name: str, value: float, low: float, high: float, *, open_low: bool = False
+) -> None:
+    """Raise :class:`InvalidRequest` unless low <= value <= high (low excluded if open)."""
+    # Written so that NaN fails too.
+    if not (low < value <= high if open_low else low <= value <= high):
+        bounds = f"a number {'above' if open_low else 'from'} {low} {'up ' * open_low}to {high}"
+        raise InvalidRequest.because(name, value, bounds)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to complete, with one adapter or none."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+    adapter: str | None = None
+    """Digest of an adapter that was loaded with :meth:`Engine.load_adapter`."""
+    strength: float | None = None
+    """Δ is multiplied by it; None takes the adapter's own. 0 is exactly the base model."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token with its natural-log probability under the model."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds a finished request spent, by stage."""
+
+    queue_s: float
+    """From submission to admission."""
+    prefill_s: float
+    """From admission to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What happened to a request in one engine step.
+
+    Each carries a token, except a last one that ends by cancellation or error. The last
+    has ``finish_reason`` and ``timings``; ``error`` is set only with reason ``error``.
+    A stop token is counted and delivered like any other; callers that show text drop it.
+    """
+
+    request_id: str
+    token: Token | None
+    finish_reason: FinishReason | None = None
+    error: ReftError | None = None
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Receipt of an accepted request."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_edits: int
+    """(layer, position) pairs that the adapter will change, dead ones pruned."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for metrics. Counters only grow over the engine's life."""
+
+    num_running: int
+    num_waiting: int
+    num_slots: int
+    kv_tokens_used: int
+    kv_tokens_capacity: int
+    num_resident_adapters: int
+    resident_adapter_bytes: int
+    prompt_tokens_total: int
+    generated_tokens_total: int
+    edits_applied_total: int
+    prefill_steps_total: int
+    decode_steps_total: int
+
+
+OutputSink = Callable[[Output], None]
+"""Receives a request's outputs, in order, on the engine's thread. Must not block or raise."""
+
+
+class Engine(Protocol):
+    """Runs many requests, each with its own adapter or none, in one continuous batch.
+
+    Every method may be called from any thread.
+    """
+
+    @property
+    def model(self) -> ModelDescription:
+        """The base model being served."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens a request may have, prompt and answer together."""
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine can no longer run requests."""
+
+    def submit(self, request: Request, sink: OutputSink) -> Ticket:
+        """Accept a request; from now on ``sink`` gets tokens until a finish reason.
+
+        Raises without calling ``sink``: :class:`InvalidRequest` (empty prompt, token outside
+        the vocabulary, adapter not loaded), :class:`PromptTooLong`,
+        :class:`EngineOverloaded`, :class:`EngineUnavailable`.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step with reason ``cancelled``; no-op if it has ended."""
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Make an adapter usable by its digest; no-op if it already is.
+
+        Raises :class:`AdapterMismatch` if it was made for another base model.
+        """
+
+    def unload_adapter(self, digest: str) -> None:
+        """Take an adapter away from new requests; running ones keep it until they end."""
+
+    def has_adapter(self, digest: str) -> bool:
+        """Whether requests may name this digest now."""
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of the last step."""
+
+    def start(self) -> None:
+        """Start the engine's thread; requests submitted before wait for it."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those accepted; True if all ended in time."""
+
+    def stop(self) -> None:
+        """End the thread; requests still open get an :class:`EngineUnavailable` output."""

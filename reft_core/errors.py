@@ -1,0 +1,117 @@
+"""Every error the project raises on purpose.
+
+::
+
+    ReftError
+    ├── InvalidRequest            a value the caller sent is out of its range
+    │   ├── PromptTooLong         prompt (or prompt + max_tokens) exceeds the context
+    │   └── UnsupportedFeature    a known option this server does not offer
+    ├── AdapterError
+    │   ├── AdapterFileInvalid    the bytes are not an adapter file we accept
+    │   │   └── AdapterTooLarge   the bytes exceed the size cap
+    │   ├── AdapterMismatch       a good file, made for another base model
+    │   ├── AdapterNotFound       no adapter of that name, version or digest
+    │   └── AdapterConflict       the operation contradicts what is stored
+    ├── UnsupportedModel          the base model lacks a structure we need
+    ├── EngineError
+    │   ├── EngineOverloaded      the queue is full; try again later
+    │   ├── EngineUnavailable     the engine is draining, stopped or dead
+    │   └── RequestFailed         this one request failed while it ran
+    └── TrainingError             a training config or data set cannot be used
+
+Messages follow one form: *field*: got *value*, expected *allowed*. HTTP status codes
+are the server's business (``server/errors.py``).
+"""
+
+from __future__ import annotations
+
+
+class ReftError(Exception):
+    """Base class. ``field`` names the offending input, when there is one."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+def explain(field: str, value: object, allowed: str) -> str:
+    """One sentence naming the field, what it held (shortened) and what it may hold."""
+    shown = repr(value)
+    if len(shown) > 120:
+        shown = shown[:117] + "..."
+    return f"{field}: got {shown}, expected {allowed}"
+
+
+class InvalidRequest(ReftError):
+    """A value the caller sent is out of its range."""
+
+    @classmethod
+    def because(cls, field: str, value: object, allowed: str) -> InvalidRequest:
+        """The error for ``field`` holding ``value`` where ``allowed`` was expected."""
+        return cls(explain(field, value, allowed), field=field)
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt, or the prompt and the tokens asked for, exceed the context."""
+
+
+class UnsupportedFeature(InvalidRequest):
+    """A known option of the API that this server does not offer."""
+
+
+class AdapterError(ReftError):
+    """Something is wrong with an adapter."""
+
+
+class AdapterFileInvalid(AdapterError):
+    """The bytes are not an adapter file we accept."""
+
+    @classmethod
+    def because(cls, field: str, value: object, allowed: str) -> AdapterFileInvalid:
+        """The error for ``field`` of the file holding ``value``, not ``allowed``."""
+        return cls(explain(field, value, allowed), field=field)
+
+
+class AdapterTooLarge(AdapterFileInvalid):
+    """The file exceeds the size cap."""
+
+
+class AdapterMismatch(AdapterError):
+    """A well-formed adapter that was made for another base model."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter has that name, version or digest."""
+
+
+class AdapterConflict(AdapterError):
+    """The operation contradicts what is stored."""
+
+
+class UnsupportedModel(ReftError):
+    """The base model lacks a structure the engine or an adapter needs."""
+
+
+class EngineError(ReftError):
+    """The engine could not finish a request."""
+
+
+class EngineOverloaded(EngineError):
+    """The waiting queue is full. Retry after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineUnavailable(EngineError):
+    """The engine is draining, stopped or dead."""
+
+
+class RequestFailed(EngineError):
+    """This request failed while it ran; others were not touched."""
+
+
+class TrainingError(ReftError):
+    """A training configuration or data set cannot be used."""

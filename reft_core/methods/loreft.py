@@ -1,0 +1,56 @@
+"""LoReFT: low-rank linear subspace edit. Wu et al. 2024 (arXiv 2404.03592), eq. 2."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reft_core.edits import Activation, Edit, Part, activate
+from reft_core.methods.base import Intervention, orthonormal_init, orthonormalise
+
+
+class LoReFT(Intervention):
+    """Δ(h) = (act(h·Wᵀ + b) − h·R)·Rᵀ with orthonormal columns in R.
+
+    R (d, r), W (r, d), b (r,). The paper's act is the identity, for which the edit folds to
+    (h·(Wᵀ − R) + b)·Rᵀ. W starts as Rᵀ and b as zero, so with the identity activation the
+    untrained edit changes nothing.
+    """
+
+    method = "loreft"
+    equation = "(act(hWᵀ + b) − hR)Rᵀ, RᵀR = I"
+    source = "arXiv 2404.03592, eq. 2"
+
+    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
+        super().__init__(hidden_size, rank, activation)
+        rotation = orthonormal_init(hidden_size, rank)
+        self.basis = nn.Parameter(rotation)  # (d, r); R after orthonormalise
+        self.weight = nn.Parameter(rotation.mT.clone())  # (r, d)
+        self.bias = nn.Parameter(torch.zeros(rank))
+
+    def rotation(self) -> Tensor:
+        """R (d, r), its columns orthonormal."""
+        return orthonormalise(self.basis)
+
+    def forward(self, h: Tensor) -> Tensor:
+        rotation = self.rotation()
+        source = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
+        return (source - h @ rotation) @ rotation.mT  # (N, d)
+
+    @torch.no_grad()
+    def to_edit(self) -> Edit:
+        rotation = self.rotation()
+        return Edit(
+            down=self.weight.mT.clone(),
+            skip=rotation,
+            up=rotation.mT,
+            bias=self.bias.clone(),
+            activation=self.activation,
+        ).fold()
+
+    @classmethod
+    def parts(cls, activation: Activation) -> tuple[Part, ...]:
+        if activation == "identity":
+            return ("down", "up", "bias")
+        return ("down", "skip", "up", "bias")

@@ -1,0 +1,210 @@
+"""The adapter spec: everything an adapter file says about itself besides its tensors.
+
+One JSON document, stored in the safetensors metadata under :data:`METADATA_KEY`. Unknown
+keys are refused at every level, so a typo or a newer format is never silently ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from reft_core.edits import Activation, Part
+from reft_core.errors import InvalidRequest
+from reft_core.positions import Anchor, Cap, PositionRule
+
+FORMAT_VERSION = 1
+METADATA_KEY = "reft"
+MAX_LAYERS = 1024
+MAX_RANK = 1024
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+AdapterName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+
+Site = Literal["block_output"]
+StorageDtype = Literal["float32", "float16", "bfloat16"]
+_Short = Annotated[str, StringConstraints(max_length=256)]
+_Text = Annotated[str, StringConstraints(max_length=8192)]
+_Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+
+
+class _Document(BaseModel):
+    """A frozen part of the spec that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelSpec(_Document):
+    """The base model an adapter was trained on."""
+
+    name: _Short = Field(description="hub id or folder name; for people, not compared")
+    architecture: _Short = Field(description="transformers' model_type, such as 'llama'")
+    hidden_size: int = Field(ge=1, le=65536)
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
+    vocab_size: int = Field(ge=1, le=4_194_304)
+    fingerprint: Annotated[str, StringConstraints(pattern=DIGEST_PATTERN)] = Field(
+        description="SHA-256 of the config's shape-giving fields (reft_core.sites)"
+    )
+
+
+class SiteSpec(_Document):
+    """The edits at one kind of site: where they sit and which tensors each has."""
+
+    layers: tuple[int, ...] = Field(min_length=1, max_length=MAX_LAYERS)
+    rank: int = Field(ge=0, le=MAX_RANK)
+    parts: tuple[Part, ...] = Field(min_length=1)
+    activation: Activation = "identity"
+    scale: _Finite = 1.0
+    phase: Literal["prompt"] = "prompt"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError("layers must be ascending, unique and at least 0")
+        if len(set(self.parts)) != len(self.parts):
+            raise ValueError("parts must be unique")
+        low_rank = {"down", "up"} & set(self.parts)
+        if low_rank and (len(low_rank) < 2 or self.rank < 1):
+            raise ValueError("parts 'down' and 'up' come together and need a rank of at least 1")
+        if not low_rank and ({"skip", "bias"} & set(self.parts) or self.rank != 0):
+            raise ValueError("parts 'skip' and 'bias', and a rank, need 'down' and 'up'")
+        return self
+
+    def shape(self, part: Part, hidden_size: int) -> tuple[int, ...]:
+        """Shape of ``part`` for a model of this hidden size."""
+        shapes: dict[Part, tuple[int, ...]] = {
+            "down": (hidden_size, self.rank),
+            "skip": (hidden_size, self.rank),
+            "up": (self.rank, hidden_size),
+            "bias": (self.rank,),
+            "shift": (hidden_size,),
+            "gain": (hidden_size,),
+        }
+        return shapes[part]
+
+
+class PositionSpec(_Document):
+    """The position rule, spelt out with its conventions (see reft_core.positions)."""
+
+    rule: Annotated[str, StringConstraints(max_length=32768)]
+    tied: bool = True
+    anchor: Anchor = "prompt_end"
+    cap: Cap = "shared"
+
+    @model_validator(mode="after")
+    def _parses(self) -> Self:
+        try:
+            self.to_rule()
+        except InvalidRequest as error:
+            raise ValueError(error.message) from None
+        return self
+
+    def to_rule(self) -> PositionRule:
+        """The rule as an object that resolves positions."""
+        return PositionRule.parse(self.rule, tied=self.tied, anchor=self.anchor, cap=self.cap)
+
+
+class TemplateSpec(_Document):
+    """How chat messages become the prompt text, in a form that cannot execute anything.
+
+    The prompt is each message's text put in place of ``{content}`` in its role's line, in
+    order, followed by ``generation``. Braces other than ``{content}`` are literal.
+    """
+
+    system: _Text = "{content}\n"
+    user: _Text = "{content}\n"
+    assistant: _Text = "{content}\n"
+    generation: _Text = ""
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        for role in ("system", "user", "assistant"):
+            if getattr(self, role).count("{content}") != 1:
+                raise ValueError(f"{role} must contain '{{content}}' exactly once")
+        return self
+
+
+class TaskSpec(_Document):
+    """What the adapter is for. ``labels`` are the completions a labeller may answer."""
+
+    kind: Literal["generation"] = "generation"
+    labels: tuple[_Short, ...] | None = Field(default=None, min_length=2, max_length=4096)
+
+
+class TrainingSpec(_Document):
+    """Provenance: how the adapter was made."""
+
+    tool: _Short = ""
+    command: _Text = ""
+    created_at: _Short = Field(default="", description="UTC, ISO 8601")
+    seed: int | None = None
+    data: dict[_Short, _Short | int] = Field(default_factory=dict, max_length=64)
+    hyperparameters: dict[_Short, _Short | int | _Finite | bool] = Field(
+        default_factory=dict, max_length=64
+    )
+    metrics: dict[_Short, _Finite] = Field(default_factory=dict, max_length=64)
+
+
+class AdapterSpec(_Document):
+    """One adapter's spec. Round-trips exactly through ``to_json``/``from_json``."""
+
+    format_version: Literal[1] = 1
+    name: AdapterName
+    description: _Text = ""
+    licence: _Short = ""
+    base: BaseModelSpec
+    method: _Short
+    dtype: StorageDtype = "float32"
+    positions: PositionSpec
+    sites: dict[Site, SiteSpec] = Field(min_length=1)
+    task: TaskSpec = TaskSpec()
+    template: TemplateSpec | None = Field(
+        default=None, description="absent: the base model's own chat template"
+    )
+    strength: _Finite = Field(default=1.0, description="Δ is multiplied by it unless a request says")
+    training: TrainingSpec = TrainingSpec()
+
+    @model_validator(mode="after")
+    def _fits_its_base(self) -> Self:
+        for name, site in self.sites.items():
+            if site.layers[-1] >= self.base.num_layers:
+                raise ValueError(
+                    f"sites.{name}.layers: got {site.layers[-1]}, expected at most "
+                    f"{self.base.num_layers - 1}"
+                )
+            if site.rank > self.base.hidden_size:
+                raise ValueError(
+                    f"sites.{name}.rank: got {site.rank}, expected at most the hidden size "
+                    f"{self.base.hidden_size}"
+                )
+        return self
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor the file must hold, and of no other."""
+        num_units = self.positions.to_rule().num_units
+        return {
+            tensor_name(layer, site_name, unit, part): site.shape(part, self.base.hidden_size)
+            for site_name, site in self.sites.items()
+            for layer in site.layers
+            for unit in range(num_units)
+            for part in site.parts
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers stored in the file's tensors."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def to_json(self) -> str:
+        """Compact JSON with sorted keys, so equal specs give equal bytes."""
+        document = self.model_dump(mode="json")
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def tensor_name(layer: int, site: str, unit: int, part: Part) -> str:
+    """Name of one tensor in the file: ``layers.{l}.{site}.{unit}.{part}``."""
+    return f"layers.{layer}.{site}.{unit}.{part}"
