@@ -12,7 +12,8 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,17 +46,21 @@ class EditKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A validated adapter: its spec and its edits, float32 on the CPU. Immutable."""
+    """A validated adapter: its spec and its edits, in float32. Immutable."""
 
     spec: AdapterSpec
     edits: Mapping[EditKey, Edit]
     digest: str
     num_bytes: int
 
-    @property
+    @cached_property
     def rule(self) -> PositionRule:
         """The prompt positions it edits."""
         return self.spec.positions.to_rule()
+
+    def to(self, device: torch.device | str) -> Adapter:
+        """The same adapter with its tensors on ``device``."""
+        return replace(self, edits={key: edit.to(device=device) for key, edit in self.edits.items()})
 
 
 def encode_adapter(spec: AdapterSpec, edits: Mapping[EditKey, Edit]) -> bytes:

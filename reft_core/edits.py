@@ -78,7 +78,9 @@ class Edit:
         """Numbers stored, over all parts."""
         return sum(tensor.numel() for _, tensor in self.parts())
 
-    def to(self, *, dtype: torch.dtype | None = None, device: str | None = None) -> Edit:
+    def to(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Edit:
         """The same edit with contiguous tensors of another dtype or on another device."""
         moved = {
             part: tensor.to(dtype=dtype, device=device).contiguous()

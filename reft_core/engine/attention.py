@@ -1,0 +1,201 @@
+"""Attention over slots, plugged into any transformers model by its AttentionInterface.
+
+The model calls :func:`slot_attention` in every layer and hands it the batch that the runner
+passed to ``model(..., reft_batch=batch)``. The batch stores the new keys and values in their
+slots and attends over what the slots hold. No module-level state is involved.
+
+Dimension letters: B sequences, N packed tokens, H query heads, KH key-value heads,
+G = H / KH, D head size, L cached positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from reft_core.engine.kv import SlotKV
+from reft_core.errors import UnsupportedModel
+
+ATTENTION_NAME = "reft_slots"
+
+_UNSUPPORTED = ("s_aux", "position_bias", "alibi", "head_mask")
+"""Keyword arguments by which models ask for attention this module does not compute."""
+
+
+class ForwardBatch(Protocol):
+    """What one forward attends over."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store key and value, return the attention output (1 or B, T, H, D)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows start..end-1 of a packed prefill: a slot's tokens from ``first_position`` on."""
+
+    start: int
+    end: int
+    slot: int
+    first_position: int
+
+
+@dataclass
+class PrefillBatch:
+    """A packed prefill: q (1, H, N, D), k and v (1, KH, N, D), one segment a sequence."""
+
+    kv: SlotKV
+    segments: Sequence[Segment]
+    _masks: dict[tuple[Segment, int | None], Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])  # (1, N, H, D)
+        for segment in self.segments:
+            rows = slice(segment.start, segment.end)
+            self.kv.append(
+                layer, segment.slot, segment.first_position, key[0, :, rows], value[0, :, rows]
+            )
+            known = segment.first_position + segment.end - segment.start
+            if segment.first_position == 0:  # all keys are the segment's own
+                keys, values = key[:, :, rows], value[:, :, rows]
+            else:
+                keys = self.kv.keys[layer][segment.slot, :, :known].unsqueeze(0)
+                values = self.kv.values[layer][segment.slot, :, :known].unsqueeze(0)
+            seen_from_start = segment.first_position == 0 and (window is None or known <= window)
+            mask = None if seen_from_start and softcap is None else self._mask(segment, window)
+            attended = _attention(
+                query[:, :, rows], keys, values, mask, scale, softcap, causal=mask is None
+            )  # (1, H, n, D)
+            out[:, rows] = attended.transpose(1, 2)
+        return out
+
+    def _mask(self, segment: Segment, window: int | None) -> Tensor:
+        """Additive mask (n, L): causal, and within the sliding window if there is one."""
+        name = (segment, window)
+        if name not in self._masks:
+            device = self.kv.keys[0].device
+            num_rows = segment.end - segment.start
+            q_pos = segment.first_position + torch.arange(num_rows, device=device).unsqueeze(1)
+            k_pos = torch.arange(segment.first_position + num_rows, device=device)
+            self._masks[name] = _additive(k_pos, q_pos, window, self.kv.keys[0].dtype)
+        return self._masks[name]
+
+
+@dataclass
+class DecodeBatch:
+    """One new token for each of slots 0..B-1: q (B, H, 1, D), k and v (B, KH, 1, D)."""
+
+    kv: SlotKV
+    positions: Tensor
+    """(B,) int64: where each slot's new token goes."""
+    num_keys: int
+    """Longest context in the batch, the new token included."""
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        self.kv.append_each(layer, self.positions, key[:, :, 0], value[:, :, 0])
+        num_rows, num_kv_heads = key.shape[:2]
+        # Heads that share keys become rows of one product: no key is repeated in memory.
+        grouped = query.reshape(num_rows, num_kv_heads, -1, query.shape[3])  # (B, KH, G, D)
+        keys = self.kv.keys[layer][:num_rows, :, : self.num_keys]  # (B, KH, L, D)
+        values = self.kv.values[layer][:num_rows, :, : self.num_keys]
+        out = _attention(grouped, keys, values, self._mask(window), scale, softcap)
+        return out.reshape(num_rows, 1, -1, query.shape[3])  # (B, 1, H, D)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """Additive mask (B, 1, 1, L)."""
+        if window not in self._masks:
+            k_pos = torch.arange(self.num_keys, device=self.positions.device)
+            mask = _additive(k_pos, self.positions.unsqueeze(1), window, self.kv.keys[0].dtype)
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
+
+
+def _additive(k_pos: Tensor, q_pos: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """0 where a query at ``q_pos`` (n, 1) may see a key at ``k_pos`` (L,), else -inf."""
+    visible = k_pos <= q_pos
+    if window is not None:
+        visible &= k_pos > q_pos - window
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf"))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """Scaled dot-product attention; query heads may be a multiple of key heads."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=True
+        )
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (kv.repeat_interleave(repeats, dim=1) for kv in (key, value))
+    scores = softcap * torch.tanh(query @ key.mT * (scale / softcap))
+    weights = torch.softmax(scores.float() + mask, dim=-1).to(value.dtype)
+    return weights @ value
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    reft_batch: ForwardBatch,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls; see AttentionInterface. Masks come from the batch."""
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(
+                f"{type(module).__name__}: attention with {name!r} is not supported"
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return reft_batch.attend(layer, query, key, value, scale, sliding_window, softcap), None
+
+
+AttentionInterface.register(ATTENTION_NAME, slot_attention)

@@ -1,0 +1,30 @@
+"""The engine's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reft_core.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and limits of one engine. Every value is checked on construction."""
+
+    max_model_len: int = 2048
+    """Most tokens of prompt and answer together; also capped by the model's positions."""
+    max_num_seqs: int = 16
+    """Requests that run at once; each has a slot of ``max_model_len`` tokens."""
+    max_waiting: int = 1024
+    """Requests that may wait for a slot before new ones are refused."""
+    max_prefill_tokens: int = 512
+    """Prompt tokens computed in one step; longer prompts are prefilled in chunks."""
+    num_threads: int | None = None
+    """CPU threads of the compute; None leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_waiting", "max_prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest.because(name, getattr(self, name), "at least 1")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InvalidRequest.because("num_threads", self.num_threads, "at least 1")

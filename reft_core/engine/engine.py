@@ -1,0 +1,377 @@
+"""The embedded engine: scheduler, runner and sampler on one thread of this process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+
+import torch
+
+from reft_core.adapter import Adapter, check_fits
+from reft_core.batch import PromptEdits
+from reft_core.engine.config import EngineConfig
+from reft_core.engine.interface import (
+    EngineStats,
+    FinishReason,
+    Output,
+    OutputSink,
+    Request,
+    Ticket,
+    Token,
+)
+from reft_core.engine.kv import SlotKV
+from reft_core.engine.runner import ModelRunner
+from reft_core.engine.sampler import sample
+from reft_core.engine.scheduler import Chunk, Scheduler
+from reft_core.engine.sequence import Sequence
+from reft_core.errors import (
+    EngineOverloaded,
+    EngineUnavailable,
+    InvalidRequest,
+    PromptTooLong,
+    ReftError,
+    RequestFailed,
+    explain,
+)
+from reft_core.loading import LoadedModel
+from reft_core.sites import ModelDescription
+
+MAX_STRENGTH = 100.0
+"""Largest magnitude by which a request may multiply an adapter's edits."""
+
+log = logging.getLogger(__name__)
+
+
+class EmbeddedEngine:
+    """Continuous batching on one CPU or GPU. Implements :class:`interface.Engine`.
+
+    Two kinds of state, so two owners. What callers touch (inbox, cancellations, adapters,
+    the open requests) is guarded by one lock. The scheduler, the KV store and every running
+    sequence belong to the engine's thread alone; :meth:`step` takes the lock only to collect
+    what arrived.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig = EngineConfig()) -> None:  # noqa: B008
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._loaded = loaded
+        self._config = config
+        self._max_model_len = min(config.max_model_len, loaded.description.max_positions)
+        parameter = next(loaded.model.parameters())
+        self._device = parameter.device
+        self._kv = SlotKV(
+            loaded.description,
+            config.max_num_seqs,
+            self._max_model_len,
+            dtype=parameter.dtype,
+            device=self._device,
+        )
+        self._runner = ModelRunner(loaded, self._kv)
+        self._scheduler = Scheduler(config, self._kv)
+
+        self._changed = threading.Condition()
+        self._inbox: deque[Sequence] = deque()
+        self._cancelled: set[str] = set()
+        self._open: dict[str, Sequence] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._thread: threading.Thread | None = None
+        self._draining = False
+        self._stopping = False
+        self._died = False
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._prefill_steps = 0
+        self._decode_steps = 0
+
+    # Called from any thread ---------------------------------------------------------------
+
+    @property
+    def model(self) -> ModelDescription:
+        """The base model being served."""
+        return self._loaded.description
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens a request may have, prompt and answer together."""
+        return self._max_model_len
+
+    @property
+    def healthy(self) -> bool:
+        """False once the engine's thread has stopped or died."""
+        return not (self._died or self._stopping)
+
+    def submit(self, request: Request, sink: OutputSink) -> Ticket:
+        """Accept a request; see :meth:`interface.Engine.submit`."""
+        self._check_tokens(request)
+        with self._changed:
+            sequence = self._new_sequence(request, sink)
+            if self._draining or not self.healthy:
+                raise EngineUnavailable("the engine is shutting down and takes no new requests")
+            if request.request_id in self._open:
+                raise InvalidRequest.because("request_id", request.request_id, "an unused id")
+            capacity = self._config.max_num_seqs + self._config.max_waiting
+            if len(self._open) >= capacity:
+                raise EngineOverloaded(
+                    f"the queue is full: {len(self._open)} requests are open, at most {capacity}"
+                )
+            self._open[request.request_id] = sequence
+            self._inbox.append(sequence)
+            self._changed.notify_all()
+        num_edits = sequence.edits.num_edits if sequence.edits else 0
+        return Ticket(request.request_id, sequence.prompt_len, num_edits)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step with reason ``cancelled``; no-op if it has ended."""
+        with self._changed:
+            if request_id in self._open:
+                self._cancelled.add(request_id)
+                self._changed.notify_all()
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Make an adapter usable by its digest; see :meth:`interface.Engine.load_adapter`."""
+        check_fits(adapter.spec, self.model)
+        if self.has_adapter(adapter.digest):
+            return
+        resident = adapter.to(self._device)
+        with self._changed:
+            self._adapters[adapter.digest] = resident
+
+    def unload_adapter(self, digest: str) -> None:
+        """Take an adapter away from new requests; running ones keep it until they end."""
+        with self._changed:
+            self._adapters.pop(digest, None)
+
+    def has_adapter(self, digest: str) -> bool:
+        """Whether requests may name this digest now."""
+        return digest in self._adapters
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of the last step."""
+        running = list(self._scheduler.running)
+        adapters = list(self._adapters.values())
+        return EngineStats(
+            num_running=len(running),
+            num_waiting=max(0, len(self._open) - len(running)),
+            num_slots=self._kv.num_slots,
+            kv_tokens_used=sum(sequence.num_computed for sequence in running),
+            kv_tokens_capacity=self._kv.num_slots * self._kv.slot_len,
+            num_resident_adapters=len(adapters),
+            resident_adapter_bytes=sum(adapter.num_bytes for adapter in adapters),
+            prompt_tokens_total=self._prompt_tokens,
+            generated_tokens_total=self._generated_tokens,
+            edits_applied_total=self._runner.num_edits_applied,
+            prefill_steps_total=self._prefill_steps,
+            decode_steps_total=self._decode_steps,
+        )
+
+    def start(self) -> None:
+        """Start the engine's thread; requests submitted before wait for it."""
+        assert self._thread is None, "an engine starts once"
+        self._thread = threading.Thread(target=self._run, name="reft-engine", daemon=True)
+        self._thread.start()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those accepted; True if all ended in time."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._open, timeout_s)
+
+    def stop(self) -> None:
+        """End the thread; requests still open get an :class:`EngineUnavailable` output."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._fail_open(EngineUnavailable("the engine was stopped"))
+
+    def _check_tokens(self, request: Request) -> None:
+        """Refuse a request whose numbers do not fit the model."""
+        if not request.prompt:
+            raise InvalidRequest.because("prompt", request.prompt, "at least one token")
+        vocab_size, params = self.model.vocab_size, request.params
+        groups = {
+            "prompt": request.prompt,
+            "logit_bias": params.logit_bias,
+            "stop_token_ids": params.stop_token_ids,
+        }
+        for field, tokens in groups.items():
+            for token in tokens:
+                if not 0 <= token < vocab_size:
+                    raise InvalidRequest.because(field, token, f"token ids 0 to {vocab_size - 1}")
+        wanted = len(request.prompt) + params.max_tokens
+        if wanted > self._max_model_len:
+            raise PromptTooLong(
+                explain(
+                    "prompt",
+                    wanted,
+                    f"at most {self._max_model_len} tokens together ({len(request.prompt)} of "
+                    f"prompt and max_tokens {params.max_tokens} make {wanted})",
+                ),
+                field="prompt",
+            )
+        if request.strength is not None and not abs(request.strength) <= MAX_STRENGTH:
+            raise InvalidRequest.because(
+                "strength", request.strength, f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}"
+            )
+
+    def _new_sequence(self, request: Request, sink: OutputSink) -> Sequence:
+        """The request with its edits resolved against its prompt."""
+        edits = None
+        if request.adapter is not None:
+            adapter = self._adapters.get(request.adapter)
+            if adapter is None:
+                raise InvalidRequest.because("adapter", request.adapter, "a loaded digest")
+            strength = adapter.spec.strength if request.strength is None else request.strength
+            edits = PromptEdits(adapter, len(request.prompt), strength)
+        params = request.params
+        stop_ids = params.stop_token_ids
+        if not params.ignore_eos:
+            stop_ids = stop_ids | self._loaded.eos_token_ids
+        generator = None
+        if params.seed is not None:
+            generator = torch.Generator().manual_seed(params.seed)
+        return Sequence(request, sink, edits, stop_ids, list(request.prompt), generator=generator)
+
+    # Called from the engine's thread alone ------------------------------------------------
+
+    def _run(self) -> None:
+        """Step while there is work; sleep while there is none; never die silently."""
+        try:
+            while self._wait_for_work():
+                self.step()
+        except BaseException as error:
+            log.exception("the engine's thread died")
+            self._died = True
+            self._fail_open(EngineUnavailable(f"the engine died: {error}"))
+            raise
+
+    def _wait_for_work(self) -> bool:
+        """Block until a step has something to do; False when the engine is to stop."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._stopping or self._inbox or self._cancelled or self._scheduler.has_work
+                )
+            )
+            return not self._stopping
+
+    def step(self) -> None:
+        """One turn: take in what arrived, prefill some prompt tokens, decode a token each."""
+        self._collect()
+        if chunks := self._scheduler.next_prefill():
+            self._prefill(chunks)
+        if rows := self._scheduler.next_decode():
+            self._decode(rows)
+
+    def _collect(self) -> None:
+        """Queue new sequences and end cancelled ones."""
+        with self._changed:
+            arrived, self._inbox = self._inbox, deque()
+            cancelled = [self._open[i] for i in self._cancelled if i in self._open]
+            self._cancelled.clear()
+        for sequence in arrived:
+            self._scheduler.add(sequence)
+        for sequence in cancelled:
+            self._finish(sequence, None, "cancelled")
+
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        """Prefill chunks together; if that fails, each alone, so only the guilty one ends."""
+        try:
+            logits = self._runner.prefill(chunks)
+        except Exception as error:
+            log.exception("a prefill of %d chunks failed", len(chunks))
+            if len(chunks) > 1:
+                for chunk in chunks:
+                    self._prefill([chunk])
+            else:
+                self._fail(chunks[0].sequence, RequestFailed(f"prefill failed: {error}"))
+            return
+        self._prefill_steps += 1
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+            self._prompt_tokens += chunk.end - chunk.start
+        self._take_tokens(logits, [c.sequence for c in chunks if c.completes_prompt])
+
+    def _decode(self, rows: list[Sequence]) -> None:
+        """Decode one token for every ready sequence among ``rows``."""
+        ready = [sequence for sequence in rows if sequence.is_prefilled]
+        try:
+            logits = self._runner.decode(rows)
+        except Exception as error:
+            log.exception("a decode of %d sequences failed", len(ready))
+            for sequence in ready:
+                self._fail(sequence, RequestFailed(f"decode failed: {error}"))
+            return
+        self._decode_steps += 1
+        if len(ready) < len(rows):
+            logits = logits[[sequence.slot for sequence in ready]]
+        for sequence in ready:
+            sequence.num_computed += 1
+        self._take_tokens(logits, ready)
+
+    def _take_tokens(self, logits: torch.Tensor, sequences: list[Sequence]) -> None:
+        """Sample each sequence's next token, deliver it, and end those that are done."""
+        if not sequences:
+            return
+        for sequence, token in zip(sequences, sample(logits, sequences), strict=True):
+            if isinstance(token, RequestFailed):
+                self._fail(sequence, token)
+                continue
+            self._generated_tokens += 1
+            sequence.token_ids.append(token.token_id)
+            if not sequence.first_token_at:
+                sequence.first_token_at = time.monotonic()
+            if token.token_id in sequence.stop_ids:
+                self._finish(sequence, token, "stop")
+            elif sequence.num_generated == sequence.request.params.max_tokens:
+                self._finish(sequence, token, "length")
+            else:
+                self._deliver(sequence, Output(sequence.request.request_id, token))
+
+    def _fail(self, sequence: Sequence, error: ReftError) -> None:
+        """End one sequence with its error; its slot may hold values that are not finite."""
+        self._finish(sequence, None, "error", error)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        token: Token | None,
+        reason: FinishReason,
+        error: ReftError | None = None,
+    ) -> None:
+        """Free a sequence's slot and deliver its last output."""
+        self._scheduler.remove(sequence, poisoned=error is not None)
+        self._close(sequence, token, reason, error)
+
+    def _close(
+        self,
+        sequence: Sequence,
+        token: Token | None,
+        reason: FinishReason,
+        error: ReftError | None,
+    ) -> None:
+        """Deliver the last output and forget the request."""
+        request_id = sequence.request.request_id
+        timings = sequence.timings(time.monotonic())
+        self._deliver(sequence, Output(request_id, token, reason, error, timings))
+        with self._changed:
+            self._open.pop(request_id, None)
+            self._changed.notify_all()
+
+    def _deliver(self, sequence: Sequence, output: Output) -> None:
+        """Hand an output to its sink. A sink that raises loses its outputs, nobody else's."""
+        try:
+            sequence.sink(output)
+        except Exception:
+            log.exception("the sink of request %s raised", output.request_id)
+            self.cancel(output.request_id)
+
+    def _fail_open(self, error: ReftError) -> None:
+        """End every open request with ``error``; the engine's thread is gone or going."""
+        with self._changed:
+            sequences = list(self._open.values())
+        for sequence in sequences:
+            self._close(sequence, None, "error", error)

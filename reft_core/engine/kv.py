@@ -1,0 +1,54 @@
+"""Keys and values of running sequences: one contiguous slot each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reft_core.sites import ModelDescription
+
+
+class SlotKV:
+    """A fixed number of slots, each with room for ``slot_len`` tokens at every layer.
+
+    Slots are rows of one tensor a layer, so decode attends over a *view* of the first rows
+    and nothing is gathered. Memory is zeroed: attention multiplies masked values by zero,
+    and zero times an uninitialised NaN would be NaN.
+    """
+
+    def __init__(
+        self,
+        model: ModelDescription,
+        num_slots: int,
+        slot_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (num_slots, model.num_kv_heads, slot_len, model.head_dim)
+        self.num_slots = num_slots
+        self.slot_len = slot_len
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+    def append(self, layer: int, slot: int, start: int, key: Tensor, value: Tensor) -> None:
+        """Store key and value (KH, n, D) at positions start..start+n-1 of a slot."""
+        end = start + key.shape[1]
+        self.keys[layer][slot, :, start:end] = key
+        self.values[layer][slot, :, start:end] = value
+
+    def append_each(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store key and value (B, KH, D) of slots 0..B-1, each at its own position (B,)."""
+        rows = torch.arange(len(positions), device=positions.device)
+        self.keys[layer][rows, :, positions] = key
+        self.values[layer][rows, :, positions] = value
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of one slot over another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot, so that what a failed request left cannot reach the next one."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot].zero_()

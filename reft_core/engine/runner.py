@@ -1,0 +1,167 @@
+"""Runs the base model on a step's batch. Knows tensors and slots; no queues, no requests' ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reft_core.batch import EditPlan, PackedChunk, build_plan
+from reft_core.engine.attention import (
+    ATTENTION_NAME,
+    DecodeBatch,
+    ForwardBatch,
+    PrefillBatch,
+    Segment,
+)
+from reft_core.engine.kv import SlotKV
+from reft_core.engine.scheduler import Chunk
+from reft_core.engine.sequence import Sequence as EngineSequence
+from reft_core.errors import UnsupportedModel
+from reft_core.kernels import apply_edits
+from reft_core.loading import LoadedModel
+from reft_core.sites import edit_output, find_layers
+
+_CHECK_TOKENS = 12
+_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+class ModelRunner:
+    """Forwards of one base model over one KV store.
+
+    Takes the model over: its attention implementation is switched for good. Edits enter a
+    prefill as hooks that exist only while it runs; a decode forward has no hook at all.
+    """
+
+    def __init__(self, loaded: LoadedModel, kv: SlotKV) -> None:
+        self._model = loaded.model
+        self._layers = find_layers(loaded.model)
+        self._kv = kv
+        self._device = kv.keys[0].device
+        self._vocab_size = loaded.description.vocab_size
+        self.num_edits_applied = 0
+        self._check_against_model()
+
+    @torch.inference_mode()
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Compute chunks of many prompts in one packed forward, with their edits.
+
+        Fills their slots; the caller advances ``num_computed``. Returns float32 logits
+        (K, V) of the last token of each chunk that completes its prompt, in order.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        packed: list[PackedChunk] = []
+        last_rows: list[int] = []
+        for chunk in chunks:
+            sequence, row = chunk.sequence, len(tokens)
+            tokens += sequence.token_ids[chunk.start : chunk.end]
+            positions += range(chunk.start, chunk.end)
+            segments.append(Segment(row, len(tokens), sequence.slot, chunk.start))
+            packed.append(PackedChunk(row, chunk.start, chunk.end - chunk.start, sequence.edits))
+            if chunk.completes_prompt:
+                last_rows.append(len(tokens) - 1)
+        plan = build_plan(packed, self._device)
+        with self._edited(plan):
+            logits = self._forward(
+                torch.tensor([tokens], device=self._device),
+                torch.tensor([positions], device=self._device),
+                PrefillBatch(self._kv, segments),
+                torch.tensor(last_rows, dtype=torch.int64, device=self._device),
+            )
+        self.num_edits_applied += plan.num_edits
+        return logits[0]
+
+    @torch.inference_mode()
+    def decode(self, running: Sequence[EngineSequence]) -> Tensor:
+        """One token for each slot 0..B-1; ``running[i]`` owns slot i. Float32 logits (B, V).
+
+        Rows of sequences that are still being prefilled are idle: they compute something
+        meaningless, and the key they store at their next position is overwritten when that
+        position is prefilled or decoded.
+        """
+        ready = [sequence.is_prefilled for sequence in running]
+        tokens = [s.token_ids[-1] if ok else 0 for s, ok in zip(running, ready, strict=True)]
+        positions = [sequence.num_computed for sequence in running]
+        position_ids = torch.tensor(positions, device=self._device)
+        logits = self._forward(
+            torch.tensor(tokens, device=self._device).unsqueeze(1),
+            position_ids.unsqueeze(1),
+            DecodeBatch(self._kv, position_ids, max(positions) + 1),
+            0,
+        )
+        return logits[:, -1]
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, batch: ForwardBatch, keep: Tensor | int
+    ) -> Tensor:
+        """Float32 logits of the model over ``tokens`` (B, T); ``keep`` selects columns."""
+        output: Any = self._model(
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=keep,
+            reft_batch=batch,
+        )
+        logits: Tensor = output.logits
+        return logits.float()
+
+    @contextmanager
+    def _edited(self, plan: EditPlan) -> Iterator[None]:
+        """The model with ``plan``'s edits hooked in, for one forward."""
+        handles = []
+        try:
+            for layer, edits in plan.layers.items():
+
+                def edit(hidden: Tensor, edits: Any = edits) -> Tensor:
+                    apply_edits(hidden.view(-1, hidden.shape[-1]), edits)
+                    return hidden
+
+                handles.append(edit_output(self._layers[layer], edit))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode()
+    def _check_against_model(self) -> None:
+        """Prefill in two chunks and decode a few tokens; compare with the model itself.
+
+        An architecture may hold something that packed slots do not reproduce (attention
+        sinks, learnt position biases, state besides keys and values). Better to refuse it
+        at start than to answer wrongly.
+        """
+        model = self._model
+        generator = torch.Generator().manual_seed(0)
+        count = min(_CHECK_TOKENS, self._kv.slot_len)
+        tokens = torch.randint(self._vocab_size, (1, count), generator=generator).to(self._device)
+        expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+        model.set_attn_implementation(ATTENTION_NAME)
+
+        positions = torch.arange(count, device=self._device).unsqueeze(0)
+        split, decode_from = count // 3, 2 * count // 3
+        found = []
+        for start, end in ((0, split), (split, decode_from)):
+            if start < end:
+                batch = PrefillBatch(self._kv, [Segment(0, end - start, 0, start)])
+                found.append(
+                    self._forward(tokens[:, start:end], positions[:, start:end], batch, 0)[0]
+                )
+        for at in range(decode_from, count):
+            decode = DecodeBatch(self._kv, positions[0, at : at + 1], at + 1)
+            now = slice(at, at + 1)
+            found.append(self._forward(tokens[:, now], positions[:, now], decode, 0)[0])
+        self._kv.clear(0)
+
+        error = (torch.cat(found) - expected).abs().max() / expected.abs().max()
+        tolerance = _CHECK_TOLERANCE[self._kv.keys[0].dtype]
+        if not error <= tolerance:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: the engine's logits differ from the model's own by "
+                f"{error:.2g} of their largest value, expected at most {tolerance}; the "
+                "architecture is not supported"
+            )

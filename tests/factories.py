@@ -1,0 +1,186 @@
+"""Tiny random models and adapters for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from reft_core.adapter import Adapter, EditKey, decode_adapter, encode_adapter
+from reft_core.edits import Activation, Edit
+from reft_core.loading import LoadedModel
+from reft_core.methods import get_method
+from reft_core.sites import ModelDescription, describe_model
+from reft_core.spec import AdapterSpec, PositionSpec, SiteSpec
+
+VOCAB_SIZE = 96
+HIDDEN_SIZE = 32
+NUM_LAYERS = 4
+SLIDING_WINDOW = 6
+
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "num_hidden_layers": NUM_LAYERS,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,  # tied, a random model mostly repeats its last token
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
+
+_BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**_GROUPED, sliding_window=SLIDING_WINDOW)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GROUPED)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**_GROUPED, query_pre_attn_scalar=8, sliding_window=SLIDING_WINDOW)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**_GROUPED, query_pre_attn_scalar=8, sliding_window=SLIDING_WINDOW)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB_SIZE,
+            n_embd=HIDDEN_SIZE,
+            n_layer=NUM_LAYERS,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+        )
+    ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_SIZES)),
+}
+FAMILIES = tuple(_BUILDERS)
+
+
+def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A random float32 model of ``family`` whose greedy output does not repeat one token.
+
+    Weights are drawn wider than a fresh model's so that logits are well apart and an edit
+    in one layer is felt in the next.
+    """
+    torch.manual_seed(seed)
+    model = _BUILDERS[family]().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.6 if "embed" in name or "wte" in name else 0.25)
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+class NoTokenizer:
+    """Stands where a tokenizer would, for tests that deal in token ids only."""
+
+    eos_token_id = 2
+
+
+def tiny_loaded(family: str = "llama", seed: int = 0) -> LoadedModel:
+    """A tiny model as the engine takes it, without a usable tokenizer."""
+    model = tiny_model(family, seed)
+    tokenizer: PreTrainedTokenizerBase = NoTokenizer()  # type: ignore[assignment]
+    return LoadedModel(model, tokenizer, describe_model(model, f"tiny-{family}"))
+
+
+def random_edits(
+    method: str,
+    hidden_size: int,
+    layers: list[int],
+    num_units: int,
+    rank: int,
+    activation: Activation = "identity",
+    size: float = 1.0,
+) -> dict[EditKey, Edit]:
+    """Edits of a method whose parameters were moved away from their initial values."""
+    edits = {}
+    for layer in layers:
+        for unit in range(num_units):
+            module = get_method(method)(hidden_size, rank, activation)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.add_(size * torch.randn_like(parameter) / hidden_size**0.5)
+            edits[EditKey(layer, "block_output", unit)] = module.to_edit()
+    return edits
+
+
+def make_spec(
+    model: ModelDescription,
+    *,
+    name: str = "test",
+    method: str = "loreft",
+    rank: int = 2,
+    layers: list[int] | None = None,
+    positions: str = "l1",
+    tied: bool = True,
+    activation: Activation = "identity",
+    **fields: object,
+) -> AdapterSpec:
+    """A complete spec for a model."""
+    site = SiteSpec(
+        layers=tuple(range(model.num_layers)) if layers is None else tuple(layers),
+        rank=rank,
+        parts=get_method(method).parts(activation),
+        activation=activation,
+    )
+    return AdapterSpec(
+        name=name,
+        base=model.to_base_spec(),
+        method=method,
+        positions=PositionSpec(rule=positions, tied=tied),
+        sites={"block_output": site},
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def random_adapter_bytes(
+    model: ModelDescription, *, seed: int = 0, size: float = 1.0, **fields: object
+) -> bytes:
+    """The file of a random adapter for ``model``; ``fields`` as in :func:`make_spec`."""
+    torch.manual_seed(seed)
+    spec = make_spec(model, **fields)  # type: ignore[arg-type]
+    site = spec.sites["block_output"]
+    edits = random_edits(
+        spec.method,
+        model.hidden_size,
+        list(site.layers),
+        spec.positions.to_rule().num_units,
+        site.rank,
+        site.activation,
+        size,
+    )
+    return encode_adapter(spec, edits)
+
+
+def random_adapter(
+    model: ModelDescription, *, seed: int = 0, size: float = 1.0, **fields: object
+) -> Adapter:
+    """A random adapter for ``model``, read from its own file."""
+    return decode_adapter(random_adapter_bytes(model, seed=seed, size=size, **fields))
