@@ -60,7 +60,9 @@ class Adapter:
 
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter with its tensors on ``device``."""
-        return replace(self, edits={key: edit.to(device=device) for key, edit in self.edits.items()})
+        return replace(
+            self, edits={key: edit.to(device=device) for key, edit in self.edits.items()}
+        )
 
 
 def encode_adapter(spec: AdapterSpec, edits: Mapping[EditKey, Edit]) -> bytes:
@@ -227,6 +229,6 @@ def _build_edits(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[EditK
                     part: tensors[tensor_name(layer, site_name, unit, part)].float()
                     for part in site.parts
                 }
-                edit = Edit(**parts, activation=site.activation, scale=site.scale)  # type: ignore[arg-type]
+                edit = Edit(**parts, activation=site.activation, scale=site.scale)
                 edits[EditKey(layer, site_name, unit)] = edit.fold()
     return edits

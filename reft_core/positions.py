@@ -126,9 +126,7 @@ class PositionRule:
         return min(edited, default=prompt_len)
 
 
-def _sides(
-    length: int, first: int, last: int, cap: Cap
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _sides(length: int, first: int, last: int, cap: Cap) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Prefix and suffix positions of ``f{first}+l{last}`` on ``length`` tokens."""
     both_sides = first > 0 and last > 0
     most = length // 2 if both_sides or cap == "half" else length

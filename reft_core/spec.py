@@ -165,7 +165,9 @@ class AdapterSpec(_Document):
     template: TemplateSpec | None = Field(
         default=None, description="absent: the base model's own chat template"
     )
-    strength: _Finite = Field(default=1.0, description="Δ is multiplied by it unless a request says")
+    strength: _Finite = Field(
+        default=1.0, description="Δ is multiplied by it unless a request says"
+    )
     training: TrainingSpec = TrainingSpec()
 
     @model_validator(mode="after")

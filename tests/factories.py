@@ -54,9 +54,7 @@ _GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}
 
 _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
-    "mistral": lambda: MistralForCausalLM(
-        MistralConfig(**_GROUPED, sliding_window=SLIDING_WINDOW)
-    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_GROUPED, sliding_window=SLIDING_WINDOW)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GROUPED)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED)),
     "gemma2": lambda: Gemma2ForCausalLM(

@@ -72,6 +72,7 @@ class PrefillBatch:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
+        """See :class:`ForwardBatch`."""
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])  # (1, N, H, D)
         for segment in self.segments:
             rows = slice(segment.start, segment.end)
@@ -125,6 +126,7 @@ class DecodeBatch:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
+        """See :class:`ForwardBatch`."""
         self.kv.append_each(layer, self.positions, key[:, :, 0], value[:, :, 0])
         num_rows, num_kv_heads = key.shape[:2]
         # Heads that share keys become rows of one product: no key is repeated in memory.
@@ -169,6 +171,7 @@ def _attention(
         )
     repeats = query.shape[1] // key.shape[1]
     key, value = (kv.repeat_interleave(repeats, dim=1) for kv in (key, value))
+    assert mask is not None, "a soft cap comes with an explicit mask"
     scores = softcap * torch.tanh(query @ key.mT * (scale / softcap))
     weights = torch.softmax(scores.float() + mask, dim=-1).to(value.dtype)
     return weights @ value

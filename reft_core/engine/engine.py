@@ -252,9 +252,7 @@ class EmbeddedEngine:
         """Block until a step has something to do; False when the engine is to stop."""
         with self._changed:
             self._changed.wait_for(
-                lambda: (
-                    self._stopping or self._inbox or self._cancelled or self._scheduler.has_work
-                )
+                lambda: self._stopping or self._inbox or self._cancelled or self._scheduler.has_work
             )
             return not self._stopping
 

@@ -69,9 +69,7 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _check(
-    name: str, value: float, low: float, high: float, *, open_low: bool = False
-) -> None:
+def _check(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise :class:`InvalidRequest` unless low <= value <= high (low excluded if open)."""
     # Written so that NaN fails too.
     if not (low < value <= high if open_low else low <= value <= high):

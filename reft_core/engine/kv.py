@@ -28,7 +28,9 @@ class SlotKV:
         shape = (num_slots, model.num_kv_heads, slot_len, model.head_dim)
         self.num_slots = num_slots
         self.slot_len = slot_len
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
+        self.keys = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)
+        ]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
 
     def append(self, layer: int, slot: int, start: int, key: Tensor, value: Tensor) -> None:

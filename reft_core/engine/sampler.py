@@ -76,9 +76,7 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
         )
         logits[seen] = penalised
     if (params.presence_penalty or params.frequency_penalty) and sequence.num_generated:
-        ids, counts = torch.tensor(sequence.generated_ids, device=device).unique(
-            return_counts=True
-        )
+        ids, counts = torch.tensor(sequence.generated_ids, device=device).unique(return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
     return logits
 

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
 from reft_core.methods.base import Intervention, orthonormal_init, orthonormalise
@@ -35,10 +36,12 @@ class DiReFT(Intervention):
         self.bias = nn.Parameter(torch.zeros(rank))
         self.up = nn.Parameter(torch.zeros(rank, hidden_size))
 
+    @override
     def forward(self, h: Tensor) -> Tensor:
         inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
         return inner @ self.up  # (N, d)
 
+    @override
     @torch.no_grad()
     def to_edit(self) -> Edit:
         return Edit(
@@ -49,6 +52,7 @@ class DiReFT(Intervention):
         )
 
     @classmethod
+    @override
     def parts(cls, activation: Activation) -> tuple[Part, ...]:
         return ("down", "up", "bias")
 
@@ -70,10 +74,12 @@ class DiReFTOrthonormal(Intervention):
         self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
         self.bias = nn.Parameter(torch.zeros(rank))
 
+    @override
     def forward(self, h: Tensor) -> Tensor:
         inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
         return inner @ orthonormalise(self.basis).mT  # (N, d)
 
+    @override
     @torch.no_grad()
     def to_edit(self) -> Edit:
         return Edit(
@@ -84,5 +90,6 @@ class DiReFTOrthonormal(Intervention):
         )
 
     @classmethod
+    @override
     def parts(cls, activation: Activation) -> tuple[Part, ...]:
         return ("down", "up", "bias")

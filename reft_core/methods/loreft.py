@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
 from reft_core.methods.base import Intervention, orthonormal_init, orthonormalise
@@ -33,11 +34,13 @@ class LoReFT(Intervention):
         """R (d, r), its columns orthonormal."""
         return orthonormalise(self.basis)
 
+    @override
     def forward(self, h: Tensor) -> Tensor:
         rotation = self.rotation()
         source = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
         return (source - h @ rotation) @ rotation.mT  # (N, d)
 
+    @override
     @torch.no_grad()
     def to_edit(self) -> Edit:
         rotation = self.rotation()
@@ -50,6 +53,7 @@ class LoReFT(Intervention):
         ).fold()
 
     @classmethod
+    @override
     def parts(cls, activation: Activation) -> tuple[Part, ...]:
         if activation == "identity":
             return ("down", "up", "bias")

@@ -1,0 +1,41 @@
+# Every target sets itself up; see scripts/install for what PYTHON, VENV and TORCH_INDEX_URL do.
+BIN := .venv/bin
+MODEL ?= demo
+
+.PHONY: help demo demo-train test lint format check test-oldest clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+demo:  ## install, start the server with the example adapters, print curl lines (MODEL=hub id or folder)
+	@scripts/install demo
+	@$(BIN)/reft demo --model $(MODEL)
+
+demo-train:  ## train the sentiment example from scratch, then load the result in an engine
+	@scripts/install demo train
+	@$(BIN)/reft train examples/sentiment/config.yaml output=runs/demo-train/sentiment.safetensors
+	@$(BIN)/reft adapter inspect runs/demo-train/sentiment.safetensors
+
+test:  ## install what the tests need and run them
+	@scripts/install test
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+lint:  ## ruff and mypy
+	@scripts/install test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy reft_core server trainer
+
+format:  ## rewrite the sources in the project's format
+	@scripts/install test
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+check: lint test  ## everything CI asks
+
+test-oldest:  ## the core tests on the oldest transformers we promise
+	@VENV=.venv-oldest CONSTRAINT='transformers==5.16.*' scripts/install test
+	@OMP_NUM_THREADS=2 .venv-oldest/bin/python -m pytest tests/reft_core
+
+clean:  ## remove the environments and caches
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
