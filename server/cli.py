@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,6 +81,21 @@ def serve(
         _serve(Settings(**{name: value for name, value in given.items() if value is not None}))
 
 
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Hub id, folder, or 'demo'")] = "demo",
+    host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    data_dir: Annotated[Path, typer.Option(help="Where adapters are kept")] = Path("data/demo"),
+) -> None:
+    """Serve the example adapters and print curl lines to try them."""
+    with one_line_errors():
+        from server.demo import announce_tries, demo_settings
+
+        settings = demo_settings(model, host, port, data_dir)
+        _serve(settings, lambda name, url: announce_tries(settings, name, url))
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file")],
@@ -102,8 +118,11 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _serve(settings: Settings) -> None:
-    """Load, listen, and stay until a signal ends it."""
+def _serve(settings: Settings, on_ready: Callable[[str, str], None] | None = None) -> None:
+    """Load, listen, and stay until a signal ends it.
+
+    ``on_ready`` is told the base model's name and the server's address.
+    """
     from server.logs import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
@@ -130,6 +149,8 @@ def _serve(settings: Settings) -> None:
             f"adapters  {shown or 'none yet'}",
         ]
         console.print(Panel("\n".join(lines), title="reft-serve is ready", expand=False))
+        if on_ready is not None:
+            on_ready(loaded.description.name, url)
 
     app = create_app(settings.model_copy(update={"adapters": ()}), engine, loaded)
     DrainingServer(app, settings, announce).run()
