@@ -51,6 +51,8 @@ class PromptEdits:
     @property
     def num_edits(self) -> int:
         """(layer, position) pairs that are changed, dead ones left out."""
+        if self.strength == 0:
+            return 0
         return sum(len(self.live_positions(key)) for key in self.adapter.edits)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
+from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -28,6 +30,8 @@ from transformers import (
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter, encode_adapter
 from reft_core.edits import Activation, Edit
+from reft_core.engine.interface import FinishReason, Output, Token
+from reft_core.errors import ReftError
 from reft_core.loading import LoadedModel
 from reft_core.methods import get_method
 from reft_core.sites import ModelDescription, describe_model
@@ -93,6 +97,12 @@ def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
             parameter.normal_(0, 0.6 if "embed" in name or "wte" in name else 0.25)
     model.generation_config.eos_token_id = 2
     return model
+
+
+@cache
+def tiny_description() -> ModelDescription:
+    """The description of the tiny llama, for tests that need no model."""
+    return describe_model(tiny_model(), "tiny-llama")
 
 
 class NoTokenizer:
@@ -182,3 +192,60 @@ def random_adapter(
 ) -> Adapter:
     """A random adapter for ``model``, read from its own file."""
     return decode_adapter(random_adapter_bytes(model, seed=seed, size=size, **fields))
+
+
+def shift_adapter(
+    model: ModelDescription, *, shift: float = 0.0, gain: float = 0.0, positions: str = "prompt"
+) -> Adapter:
+    """Adds ``shift`` and ``gain`` ∘ h to layer 0's output; 3e38 for both overflows float32."""
+    site = SiteSpec(layers=(0,), rank=0, parts=("shift", "gain"))
+    spec = make_spec(model, positions=positions).model_copy(
+        update={"method": "shift and gain", "sites": {"block_output": site}}
+    )
+    width = model.hidden_size
+    edit = Edit(shift=torch.full((width,), shift), gain=torch.full((width,), gain))
+    return decode_adapter(encode_adapter(spec, {EditKey(0, "block_output", 0): edit}))
+
+
+def random_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Token ids without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
+
+
+class Recorder:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Output] = []
+
+    def __call__(self, output: Output) -> None:
+        self.outputs.append(output)
+
+    @property
+    def tokens(self) -> list[Token]:
+        return [output.token for output in self.outputs if output.token is not None]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.outputs[-1].finish_reason if self.outputs else None
+
+    @property
+    def error(self) -> ReftError | None:
+        return self.outputs[-1].error if self.outputs else None
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal shape and dtype, and values within ``tolerance`` of the largest expected one."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    if not expected.numel():
+        return
+    worst = (found.double() - expected.double()).abs().max().item()
+    scale = max(1.0, expected.abs().max().item())
+    # Written so that NaN fails too.
+    assert worst <= tolerance * scale, f"largest difference {worst}, of values up to {scale}"

@@ -341,7 +341,7 @@ class EmbeddedEngine:
         error: ReftError | None = None,
     ) -> None:
         """Free a sequence's slot and deliver its last output."""
-        self._scheduler.remove(sequence, poisoned=error is not None)
+        self._scheduler.remove(sequence, poisoned=reason in ("error", "cancelled"))
         self._close(sequence, token, reason, error)
 
     def _close(
@@ -357,6 +357,7 @@ class EmbeddedEngine:
         self._deliver(sequence, Output(request_id, token, reason, error, timings))
         with self._changed:
             self._open.pop(request_id, None)
+            self._cancelled.discard(request_id)  # its id may come again
             self._changed.notify_all()
 
     def _deliver(self, sequence: Sequence, output: Output) -> None:

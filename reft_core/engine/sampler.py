@@ -51,11 +51,11 @@ def _sample_row(logits: Tensor, sequence: Sequence) -> Token:
     params = sequence.request.params
     model_logits = logits
     if _adjusts(params):
-        logits = _adjust(logits.clone(), sequence)
+        logits = _adjust(logits.clone(), sequence).clamp_(max=1e30)
     if params.is_greedy:
         token_id = int(logits.argmax())
     else:
-        token_id = _draw(logits / params.temperature, params, sequence.generator)
+        token_id = _draw(logits / max(params.temperature, 1e-6), params, sequence.generator)
     if params.logprobs is None:
         return Token(token_id)
     return _with_logprobs(model_logits, token_id, params.logprobs)

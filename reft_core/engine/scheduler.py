@@ -89,5 +89,6 @@ class Scheduler:
         if last is not sequence:
             self._kv.move(last.slot, sequence.slot, last.num_computed)
             self.running[sequence.slot] = last
+            self._kv.clear(last.slot)
             last.slot = sequence.slot
         sequence.slot = -1

@@ -71,7 +71,11 @@ class DiReFTOrthonormal(Intervention):
     def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
         super().__init__(hidden_size, rank, activation)
         self.basis = nn.Parameter(orthonormal_init(hidden_size, rank))  # (d, r)
-        self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
+        # relu's gradient at 0 is 0: from zero it would never learn.
+        start = torch.zeros(rank, hidden_size)
+        if activation == "relu":
+            start.uniform_(-1 / math.sqrt(hidden_size), 1 / math.sqrt(hidden_size))
+        self.weight = nn.Parameter(start)
         self.bias = nn.Parameter(torch.zeros(rank))
 
     @override
