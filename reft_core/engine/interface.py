@@ -78,16 +78,26 @@ def _check(name: str, value: float, low: float, high: float, *, open_low: bool =
 
 
 @dataclass(frozen=True)
+class AdapterChoice:
+    """One adapter as a request asks for it."""
+
+    digest: str
+    """Of an adapter that was loaded with :meth:`Engine.load_adapter`."""
+    strength: float | None = None
+    """Δ is multiplied by it; None takes the adapter's own. 0 is exactly the base model."""
+    subspaces: Mapping[str, float] = field(default_factory=dict)
+    """Factors of the adapter's named subspaces; when any is named, the others are off."""
+
+
+@dataclass(frozen=True)
 class Request:
-    """One prompt to complete, with one adapter or none."""
+    """One prompt to complete, with any number of adapters."""
 
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams = SamplingParams()
-    adapter: str | None = None
-    """Digest of an adapter that was loaded with :meth:`Engine.load_adapter`."""
-    strength: float | None = None
-    """Δ is multiplied by it; None takes the adapter's own. 0 is exactly the base model."""
+    adapters: tuple[AdapterChoice, ...] = ()
+    """Applied in order: at a site that several edit, each reads what the one before wrote."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class Ticket:
     request_id: str
     num_prompt_tokens: int
     num_edits: int
-    """(layer, position) pairs that the adapter will change, dead ones pruned."""
+    """(layer, site, position) triples of the prompt that change, dead ones left out."""
 
 
 @dataclass(frozen=True)

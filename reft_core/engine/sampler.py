@@ -69,7 +69,7 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
         ids = torch.tensor(list(params.logit_bias), device=device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=device)
+        seen = torch.tensor(sorted(set(sequence.token_ids[sequence.num_virtual :])), device=device)
         old = logits[seen]
         penalised = torch.where(
             old > 0, old / params.repetition_penalty, old * params.repetition_penalty

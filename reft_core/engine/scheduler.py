@@ -26,7 +26,7 @@ class Chunk:
     @property
     def completes_prompt(self) -> bool:
         """Whether the sequence's first token can be sampled after this chunk."""
-        return self.end == self.sequence.prompt_len
+        return self.end == self.sequence.prefill_len
 
 
 class Scheduler:
@@ -59,7 +59,7 @@ class Scheduler:
         unfinished = (sequence for sequence in self.running if not sequence.is_prefilled)
         for sequence in sorted(unfinished, key=lambda s: s.admitted_at):
             start = sequence.num_computed
-            end = min(sequence.prompt_len, start + budget)
+            end = min(sequence.prefill_len, start + budget)
             if start < end:
                 chunks.append(Chunk(sequence, start, end))
                 budget -= end - start

@@ -7,15 +7,19 @@ pyreft's ``DireftIntervention`` computes, with orthonormal columns in R.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
-from reft_core.methods.base import Intervention, orthonormal_init, orthonormalise
+from reft_core.methods.base import (
+    Intervention,
+    SiteSizes,
+    linear_init,
+    orthonormal_init,
+    orthonormalise,
+)
 
 
 class DiReFT(Intervention):
@@ -27,17 +31,17 @@ class DiReFT(Intervention):
 
     method = "direft"
     equation = "act(hW₁ᵀ + b)W₂"
-    source = "arXiv 2404.03592, eq. 3"
+    citation = "arXiv 2404.03592, eq. 3"
 
-    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
-        super().__init__(hidden_size, rank, activation)
-        bound = 1 / math.sqrt(hidden_size)
-        self.weight = nn.Parameter(torch.empty(rank, hidden_size).uniform_(-bound, bound))
+    def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
+        super().__init__(sizes, rank, activation)
+        size = sizes.out_size
+        self.weight = nn.Parameter(linear_init(rank, size))
         self.bias = nn.Parameter(torch.zeros(rank))
-        self.up = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.up = nn.Parameter(torch.zeros(rank, size))
 
     @override
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
         inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
         return inner @ self.up  # (N, d)
 
@@ -66,16 +70,17 @@ class DiReFTOrthonormal(Intervention):
 
     method = "direft_orthonormal"
     equation = "act(hWᵀ + b)Rᵀ, RᵀR = I"
-    source = "pyreft 0.1.0, DireftIntervention"
+    citation = "pyreft 0.1.0, DireftIntervention"
 
-    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
-        super().__init__(hidden_size, rank, activation)
-        self.basis = nn.Parameter(orthonormal_init(hidden_size, rank))  # (d, r)
-        self.weight = nn.Parameter(torch.zeros(rank, hidden_size))
+    def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
+        super().__init__(sizes, rank, activation)
+        size = sizes.out_size
+        self.basis = nn.Parameter(orthonormal_init(size, rank))  # (d, r)
+        self.weight = nn.Parameter(torch.zeros(rank, size))
         self.bias = nn.Parameter(torch.zeros(rank))
 
     @override
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
         inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
         return inner @ orthonormalise(self.basis).mT  # (N, d)
 
