@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
-from reft_core.methods.base import (
-    Intervention,
-    SiteSizes,
-    linear_init,
-    orthonormal_init,
-    orthonormalise,
-)
+from reft_core.methods.base import Intervention, SiteSizes, linear_init
 
 
 class DiReFT(Intervention):
@@ -51,45 +45,6 @@ class DiReFT(Intervention):
         return Edit(
             down=self.weight.mT.clone(),
             up=self.up.clone(),
-            bias=self.bias.clone(),
-            activation=self.activation,
-        )
-
-    @classmethod
-    @override
-    def parts(cls, activation: Activation) -> tuple[Part, ...]:
-        return ("down", "up", "bias")
-
-
-class DiReFTOrthonormal(Intervention):
-    """Δ(h) = act(h·Wᵀ + b)·Rᵀ with orthonormal columns in R (d, r); W (r, d), b (r,).
-
-    W and b start at zero, so with an activation that maps 0 to 0 the untrained edit changes
-    nothing. pyreft draws W at random instead, which makes its untrained edit a random one.
-    """
-
-    method = "direft_orthonormal"
-    equation = "act(hWᵀ + b)Rᵀ, RᵀR = I"
-    citation = "pyreft 0.1.0, DireftIntervention"
-
-    def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
-        super().__init__(sizes, rank, activation)
-        size = sizes.out_size
-        self.basis = nn.Parameter(orthonormal_init(size, rank))  # (d, r)
-        self.weight = nn.Parameter(torch.zeros(rank, size))
-        self.bias = nn.Parameter(torch.zeros(rank))
-
-    @override
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
-        return inner @ orthonormalise(self.basis).mT  # (N, d)
-
-    @override
-    @torch.no_grad()
-    def to_edit(self) -> Edit:
-        return Edit(
-            down=self.weight.mT.clone(),
-            up=orthonormalise(self.basis).mT,
             bias=self.bias.clone(),
             activation=self.activation,
         )
