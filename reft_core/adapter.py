@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,6 +34,7 @@ MAX_ADAPTER_BYTES = 256 * 1024 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
 _LENGTH_PREFIX_BYTES = 8
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _HEADER_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -96,8 +98,8 @@ class Adapter:
         return self.spec.positions.to_rule()
 
     def to(self, device: torch.device | str) -> Adapter:
-        """The same adapter with its tensors on ``device``."""
-        edits = {key: edit.to(device=device) for key, edit in self.edits.items()}
+        """The same adapter folded, with its tensors on ``device``: the form that serves."""
+        edits = {key: edit.fold().to(device=device) for key, edit in self.edits.items()}
         return replace(self, edits=edits, prefix=self.prefix and self.prefix.to(device))
 
 
@@ -110,8 +112,22 @@ def encode_adapter(
     :func:`decode_adapter` accepts; raises :class:`AdapterFileInvalid` otherwise.
     """
     dtype = _TORCH_DTYPES[spec.dtype]
+    for key, edit in edits.items():
+        site = spec.sites.get(key.site)
+        if site is None:
+            continue  # its tensors are refused below, by name
+        held = (edit.activation, edit.scale, edit.source)
+        declared = (site.activation, site.scale, site.source)
+        if held != declared:
+            raise AdapterFileInvalid.because(
+                f"edit of layer {key.layer}, {key.site}",
+                held,
+                f"activation, scale and source as in the spec, {declared}",
+            )
     tensors = {
-        tensor_name(key.layer, key.site, key.unit, part): tensor.to(dtype).contiguous()
+        tensor_name(key.layer, key.site, key.unit, part): tensor.to(
+            dtype, copy=True, memory_format=torch.contiguous_format
+        )
         for key, edit in edits.items()
         for part, tensor in edit.parts()
     }
@@ -141,7 +157,9 @@ def decode_adapter(data: bytes, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapte
     try:
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
-        raise AdapterFileInvalid(f"body: not a valid safetensors file ({error})") from None
+        raise AdapterFileInvalid(
+            f"body: not a valid safetensors file ({error})", field="body"
+        ) from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterFileInvalid.because(name, "NaN or infinity", "finite values only")
@@ -220,9 +238,14 @@ def _read_header(data: bytes) -> dict[str, Any]:
     """The safetensors header as JSON, its length checked against the cap and the file."""
     prefix = data[:_LENGTH_PREFIX_BYTES]
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < _LENGTH_PREFIX_BYTES or length > len(data) - _LENGTH_PREFIX_BYTES:
-        raise AdapterFileInvalid(
-            "body: not a safetensors file (its first 8 bytes are no header length)", field="body"
+    if len(prefix) < _LENGTH_PREFIX_BYTES:
+        raise AdapterFileInvalid.because(
+            "body", f"{len(data)} bytes", "a safetensors file, which starts with 8 bytes of length"
+        )
+    rest = len(data) - _LENGTH_PREFIX_BYTES
+    if length > rest:
+        raise AdapterFileInvalid.because(
+            "header", f"{length} bytes", f"at most the {rest} bytes that follow its length"
         )
     if length > MAX_HEADER_BYTES:
         raise AdapterFileInvalid.because(
@@ -230,7 +253,7 @@ def _read_header(data: bytes) -> dict[str, Any]:
         )
     raw = data[_LENGTH_PREFIX_BYTES : _LENGTH_PREFIX_BYTES + length]
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise AdapterFileInvalid(f"header: not valid JSON ({error})", field="header") from None
     if not isinstance(header, dict):
@@ -242,7 +265,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON object of ``pairs``; readers disagree on repeated keys, so none may repeat."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key appears twice")
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:100]!r} appears twice")
     return found
 
 
@@ -257,7 +281,11 @@ def _read_spec(metadata: object) -> AdapterSpec:
     if not isinstance(text, str):
         raise AdapterFileInvalid.because("spec", type(text).__name__, "a JSON document as text")
     try:
-        return AdapterSpec.model_validate_json(text)
+        json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileInvalid.because("spec", text, f"a JSON document ({error})") from None
+    try:
+        return AdapterSpec.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(["spec", *(str(part) for part in first["loc"])])
@@ -272,8 +300,13 @@ def _check_tensors_declared(header: dict[str, Any], spec: AdapterSpec) -> None:
             raise AdapterFileInvalid.because("tensors", name, "only tensors the spec implies")
     for name, shape in expected.items():
         entry = header.get(name)
-        if not isinstance(entry, dict):
+        if name not in header:
             raise AdapterFileInvalid(f"{name}: missing, expected shape {shape}", field=name)
+        if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
+            held = sorted(entry) if isinstance(entry, dict) else entry
+            raise AdapterFileInvalid.because(
+                name, held, "an object with exactly dtype, shape, data_offsets"
+            )
         if entry.get("dtype") != _HEADER_DTYPES[spec.dtype]:
             raise AdapterFileInvalid.because(
                 f"{name}.dtype", entry.get("dtype"), _HEADER_DTYPES[spec.dtype]
@@ -292,10 +325,9 @@ def _build_edits(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[EditK
                     part: tensors[tensor_name(layer, site_name, unit, part)].float()
                     for part in site.parts
                 }
-                edit = Edit(
+                edits[EditKey(layer, site_name, unit)] = Edit(
                     **parts, activation=site.activation, scale=site.scale, source=site.source
                 )
-                edits[EditKey(layer, site_name, unit)] = edit.fold()
     return edits
 
 

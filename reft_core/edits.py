@@ -133,7 +133,7 @@ class Edit:
             if self.scale != 1.0:
                 out = out * self.scale
         if self.shift is not None:
-            out = self.shift.expand_as(h) if out is None else out + self.shift
+            out = self.shift.repeat(len(h), 1) if out is None else out + self.shift
         if self.gain is not None:
             out = self.gain * h if out is None else torch.addcmul(out, self.gain, h)
         return torch.zeros_like(h) if out is None else out

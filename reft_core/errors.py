@@ -32,7 +32,7 @@ class ReftError(Exception):
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.field = field
+        self.field = None if field is None else _shown(field)
 
 
 def explain(field: str, value: object, allowed: str) -> str:
@@ -40,7 +40,13 @@ def explain(field: str, value: object, allowed: str) -> str:
     shown = repr(value)
     if len(shown) > 120:
         shown = shown[:117] + "..."
-    return f"{field}: got {shown}, expected {allowed}"
+    return f"{_shown(field)}: got {shown}, expected {allowed}"
+
+
+def _shown(field: str) -> str:
+    """``field``, which a caller may have chosen, shortened and with no control characters."""
+    shown = field if field.isprintable() else repr(field)[1:-1]
+    return shown if len(shown) <= 120 else shown[:117] + "..."
 
 
 class InvalidRequest(ReftError):

@@ -28,8 +28,8 @@ MAX_RULE_POSITIONS = 4096
 Anchor = Literal["prompt_end", "before_last"]
 Cap = Literal["shared", "half"]
 
-_SIDES = re.compile(r"(?:f(?P<first>\d{1,5}))?(?P<plus>\+)?(?:l(?P<last>\d{1,5}))?")
-_EXPLICIT = re.compile(r"-?\d{1,7}(?:\s*,\s*-?\d{1,7})*")
+_SIDES = re.compile(r"(?:f(?P<first>\d{1,5}))?(?P<plus>\+)?(?:l(?P<last>\d{1,5}))?", re.ASCII)
+_EXPLICIT = re.compile(r"-?\d{1,7}(?:,-?\d{1,7})*", re.ASCII)
 _ALLOWED = "'fN', 'lN', 'fN+lM' (N, M from 1 to 4096), 'prompt', or a list such as '0,3,-1'"
 
 
@@ -69,7 +69,10 @@ class PositionRule:
         cap: Cap = "shared",
     ) -> PositionRule:
         """The rule written as ``text``. Raises :class:`InvalidRequest` on bad grammar."""
-        rule = re.sub(r"\s+", "", text)
+        # Space may stand around + and commas; taken out elsewhere, "1 2" would become 12.
+        rule = text.strip()
+        for mark in "+,":
+            rule = mark.join(part.strip() for part in rule.split(mark))
         if rule == "prompt":
             return cls(every=True, tied=tied, anchor=anchor, cap=cap)
         if len(rule) <= 8 * MAX_RULE_POSITIONS and _EXPLICIT.fullmatch(rule):

@@ -371,7 +371,7 @@ class EmbeddedEngine:
                 self._deliver(sequence, Output(sequence.request.request_id, token))
 
     def _fail(self, sequence: Sequence, error: ReftError) -> None:
-        """End one sequence with its error; its slot may hold values that are not finite."""
+        """End one sequence with its error."""
         self._finish(sequence, None, "error", error)
 
     def _finish(
@@ -382,7 +382,7 @@ class EmbeddedEngine:
         error: ReftError | None = None,
     ) -> None:
         """Free a sequence's slot and deliver its last output."""
-        self._scheduler.remove(sequence, poisoned=error is not None)
+        self._scheduler.remove(sequence)
         self._close(sequence, token, reason, error)
 
     def _close(
@@ -398,6 +398,7 @@ class EmbeddedEngine:
         self._deliver(sequence, Output(request_id, token, reason, error, timings))
         with self._changed:
             self._open.pop(request_id, None)
+            self._cancelled.discard(request_id)  # its id may come again
             self._changed.notify_all()
 
     def _deliver(self, sequence: Sequence, output: Output) -> None:

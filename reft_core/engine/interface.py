@@ -48,10 +48,10 @@ class SamplingParams:
     """None reports nothing; n reports the chosen token's and the n likeliest."""
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, 1_000_000)
+        _check("max_tokens", self.max_tokens, 1, 1_000_000, whole=True)
         _check("temperature", self.temperature, 0, 2)
         _check("top_p", self.top_p, 0, 1, open_low=True)
-        _check("top_k", self.top_k, 0, 10_000_000)
+        _check("top_k", self.top_k, 0, 10_000_000, whole=True)
         _check("min_p", self.min_p, 0, 1)
         _check("repetition_penalty", self.repetition_penalty, 0, 10, open_low=True)
         _check("presence_penalty", self.presence_penalty, -2, 2)
@@ -59,9 +59,9 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check(f"logit_bias[{token}]", bias, -100, 100)
         if self.seed is not None:
-            _check("seed", self.seed, -_MAX_SEED, _MAX_SEED)
+            _check("seed", self.seed, -_MAX_SEED, _MAX_SEED, whole=True)
         if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
 
     @property
     def is_greedy(self) -> bool:
@@ -69,11 +69,24 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _check(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raise :class:`InvalidRequest` unless low <= value <= high (low excluded if open)."""
+def _check(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    whole: bool = False,
+) -> None:
+    """Raise :class:`InvalidRequest` unless low <= value <= high.
+
+    ``open_low`` leaves ``low`` itself out; ``whole`` takes integers only.
+    """
     # Written so that NaN fails too.
-    if not (low < value <= high if open_low else low <= value <= high):
-        bounds = f"a number {'above' if open_low else 'from'} {low} {'up ' * open_low}to {high}"
+    in_range = low < value <= high if open_low else low <= value <= high
+    if not in_range or (whole and not isinstance(value, int)):
+        kind = "a whole number" if whole else "a number"
+        bounds = f"{kind} {'above' if open_low else 'from'} {low} {'up ' * open_low}to {high}"
         raise InvalidRequest.because(name, value, bounds)
 
 

@@ -191,7 +191,7 @@ class ModelRunner:
             decode = DecodeBatch(self._kv, positions[0, at : at + 1], at + 1)
             now = slice(at, at + 1)
             found.append(self._forward(tokens[:, now], positions[:, now], decode, 0)[0])
-        self._kv.clear(0)
+        self._kv.clear(0, count)
 
         error = (torch.cat(found) - expected).abs().max() / expected.abs().max()
         tolerance = _CHECK_TOLERANCE[self._kv.keys[0].dtype]

@@ -74,20 +74,24 @@ class Scheduler:
         num_rows = max((s.slot + 1 for s in self.running if s.is_prefilled), default=0)
         return self.running[:num_rows]
 
-    def remove(self, sequence: Sequence, *, poisoned: bool = False) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, running or waiting, and free its slot.
 
-        The last running sequence moves into the freed slot. ``poisoned`` zeroes the freed
-        memory first, for sequences whose keys or values may not be finite.
+        The last running sequence moves into the freed slot. Memory that no sequence owns is
+        always zero.
         """
         if sequence.slot < 0:
             self.waiting.remove(sequence)
             return
         last = self.running.pop()
-        if poisoned:
-            self._kv.clear(sequence.slot)
+        self._clear(sequence)
         if last is not sequence:
             self._kv.move(last.slot, sequence.slot, last.num_computed)
+            self._clear(last)
             self.running[sequence.slot] = last
             last.slot = sequence.slot
         sequence.slot = -1
+
+    def _clear(self, sequence: Sequence) -> None:
+        """Zero whatever a sequence may have stored; an idle row stores one token ahead."""
+        self._kv.clear(sequence.slot, min(len(sequence.token_ids) + 1, self._kv.slot_len))

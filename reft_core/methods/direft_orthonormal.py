@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
-from reft_core.methods.base import Intervention, SiteSizes, orthonormal_init, orthonormalise
+from reft_core.methods.base import (
+    Intervention,
+    SiteSizes,
+    linear_init,
+    orthonormal_init,
+    orthonormalise,
+)
 
 
 class DiReFTOrthonormal(Intervention):
@@ -26,7 +32,9 @@ class DiReFTOrthonormal(Intervention):
         super().__init__(sizes, rank, activation)
         size = sizes.out_size
         self.basis = nn.Parameter(orthonormal_init(size, rank))  # (d, r)
-        self.weight = nn.Parameter(torch.zeros(rank, size))
+        # relu's gradient at 0 is 0: from zero it would never learn.
+        start = linear_init(rank, size) if activation == "relu" else torch.zeros(rank, size)
+        self.weight = nn.Parameter(start)
         self.bias = nn.Parameter(torch.zeros(rank))
 
     @override

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: adapters chosen per request by ``model``."""

@@ -1,0 +1,127 @@
+"""Builds the application: services at start, routes, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+from fastapi import FastAPI
+
+from reft_core import __version__
+from reft_core.adapter import read_adapter
+from reft_core.engine.interface import Engine
+from reft_core.errors import InvalidRequest
+from reft_core.loading import DEFAULT_CACHE, LoadedModel, load_model
+from server.errors import install_handlers
+from server.generation import Generator
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.middleware import RequestContext
+from server.registry import Registry
+from server.residency import Residency
+from server.routes import admin, chat, completions, models, ops
+from server.services import Services
+from server.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(
+    settings: Settings, engine: Engine | None = None, loaded: LoadedModel | None = None
+) -> FastAPI:
+    """The application. What is not given (model, engine) is built when it starts.
+
+    An ``engine`` that is given must not have been started, and needs its ``loaded`` model.
+    """
+    assert loaded is not None or engine is None, "an engine comes with its model"
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = await asyncio.to_thread(_build_services, settings, engine, loaded, metrics)
+        app.state.services = services
+        services.lifecycle.start()
+        log.info("ready", model=services.engine.model.name)
+        try:
+            yield
+        finally:
+            await services.lifecycle.drain()
+            services.registry.close()
+
+    app = FastAPI(
+        title="reft-serve",
+        version=__version__,
+        description="OpenAI-compatible text generation; adapters are chosen by `model`.",
+        lifespan=lifespan,
+    )
+    app.add_middleware(RequestContext, metrics=metrics)
+    install_handlers(app)
+    for module in (completions, chat, models, ops):
+        app.include_router(module.router)
+    if settings.admin_key is not None:
+        app.include_router(admin.router)
+    return app
+
+
+def load_base_model(settings: Settings) -> LoadedModel:
+    """The base model that the settings name. Raises :class:`UnsupportedModel`."""
+    device, dtype = settings.resolve_device()
+    return load_model(
+        settings.model, dtype=dtype, device=device, cache=settings.cache_dir or DEFAULT_CACHE
+    )
+
+
+def build_engine(settings: Settings, loaded: LoadedModel) -> Engine:
+    """The embedded engine over a loaded model, not started."""
+    from reft_core.engine.engine import EmbeddedEngine
+
+    return EmbeddedEngine(loaded, settings.engine_config())
+
+
+def _build_services(
+    settings: Settings, engine: Engine | None, loaded: LoadedModel | None, metrics: Metrics
+) -> Services:
+    """Every part of the server, connected. Blocks while the model loads."""
+    loaded = loaded or load_base_model(settings)
+    engine = engine or build_engine(settings, loaded)
+    registry = Registry.open(settings.data_dir, engine.model, settings.max_adapter_bytes)
+    try:
+        register_files(registry, settings.adapters, settings.max_adapter_bytes)
+    except BaseException:
+        registry.close()
+        raise
+    metrics.watch(engine)
+    residency = Residency(
+        engine, registry.read, settings.adapter_memory_bytes, metrics.count_cold_load
+    )
+    return Services(
+        settings=settings,
+        loaded=loaded,
+        engine=engine,
+        registry=registry,
+        residency=residency,
+        generator=Generator(engine, registry, residency, loaded.tokenizer, metrics),
+        metrics=metrics,
+        lifecycle=Lifecycle(engine, settings.drain_timeout_s),
+    )
+
+
+def register_files(registry: Registry, paths: tuple[Path, ...], max_bytes: int) -> None:
+    """Upload the operator's own adapter files, each under the name in its spec.
+
+    A folder means every ``.safetensors`` file directly in it. Raises
+    :class:`InvalidRequest` for a path without any, and what an upload raises.
+    """
+    for path in paths:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files or not all(file.is_file() for file in files):
+            raise InvalidRequest.because(
+                "adapters", str(path), "an adapter file, or a folder with some"
+            )
+        for file in files:
+            name = read_adapter(file, max_bytes=max_bytes).spec.name
+            uploaded = registry.upload(name, file.read_bytes())
+            log.info("adapter registered", name=name, version=uploaded.version.number)

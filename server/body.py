@@ -1,0 +1,53 @@
+"""Request bodies within a cap: counted while they arrive, whatever their headers claim."""
+
+from __future__ import annotations
+
+from fastapi import HTTPException, Request
+from starlette.types import Message, Receive
+
+JSON = "application/json"
+
+
+def check_declared_length(request: Request, max_bytes: int) -> None:
+    """Raise 413 if the request says itself that its body is over the cap."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise too_large(int(declared), max_bytes)
+
+
+def capped(receive: Receive, max_bytes: int) -> Receive:
+    """``receive``, raising 413 as soon as more than ``max_bytes`` of body have come."""
+    num_bytes = 0
+
+    async def counting() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > max_bytes:
+            raise too_large(num_bytes, max_bytes, at_least=True)
+        return message
+
+    return counting
+
+
+async def read_capped(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises 413 without reading further once it is over the cap."""
+    check_declared_length(request, max_bytes)
+    return await Request(request.scope, capped(request.receive, max_bytes)).body()
+
+
+def require_json(request: Request) -> None:
+    """Raise 415 unless the body is declared to be JSON."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != JSON:
+        raise HTTPException(415, f"content-type: got {kind!r}, expected {JSON!r}")
+
+
+def too_large(num_bytes: int, max_bytes: int, *, at_least: bool = False) -> HTTPException:
+    """The error for a body over its cap. The connection cannot be used further."""
+    size = f"{num_bytes} bytes{' or more' if at_least else ''}"
+    return HTTPException(
+        413,
+        f"body: got {size}, expected at most {max_bytes} bytes",
+        headers={"Connection": "close"},
+    )

@@ -1,0 +1,281 @@
+"""From a request to its pieces of text: resolve, tokenise, submit, detokenise.
+
+The bridge between the event loop and the engine's thread. Whatever happens to a request
+(end, stop string, error, client gone), its sub-requests are cancelled and its adapter is
+given back, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from reft_core.engine.interface import Engine, Output, Request, SamplingParams
+from reft_core.errors import EngineUnavailable, InvalidRequest, RequestFailed
+from reft_core.spec import TemplateSpec
+from server.choice import ChoiceText, Piece, TokenText
+from server.metrics import Metrics
+from server.registry import Registry, Version
+from server.residency import Residency
+from server.vocabulary import Vocabulary
+
+Encode = Callable[[PreTrainedTokenizerBase, TemplateSpec | None], list[list[int]]]
+"""Renders and tokenises a request's prompts, given the adapter's own template if it has one."""
+
+AnswerEnd = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one HTTP request asks for."""
+
+    model: str
+    encode: Encode
+    params: SamplingParams
+    """Of each choice; choice i samples with ``seed + i``."""
+    fill_context: bool = False
+    """Let answers grow to the end of the context instead of ``params.max_tokens``."""
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    strength: float | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next piece of one choice; the last of a choice has ``finish_reason``."""
+
+    index: int
+    piece: Piece
+    finish_reason: AnswerEnd | None = None
+
+
+@dataclass
+class FinishedChoice:
+    """A whole choice."""
+
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    finish_reason: AnswerEnd | None = None
+
+
+@dataclass
+class _Choice:
+    """One sub-request in the engine."""
+
+    request_id: str
+    text: ChoiceText
+    last_token_at: float | None = None
+    ended: bool = False
+    """No more of its outputs are wanted."""
+
+
+class Generator:
+    """Starts generations on one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        residency: Residency,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._residency = residency
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._vocabulary = Vocabulary(tokenizer)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids that a client sent as its prompt."""
+        return self._vocabulary.decode(token_ids)
+
+    async def start(self, job: Job) -> Generation:
+        """Accept a job and submit all of it. The caller must close what it gets.
+
+        Raises what makes a request unacceptable; then nothing is left behind.
+        """
+        arrived_at = time.perf_counter()
+        version, prompts = await asyncio.to_thread(self._prepare, job)
+        if version is not None:
+            await self._residency.acquire(version.digest, version.num_bytes)
+        generation = Generation(self, version, prompts, job.n, arrived_at)
+        try:
+            generation.submit(job)
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    def _prepare(self, job: Job) -> tuple[Version | None, list[list[int]]]:
+        """The adapter version and the prompts' tokens; blocks on the catalog and tokenizer."""
+        version = self._registry.resolve(job.model)
+        if version is None and job.strength is not None:
+            raise InvalidRequest.because(
+                "reft.strength", job.strength, "no strength, since the base model has no edits"
+            )
+        template = version.spec.template if version else None
+        return version, job.encode(self._tokenizer, template)
+
+
+class Generation:
+    """A running job: an iterator of deltas, and what is known about it as a whole.
+
+    Belongs to the event loop that started it.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        version: Version | None,
+        prompts: list[list[int]],
+        n: int,
+        arrived_at: float,
+    ) -> None:
+        self.version = version
+        self.prompts = prompts
+        self.n = n
+        self.num_edits = 0
+        """(layer, position) pairs the adapter changes, over all sub-requests."""
+        self._owner = generator
+        self._arrived_at = arrived_at
+        self._loop = asyncio.get_running_loop()
+        self._choices: list[_Choice] = []
+        self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._closed = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens generated so far, over all choices."""
+        return sum(choice.text.num_tokens for choice in self._choices)
+
+    def submit(self, job: Job) -> None:
+        """Submit every choice of every prompt; choice i of prompt p has index p·n + i."""
+        owner = self._owner
+        for prompt in self.prompts:
+            for i in range(job.n):
+                index = len(self._choices)
+                choice = _Choice(
+                    uuid.uuid4().hex,
+                    ChoiceText(owner._vocabulary, job.stops, job.params.logprobs is not None),
+                )
+                request = Request(
+                    choice.request_id,
+                    tuple(prompt),
+                    self._params(job, len(prompt), i),
+                    self.version.digest if self.version else None,
+                    job.strength,
+                )
+                ticket = owner._engine.submit(request, self._sink(index, choice))
+                self._choices.append(choice)
+                self.num_edits += ticket.num_edits
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Deltas of all choices as they come. Raises what ended a choice early."""
+        while not all(choice.ended for choice in self._choices):
+            index, output = await self._outputs.get()
+            delta = self._advance(index, output)
+            if delta is not None:
+                yield delta
+
+    async def collect(self) -> list[FinishedChoice]:
+        """Every choice, whole, in order of index."""
+        whole = [FinishedChoice() for _ in self._choices]
+        async for delta in self:
+            choice = whole[delta.index]
+            choice.text += delta.piece.text
+            choice.tokens += delta.piece.tokens
+            choice.finish_reason = delta.finish_reason
+        return whole
+
+    def close(self) -> None:
+        """Cancel whatever still runs and give the adapter back. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        for choice in self._choices:
+            if not choice.ended:
+                self._end(choice, "abort")
+                self._owner._engine.cancel(choice.request_id)
+        if self.version is not None:
+            self._owner._residency.release(self.version.digest)
+
+    def _params(self, job: Job, prompt_len: int, i: int) -> SamplingParams:
+        """Sampling of choice ``i`` of a prompt."""
+        params = job.params
+        if job.fill_context:
+            room = self._owner._engine.max_model_len - prompt_len
+            params = replace(params, max_tokens=max(1, room))
+        if params.seed is not None and i:
+            params = replace(params, seed=params.seed + i)
+        return params
+
+    def _sink(self, index: int, choice: _Choice) -> Callable[[Output], None]:
+        """Carries outputs from the engine's thread to the event loop."""
+
+        def sink(output: Output) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._receive, index, choice, output)
+            except RuntimeError:  # the loop is closed: nobody is left to tell
+                self._owner._engine.cancel(output.request_id)
+
+        return sink
+
+    def _receive(self, index: int, choice: _Choice, output: Output) -> None:
+        """Note the time of an output, and queue it if it is still wanted."""
+        metrics, now = self._owner._metrics, time.perf_counter()
+        if output.token is not None:
+            if choice.last_token_at is None:
+                metrics.observe_first_token(now - self._arrived_at)
+            else:
+                metrics.observe_gap(now - choice.last_token_at)
+            choice.last_token_at = now
+        if output.timings is not None:
+            metrics.observe_stages(output.timings)
+        if not choice.ended:
+            self._outputs.put_nowait((index, output))
+
+    def _advance(self, index: int, output: Output) -> Delta | None:
+        """The delta an output makes of its choice, if there is anything to show."""
+        choice = self._choices[index]
+        if choice.ended:
+            return None
+        reason = output.finish_reason
+        if output.token is None or reason in ("error", "cancelled"):
+            self._end(choice, "error")
+            if output.error is not None:
+                raise output.error
+            if reason == "cancelled":
+                raise EngineUnavailable("the engine cancelled the request")
+            raise RequestFailed("the engine ended the request without saying why")
+        is_last = reason is not None
+        piece = choice.text.push(output.token, is_last=is_last, hidden=reason == "stop")
+        end: AnswerEnd | None = None
+        if choice.text.stopped or reason == "stop":
+            end = "stop"
+        elif reason == "length":
+            end = "length"
+        if end is not None:
+            self._end(choice, end)
+            if not is_last:
+                self._owner._engine.cancel(choice.request_id)
+        if end is None and not piece.text and not piece.tokens:
+            return None
+        return Delta(index, piece, end)
+
+    def _end(self, choice: _Choice, reason: str) -> None:
+        """Take no more outputs of ``choice``."""
+        choice.ended = True
+        self._owner._metrics.observe_end(reason, time.perf_counter() - self._arrived_at)

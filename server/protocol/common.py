@@ -1,0 +1,206 @@
+"""Parts that requests and responses of both text APIs share."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from reft_core.engine.interface import SamplingParams
+from reft_core.errors import InvalidRequest, UnsupportedFeature
+from server.generation import Generation
+from server.settings import Settings
+
+FinishReason = Literal["stop", "length"]
+
+
+class RequestBody(BaseModel):
+    """A request body: an unknown key is an error, so that a typo is never ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(RequestBody):
+    """How a stream is sent."""
+
+    include_usage: bool = Field(False, description="send a last chunk with the token counts")
+    include_obfuscation: bool | None = Field(None, description="accepted, without effect")
+
+
+class ReftOptions(RequestBody):
+    """This server's own options, an extension of OpenAI's API."""
+
+    strength: float | None = Field(
+        None, description="multiplies the adapter's edits; 0 is the base model; default: its own"
+    )
+
+
+def _as_list(value: Any) -> Any:
+    """A lone stop string as a list; other types are refused here, with one clear message."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise ValueError("a string or a list of strings")
+
+
+def _as_token_biases(value: Any) -> Any:
+    """A logit-bias object; JSON can only spell its token ids as strings."""
+    if value is None:
+        return {}
+    if isinstance(value, dict) and all(re.fullmatch(r"\d{1,9}", str(key)) for key in value):
+        return value
+    raise ValueError("an object from token ids to numbers")
+
+
+StopStrings = Annotated[
+    list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None)
+]
+LogitBias = Annotated[
+    dict[int, float],
+    BeforeValidator(_as_token_biases, json_schema_input_type=dict[str, float] | None),
+]
+
+
+class SamplingFields(RequestBody):
+    """What both APIs let a caller say about sampling, and about the request as a whole."""
+
+    UNSUPPORTED: ClassVar[tuple[str, ...]] = ()
+    """Fields known to OpenAI's API that have no meaning here, refused when used."""
+
+    model: str = Field(
+        max_length=256,
+        description="base model or adapter: name, name@version or name@sha256:<hex digits>",
+    )
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(1, ge=1, description="choices a prompt")
+    temperature: float | None = Field(1.0, description="0 is greedy")
+    top_p: float | None = 1.0
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    logit_bias: LogitBias = Field(default={})
+    seed: int | None = Field(None, description="choice i samples with seed + i")
+    stop: StopStrings = Field(default=[])
+
+    top_k: int | None = Field(None, ge=-1, description="extension; 0 or -1 keeps all tokens")
+    min_p: float | None = Field(None, description="extension")
+    repetition_penalty: float | None = Field(None, description="extension")
+    stop_token_ids: list[int] = Field(default=[], max_length=128, description="extension")
+    ignore_eos: bool = Field(False, description="extension; generate up to max_tokens")
+    reft: ReftOptions = Field(default=ReftOptions(), description="extension")
+
+    user: str | None = Field(None, description="accepted, without effect")
+    metadata: dict[str, Any] | None = Field(None, description="accepted, without effect")
+    store: bool | None = Field(None, description="accepted; nothing is stored")
+    service_tier: str | None = Field(None, description="accepted, without effect")
+    safety_identifier: str | None = Field(None, description="accepted, without effect")
+    prompt_cache_key: str | None = Field(None, description="accepted, without effect")
+
+    def check(self, settings: Settings) -> None:
+        """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
+        for name in self.UNSUPPORTED:
+            if (value := getattr(self, name)) not in (None, [], {}):
+                raise UnsupportedFeature.because(name, value, "it left out; not supported here")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest.because(
+                "stream_options", self.stream_options.model_dump(), "null unless stream is true"
+            )
+        if self.num_choices > settings.max_n:
+            raise InvalidRequest.because("n", self.n, f"at most {settings.max_n}")
+        if len(self.stop) > settings.max_stop:
+            raise InvalidRequest.because(
+                "stop", f"{len(self.stop)} strings", f"at most {settings.max_stop}"
+            )
+        for stop in self.stop:
+            if not 1 <= len(stop) <= settings.max_stop_chars:
+                allowed = f"strings of 1 to {settings.max_stop_chars} characters"
+                raise InvalidRequest.because("stop", stop, allowed)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices wanted for each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """The engine's form of these fields. Raises :class:`InvalidRequest`."""
+        # JSON null means the default, whatever the field.
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=_default(self.temperature, 1.0),
+            top_p=_default(self.top_p, 1.0),
+            top_k=max(0, self.top_k or 0),
+            min_p=_default(self.min_p, 0.0),
+            repetition_penalty=_default(self.repetition_penalty, 1.0),
+            presence_penalty=_default(self.presence_penalty, 0.0),
+            frequency_penalty=_default(self.frequency_penalty, 0.0),
+            logit_bias=self.logit_bias,
+            seed=self.seed,
+            stop_token_ids=frozenset(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+
+def _default(value: float | None, default: float) -> float:
+    """``value``, or the default for null."""
+    return default if value is None else value
+
+
+class Usage(BaseModel):
+    """Token counts. A prompt counts once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, generation: Generation) -> Usage:
+        """The counts of a generation so far."""
+        prompt, completion = generation.num_prompt_tokens, generation.num_completion_tokens
+        return cls(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+        )
+
+
+class ReftReport(BaseModel):
+    """Which adapter answered, exactly, and how much it edited. An extension."""
+
+    adapter: str | None = Field(description="name@sha256:…, usable as a model; null: base model")
+    version: int | None
+    digest: str | None = Field(description="SHA-256 of the adapter file")
+    num_edits: int = Field(description="(layer, position) pairs edited, over all choices")
+
+    @classmethod
+    def of(cls, generation: Generation) -> ReftReport:
+        """The report of a generation."""
+        version = generation.version
+        return cls(
+            adapter=version.reference if version else None,
+            version=version.number if version else None,
+            digest=version.digest if version else None,
+            num_edits=generation.num_edits,
+        )
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error's body."""
+
+    error: ErrorDetail

@@ -1,0 +1,1 @@
+"""HTTP routes: they parse, call one service, and answer."""

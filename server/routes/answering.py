@@ -1,0 +1,91 @@
+"""What both text APIs do with a job: run it whole, or open a stream once it has begun."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from server.disconnect import unless_gone
+from server.generation import Delta, FinishedChoice, Generation, Job
+from server.services import services_of
+from server.sse import EventStream, frames
+
+Chunks = AsyncIterator[BaseModel]
+
+
+async def answer_whole(
+    request: Request,
+    job: Job,
+    build: Callable[[Generation, list[FinishedChoice]], BaseModel],
+) -> Response:
+    """The whole response, made by ``build``. Cancelled if the client goes away."""
+    generator = services_of(request).generator
+
+    async def work() -> Response:
+        generation = await generator.start(job)
+        try:
+            choices = await generation.collect()
+            body = build(generation, choices).model_dump_json()
+            headers = report_headers(generation)
+            return Response(body, media_type="application/json", headers=headers)
+        finally:
+            generation.close()
+
+    return await unless_gone(request.receive, work())
+
+
+async def answer_stream(
+    request: Request,
+    job: Job,
+    build: Callable[[Generation, AsyncIterator[Delta]], Chunks],
+) -> Response:
+    """A stream of the chunks that ``build`` makes of the deltas.
+
+    Waits for the first delta before it answers, so that a request that fails at once, also
+    in its prefill, gets a status and not an event.
+    """
+    generator = services_of(request).generator
+
+    async def begin() -> tuple[Generation, AsyncIterator[Delta]]:
+        generation = await generator.start(job)
+        try:
+            deltas = aiter(generation)
+            first = await anext(deltas)
+        except BaseException:
+            generation.close()
+            raise
+        return generation, _chain(first, deltas)
+
+    generation, deltas = await unless_gone(request.receive, begin())
+    return EventStream(
+        frames(build(generation, deltas)), generation.close, report_headers(generation)
+    )
+
+
+def report_headers(generation: Generation) -> dict[str, str]:
+    """Headers that say which adapter answered."""
+    return {
+        "x-reft-adapter": generation.version.digest if generation.version else "base",
+        "x-reft-edits": str(generation.num_edits),
+    }
+
+
+def new_id(prefix: str) -> str:
+    """A fresh response id."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """Seconds since 1970, UTC."""
+    return int(time.time())
+
+
+async def _chain(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    """``first``, then ``rest``."""
+    yield first
+    async for delta in rest:
+        yield delta

@@ -1,0 +1,111 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from transformers import PreTrainedTokenizerBase
+
+from reft_core.spec import TemplateSpec
+from reft_core.templates import encode_chat
+from server.choice import TokenText
+from server.generation import Delta, FinishedChoice, Generation, Job
+from server.protocol.chat import (
+    AnswerMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatLogprobs,
+    ChatRequest,
+    ChatResponse,
+    ChunkChoice,
+    MessageDelta,
+)
+from server.protocol.common import ReftReport, Usage
+from server.routes.answering import answer_stream, answer_whole, new_id, now
+from server.routes.guards import ApiRoute, make_router
+from server.services import services_of
+
+router = make_router(ApiRoute, tag="inference")
+
+
+@router.post("/v1/chat/completions", response_model=ChatResponse)
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation, with the adapter that ``model`` names and its template."""
+    body.check(services_of(request).settings)
+
+    def encode(
+        tokenizer: PreTrainedTokenizerBase, template: TemplateSpec | None
+    ) -> list[list[int]]:
+        return [encode_chat(tokenizer, body.conversation, template)]
+
+    limit = body.token_limit
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    job = Job(
+        model=body.model,
+        encode=encode,
+        params=body.sampling(1 if limit is None else limit, num_logprobs),
+        fill_context=limit is None,
+        n=body.num_choices,
+        stops=tuple(body.stop),
+        strength=body.reft.strength,
+    )
+    head = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
+
+    def whole(generation: Generation, choices: list[FinishedChoice]) -> ChatResponse:
+        return ChatResponse(
+            **head,
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=AnswerMessage(content=choice.text),
+                    logprobs=_logprobs(body, choice.tokens),
+                    finish_reason=choice.finish_reason,
+                )
+                for index, choice in enumerate(choices)
+            ],
+            usage=Usage.of(generation),
+            reft=ReftReport.of(generation),
+        )
+
+    async def chunks(
+        generation: Generation, deltas: AsyncIterator[Delta]
+    ) -> AsyncIterator[ChatChunk]:
+        # Left out, not null, unless the caller wants a usage chunk: as in OpenAI's API.
+        shared: dict[str, Any] = {**head, "object": "chat.completion.chunk"}
+        if body.include_usage:
+            shared["usage"] = None
+        first: dict[str, Any] = {"reft": ReftReport.of(generation)}
+        opening = MessageDelta(role="assistant", content="")
+        for index in range(body.num_choices):
+            yield ChatChunk(**shared, **first, choices=[_chunk_choice(index, opening)])
+            first = {}
+        async for delta in deltas:
+            text = delta.piece.text
+            message = MessageDelta(content=text) if text else MessageDelta()
+            choice = _chunk_choice(
+                delta.index,
+                message,
+                logprobs=_logprobs(body, delta.piece.tokens),
+                finish_reason=delta.finish_reason,
+            )
+            yield ChatChunk(**shared, choices=[choice])
+        if body.include_usage:
+            yield ChatChunk(**{**shared, "usage": Usage.of(generation)}, choices=[])
+
+    if body.stream:
+        return await answer_stream(request, job, chunks)
+    return await answer_whole(request, job, whole)
+
+
+def _chunk_choice(index: int, delta: MessageDelta, **rest: Any) -> ChunkChoice:
+    """A chunk's choice with every field spelt out, also those that are null."""
+    return ChunkChoice(
+        **{"logprobs": None, "finish_reason": None, **rest}, index=index, delta=delta
+    )
+
+
+def _logprobs(body: ChatRequest, tokens: Sequence[TokenText]) -> ChatLogprobs | None:
+    """The log-probabilities of some tokens, if they are wanted."""
+    return ChatLogprobs.of(tokens) if body.logprobs else None

@@ -1,0 +1,74 @@
+"""The process that serves: uvicorn, with an end that keeps its promises."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.lifecycle import Lifecycle
+from server.settings import Settings
+
+_CLOSE_TIMEOUT_S = 5
+"""Time for last bytes to leave, once every request has its answer."""
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends in order on SIGTERM or SIGINT.
+
+    ``/readyz`` turns 503 while the port stays open, requests in flight finish within the
+    drain timeout, then the server closes and the process exits with 0. A second signal
+    ends it at once.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                lifespan="on",
+                ws="none",
+                log_config=None,  # server.logs has set it up
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+            )
+        )
+        self._app = app
+        self._on_ready = on_ready
+        self._end_requested = False
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Bind the port, then say where."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready(self.url)
+
+    @property
+    def url(self) -> str:
+        """Address the server listens on, with the port it really got."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; on a second signal, end now."""
+        # Not handed to uvicorn, which would raise the signal again after its shutdown and
+        # so turn an orderly end into death by signal.
+        if self._end_requested:
+            self.should_exit = self.force_exit = True
+        self._end_requested = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second: move the end along, if it has begun."""
+        if self._end_requested and self._draining is None:
+            lifecycle: Lifecycle = self._app.state.services.lifecycle
+            self._draining = asyncio.create_task(lifecycle.drain())
+        if self._draining is not None and self._draining.done():
+            self.should_exit = True
+        return await super().on_tick(counter)

@@ -1,0 +1,38 @@
+"""What the routes share: one object, built at start, reached from a request."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import cast
+
+from fastapi import Request
+
+from reft_core.engine.interface import Engine
+from reft_core.loading import LoadedModel
+from server.generation import Generator
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.registry import Registry
+from server.residency import Residency
+from server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of one running server."""
+
+    settings: Settings
+    loaded: LoadedModel
+    engine: Engine
+    registry: Registry
+    residency: Residency
+    generator: Generator
+    metrics: Metrics
+    lifecycle: Lifecycle
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+
+def services_of(request: Request) -> Services:
+    """The services of the server that got ``request``."""
+    return cast(Services, request.app.state.services)

@@ -1,0 +1,129 @@
+"""Every setting of the server, from arguments, ``REFT_*`` variables or defaults.
+
+The only module that reads the environment. It imports neither torch nor the engine, so the
+command line stays quick; both are imported where a method needs them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from reft_core.engine.config import EngineConfig
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Settings of one server process; immutable. An unknown argument is refused.
+
+    Precedence: constructor arguments, then ``REFT_<FIELD>`` variables, then the defaults.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="REFT_",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,  # a refused key must not end up in a log
+    )
+
+    model: str = Field(default="demo", description="hub id, folder, or 'demo'")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+    device: str = Field(default="auto", description="auto: cuda where there is one, else cpu")
+    num_threads: int | None = Field(default=None, ge=1, description="None: torch's choice")
+    cache_dir: Path | None = Field(default=None, description="derived files; None: ~/.cache")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    api_key: SecretStr | None = Field(
+        default=None, min_length=8, description="bearer key of /v1; needed off loopback"
+    )
+    admin_key: SecretStr | None = Field(
+        default=None, min_length=16, description="bearer key of /admin; None: no such routes"
+    )
+
+    data_dir: Path = Field(default=Path("data"), description="catalog and adapter files")
+    adapters: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default=(),
+        description="adapter files, or folders of them, registered at start under the name "
+        f"in their spec; in the environment separated by '{os.pathsep}'",
+    )
+
+    max_model_len: int = Field(default=2048, ge=2, description="prompt and answer, in tokens")
+    max_num_seqs: int = Field(default=16, ge=1, description="requests decoded together")
+    max_waiting: int = Field(default=1024, ge=1, description="queued requests; beyond: 429")
+    max_prefill_tokens: int = Field(default=512, ge=1, description="prompt tokens a step")
+    adapter_memory_bytes: int = Field(default=1024 * MIB, ge=MIB, description="loaded adapters")
+
+    max_body_bytes: int = Field(default=2 * MIB, ge=1024, description="a JSON request body")
+    max_adapter_bytes: int = Field(default=64 * MIB, ge=1024, description="one adapter file")
+    max_n: int = Field(default=8, ge=1, le=128, description="choices a request")
+    max_prompts: int = Field(default=64, ge=1, le=1024, description="prompts a completion")
+    max_stop: int = Field(default=16, ge=1, le=64, description="stop strings a request")
+    max_stop_chars: int = Field(default=256, ge=1, le=1024, description="length of each")
+
+    drain_timeout_s: float = Field(default=30.0, ge=0, le=3600)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _split_paths(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part for part in value.split(os.pathsep) if part)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.api_key is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host: got {self.host!r}, expected a loopback address such as 127.0.0.1 while "
+                "no api_key is set; set REFT_API_KEY to listen on other addresses"
+            )
+        if self.max_adapter_bytes > self.adapter_memory_bytes:
+            raise ValueError(
+                f"max_adapter_bytes: got {self.max_adapter_bytes}, expected at most "
+                f"adapter_memory_bytes ({self.adapter_memory_bytes})"
+            )
+        return self
+
+    def resolve_device(self) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
+        """Device and dtype with ``auto`` decided. Asks torch what there is."""
+        import torch
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.dtype == "auto":
+            return device, "float32" if device == "cpu" else "bfloat16"
+        return device, self.dtype
+
+    def engine_config(self) -> EngineConfig:
+        """The part of the settings that the engine needs."""
+        from reft_core.engine.config import EngineConfig
+
+        return EngineConfig(
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_waiting=self.max_waiting,
+            max_prefill_tokens=self.max_prefill_tokens,
+            num_threads=self.num_threads,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

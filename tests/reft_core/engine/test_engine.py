@@ -1,0 +1,860 @@
+"""The embedded engine's promises: every request ends, alone, and disturbs no other.
+
+Most tests drive :meth:`EmbeddedEngine.step` themselves, so that what happens in which step is
+certain; those about the engine's own thread start it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import reft_core.engine.runner as runner_module
+from reft_core.adapter import Adapter
+from reft_core.engine.attention import DecodeBatch
+from reft_core.engine.config import EngineConfig
+from reft_core.engine.engine import MAX_STRENGTH, EmbeddedEngine
+from reft_core.engine.generate import generate
+from reft_core.engine.interface import Output, Request, SamplingParams
+from reft_core.engine.kv import SlotKV
+from reft_core.engine.runner import ModelRunner
+from reft_core.engine.scheduler import Chunk
+from reft_core.errors import (
+    AdapterMismatch,
+    EngineOverloaded,
+    EngineUnavailable,
+    InvalidRequest,
+    PromptTooLong,
+    RequestFailed,
+)
+from tests.factories import (
+    VOCAB_SIZE,
+    Recorder,
+    random_adapter,
+    random_prompt,
+    shift_adapter,
+    tiny_description,
+    tiny_loaded,
+    tiny_model,
+)
+from tests.reference.slow import reference_generate
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+WAIT_S = 20.0
+"""Longest a test waits for the engine's thread; it takes milliseconds."""
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return replace(GREEDY, max_tokens=max_tokens)
+
+
+def make_engine(*adapters: Adapter, **config: int) -> EmbeddedEngine:
+    """An engine that is not started, over four slots of 64 tokens unless told otherwise."""
+    sizes = {"max_num_seqs": 4, "max_model_len": 64} | config
+    engine = EmbeddedEngine(tiny_loaded(), EngineConfig(**sizes))
+    for adapter in adapters:
+        engine.load_adapter(adapter)
+    return engine
+
+
+def submit(
+    engine: EmbeddedEngine,
+    request_id: str,
+    prompt: Sequence[int],
+    params: SamplingParams = GREEDY,
+    adapter: Adapter | None = None,
+    strength: float | None = None,
+) -> Recorder:
+    recorder = Recorder()
+    digest = adapter.digest if adapter else None
+    engine.submit(Request(request_id, tuple(prompt), params, digest, strength), recorder)
+    return recorder
+
+
+def step_until(engine: EmbeddedEngine, done: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if done():
+            return
+        engine.step()
+    pytest.fail("still not done after 500 steps")
+
+
+def finish(engine: EmbeddedEngine, *recorders: Recorder) -> None:
+    """Step until these have ended."""
+    step_until(engine, lambda: all(recorder.finish_reason for recorder in recorders))
+
+
+@contextmanager
+def started(engine: EmbeddedEngine) -> Iterator[EmbeddedEngine]:
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@cache
+def reference_model() -> PreTrainedModel:
+    return tiny_model()
+
+
+def expected(
+    prompt: Sequence[int],
+    params: SamplingParams = GREEDY,
+    adapter: Adapter | None = None,
+    strength: float = 1.0,
+) -> list[int]:
+    """What the slow reference answers."""
+    return reference_generate(
+        reference_model(), tuple(prompt), params.max_tokens, adapter, strength
+    )
+
+
+@cache
+def mild_adapter() -> Adapter:
+    return random_adapter(tiny_description(), seed=1, rank=2, positions="f2+l2")
+
+
+@cache
+def poison() -> Adapter:
+    """Finite numbers that overflow float32 at every prompt token, so keys and values are NaN."""
+    return shift_adapter(tiny_description(), shift=3e38, gain=3e38)
+
+
+def assert_idle(engine: EmbeddedEngine) -> None:
+    """No request is left anywhere."""
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.kv_tokens_used) == (0, 0, 0)
+    assert engine.healthy
+
+
+# What a request gets ----------------------------------------------------------------------
+
+
+def test_outputs_of_one_request() -> None:
+    """A token each, in order; the last alone carries the reason and the timings."""
+    engine = make_engine()
+    recorder = Recorder()
+    prompt = random_prompt(9)
+    ticket = engine.submit(Request("r", prompt, GREEDY), recorder)
+    assert (ticket.request_id, ticket.num_prompt_tokens, ticket.num_edits) == ("r", 9, 0)
+    assert recorder.outputs == [], "nothing happens before a step"
+    finish(engine, recorder)
+    assert recorder.token_ids == expected(prompt)
+    *early, last = recorder.outputs
+    assert all(
+        (output.finish_reason, output.error, output.timings) == (None, None, None)
+        for output in early
+    )
+    assert (last.finish_reason, last.error) == ("length", None)
+    assert last.timings is not None
+    assert min(last.timings.queue_s, last.timings.prefill_s, last.timings.decode_s) >= 0
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("how", ["stop_token_ids", "eos"])
+def test_a_stop_token_ends_and_is_delivered(how: str, at: int) -> None:
+    prompt = random_prompt(9, seed=3)
+    answer = expected(prompt)
+    assert answer.index(answer[at]) == at, "the token must not come earlier"
+    engine = make_engine()
+    params = replace(GREEDY, stop_token_ids=frozenset({answer[at]}))
+    if how == "eos":
+        engine._loaded.model.generation_config.eos_token_id = answer[at]
+        params = replace(GREEDY, ignore_eos=False)
+    stopped = submit(engine, "stopped", prompt, params)
+    ignored = submit(engine, "ignored", prompt)
+    finish(engine, stopped, ignored)
+    assert (stopped.finish_reason, stopped.token_ids) == ("stop", answer[: at + 1])
+    assert (ignored.finish_reason, ignored.token_ids) == ("length", answer)
+
+
+@pytest.mark.parametrize("prompt_len", [1, 63])
+def test_a_request_may_fill_its_slot_to_the_last_token(prompt_len: int) -> None:
+    engine = make_engine(max_prefill_tokens=16)
+    prompt, params = random_prompt(prompt_len), greedy(64 - prompt_len)
+    recorder = submit(engine, "r", prompt, params)
+    finish(engine, recorder)
+    assert (recorder.finish_reason, recorder.token_ids) == ("length", expected(prompt, params))
+
+
+def test_the_contexts_length_is_capped_by_the_models() -> None:
+    assert make_engine(max_model_len=100_000).max_model_len == 256
+
+
+def test_ticket_and_stats_agree_on_the_edits() -> None:
+    """Also at strength 0, where the adapter changes nothing."""
+    adapter = mild_adapter()
+    engine = make_engine(adapter, max_prefill_tokens=3)
+    for strength, per_layer in [(None, 4), (2.0, 4), (0.0, 0)]:
+        before = engine.stats().edits_applied_total
+        recorder = Recorder()
+        request = Request(f"{strength}", random_prompt(9), GREEDY, adapter.digest, strength)
+        ticket = engine.submit(request, recorder)
+        finish(engine, recorder)
+        applied = engine.stats().edits_applied_total - before
+        # Layers 0 to 2 at four positions; of the last layer's only the last token's lives.
+        assert applied == (3 * per_layer + 1 if per_layer else 0)
+        assert ticket.num_edits == applied
+
+
+def test_counters() -> None:
+    adapter = mild_adapter()
+    engine = make_engine(adapter, max_num_seqs=2, max_prefill_tokens=4)
+    recorders = [submit(engine, name, random_prompt(6)) for name in "abc"]
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_slots) == (0, 3, 2)
+    assert (stats.kv_tokens_used, stats.kv_tokens_capacity) == (0, 2 * 64)
+    assert stats.num_resident_adapters == 1
+    assert stats.resident_adapter_bytes == adapter.num_bytes
+    engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (2, 1)
+    assert (stats.prompt_tokens_total, stats.generated_tokens_total) == (4, 0)
+    assert (stats.kv_tokens_used, stats.prefill_steps_total) == (4, 1)
+    assert stats.decode_steps_total == 0
+    engine.step()  # the other two tokens of a, two of b; a's first token, and its second
+    stats = engine.stats()
+    assert (stats.prompt_tokens_total, stats.generated_tokens_total) == (8, 2)
+    assert (stats.prefill_steps_total, stats.decode_steps_total) == (2, 1)
+    assert stats.kv_tokens_used == 7 + 2
+    finish(engine, *recorders)
+    stats = engine.stats()
+    assert (stats.prompt_tokens_total, stats.generated_tokens_total) == (18, 18)
+    assert stats.edits_applied_total == 0
+    assert_idle(engine)
+
+
+def test_seeds_reproduce_whatever_else_is_in_the_batch() -> None:
+    """Alone, in a crowd, after it, and with the prompt cut into chunks."""
+    adapter = mild_adapter()
+    prompt = random_prompt(11, seed=4)
+
+    def sampled(seed: int) -> SamplingParams:
+        return SamplingParams(max_tokens=12, seed=seed, ignore_eos=True)
+
+    def crowd(engine: EmbeddedEngine) -> list[Recorder]:
+        return [
+            submit(engine, f"crowd{i}", random_prompt(5 + i), GREEDY, adapter) for i in range(5)
+        ]
+
+    answers = []
+    for budget, before, after in [(512, False, False), (512, True, True), (3, True, False)]:
+        engine = make_engine(adapter, max_num_seqs=8, max_prefill_tokens=budget)
+        others = crowd(engine) if before else []
+        engine.step()
+        recorder = submit(engine, "seeded", prompt, sampled(7), adapter)
+        if after:
+            engine.step()
+            others += [submit(engine, "late", random_prompt(3), SamplingParams())]
+        finish(engine, recorder, *others)
+        answers.append(recorder.token_ids)
+    assert answers[0] == answers[1] == answers[2]
+    engine = make_engine(adapter)
+    other = submit(engine, "other seed", prompt, sampled(8), adapter)
+    finish(engine, other)
+    assert other.token_ids != answers[0]
+
+
+# What is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "cls", "field", "message"),
+    [
+        (
+            Request("r", ()),
+            InvalidRequest,
+            "prompt",
+            "prompt: got (), expected at least one token",
+        ),
+        *(
+            (
+                Request("r", (5, token)),
+                InvalidRequest,
+                "prompt",
+                f"prompt: got {token}, expected token ids 0 to {VOCAB_SIZE - 1}",
+            )
+            for token in (-1, VOCAB_SIZE)
+        ),
+        (
+            Request("r", (5,), SamplingParams(logit_bias={VOCAB_SIZE: 1})),
+            InvalidRequest,
+            "logit_bias",
+            f"logit_bias: got {VOCAB_SIZE}, expected token ids 0 to {VOCAB_SIZE - 1}",
+        ),
+        (
+            Request("r", (5,), SamplingParams(stop_token_ids=frozenset({-1}))),
+            InvalidRequest,
+            "stop_token_ids",
+            f"stop_token_ids: got -1, expected token ids 0 to {VOCAB_SIZE - 1}",
+        ),
+        (
+            Request("r", (5,) * 60, SamplingParams(max_tokens=5)),
+            PromptTooLong,
+            "prompt",
+            "prompt: got 65, expected at most 64 tokens together (60 of prompt and max_tokens 5 "
+            "make 65)",
+        ),
+        (
+            Request("r", (5,) * 64, SamplingParams(max_tokens=1)),
+            PromptTooLong,
+            "prompt",
+            "prompt: got 65, expected at most 64 tokens together (64 of prompt and max_tokens 1 "
+            "make 65)",
+        ),
+        (
+            Request("r", (5,), GREEDY, "f" * 64),
+            InvalidRequest,
+            "adapter",
+            f"adapter: got '{'f' * 64}', expected a loaded digest",
+        ),
+        *(
+            (
+                Request("r", (5,), GREEDY, mild_adapter().digest, strength),
+                InvalidRequest,
+                "strength",
+                f"strength: got {strength}, expected a number from -{MAX_STRENGTH} to "
+                f"{MAX_STRENGTH}",
+            )
+            for strength in (100.1, -1e9, float("inf"), float("nan"))
+        ),
+    ],
+)
+def test_submit_refuses_what_does_not_fit(
+    request_: Request, cls: type[InvalidRequest], field: str, message: str
+) -> None:
+    engine = make_engine(mild_adapter())
+    recorder = Recorder()
+    with pytest.raises(cls) as caught:
+        engine.submit(request_, recorder)
+    assert type(caught.value) is cls
+    assert caught.value.field == field
+    assert str(caught.value) == message
+    engine.step()
+    assert recorder.outputs == []
+    assert_idle(engine)
+
+
+def test_a_request_id_is_used_once_at_a_time() -> None:
+    engine = make_engine()
+    first = submit(engine, "r", random_prompt(3))
+    with pytest.raises(InvalidRequest, match="request_id: got 'r', expected an unused id"):
+        submit(engine, "r", random_prompt(3))
+    finish(engine, first)
+    again = submit(engine, "r", random_prompt(3))
+    finish(engine, again)
+    assert again.token_ids == first.token_ids == expected(random_prompt(3))
+
+
+def test_an_adapter_of_another_model_is_not_loaded() -> None:
+    engine = make_engine()
+    stranger = random_adapter(replace(tiny_description(), vocab_size=VOCAB_SIZE + 1))
+    with pytest.raises(AdapterMismatch, match="vocab_size"):
+        engine.load_adapter(stranger)
+    assert not engine.has_adapter(stranger.digest)
+
+
+def test_a_full_queue_refuses_and_recovers() -> None:
+    """Two slots and one that waits; the refused one may come back."""
+    engine = make_engine(max_num_seqs=2, max_waiting=1)
+    open_ = [submit(engine, f"r{i}", random_prompt(4, i)) for i in range(3)]
+    for _ in range(2):
+        with pytest.raises(EngineOverloaded, match="3 requests are open, at most 3") as caught:
+            submit(engine, "late", random_prompt(4))
+        assert caught.value.retry_after_s > 0
+        engine.step()
+    finish(engine, open_[0])
+    late = submit(engine, "late", random_prompt(4, 9))
+    finish(engine, late, *open_)
+    assert late.token_ids == expected(random_prompt(4, 9))
+    assert [r.token_ids for r in open_] == [expected(random_prompt(4, i)) for i in range(3)]
+
+
+# Cancelling -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_cancelling_a_running_request_frees_its_slot(steps: int) -> None:
+    """Before its first step, while its prompt is prefilled, and while it decodes."""
+    engine = make_engine(max_num_seqs=1, max_prefill_tokens=4)
+    recorder = submit(engine, "r", random_prompt(7), greedy(40))
+    waiting = submit(engine, "next", random_prompt(5))
+    for _ in range(steps):
+        engine.step()
+    delivered = recorder.token_ids
+    engine.cancel("r")
+    engine.step()
+    assert (
+        recorder.token_ids == delivered == expected(random_prompt(7), greedy(40))[: len(delivered)]
+    )
+    last = recorder.outputs[-1]
+    assert (last.finish_reason, last.token, last.error) == ("cancelled", None, None)
+    assert last.timings is not None
+    assert engine.stats().num_running == 1, "the next took the slot in the same step"
+    finish(engine, waiting)
+    assert waiting.token_ids == expected(random_prompt(5))
+    assert_idle(engine)
+
+
+def test_cancelling_a_waiting_request_disturbs_nobody() -> None:
+    engine = make_engine(max_num_seqs=1)
+    running = submit(engine, "running", random_prompt(7))
+    waiting = [submit(engine, f"waiting{i}", random_prompt(5, i)) for i in range(3)]
+    engine.step()
+    engine.cancel("waiting1")
+    engine.step()
+    assert waiting[1].finish_reason == "cancelled"
+    assert engine.stats().num_waiting == 2
+    finish(engine, running, *waiting)
+    assert running.token_ids == expected(random_prompt(7))
+    for index in (0, 2):
+        assert waiting[index].token_ids == expected(random_prompt(5, index))
+    assert waiting[1].tokens == []
+    assert_idle(engine)
+
+
+def test_cancelling_twice_too_late_or_nothing_is_harmless() -> None:
+    engine = make_engine()
+    engine.cancel("nobody")
+    recorder = submit(engine, "r", random_prompt(3))
+    finish(engine, recorder)
+    engine.cancel("r")
+    again = submit(engine, "r", random_prompt(3))
+    engine.cancel("r")
+    engine.cancel("r")
+    finish(engine, again)
+    assert recorder.finish_reason == "length"
+    assert [output.finish_reason for output in again.outputs] == ["cancelled"]
+    assert_idle(engine)
+
+
+def test_a_cancellation_does_not_outlive_its_request() -> None:
+    """Cancelled by its own sink at its last token; the next request of that id runs."""
+    engine = make_engine()
+    seen: list[Output] = []
+
+    def sink(output: Output) -> None:
+        seen.append(output)
+        if output.finish_reason:
+            engine.cancel("r")
+
+    engine.submit(Request("r", random_prompt(3), GREEDY), sink)
+    step_until(engine, lambda: bool(seen and seen[-1].finish_reason))
+    again = submit(engine, "r", random_prompt(3))
+    finish(engine, again)
+    assert again.token_ids == expected(random_prompt(3))
+
+
+# One request's failure is its own ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("raises_at", [1, 2, 6])
+def test_a_sink_that_raises_loses_its_own_outputs_alone(raises_at: int) -> None:
+    """At its first, an early and its last output."""
+    engine = make_engine(max_num_seqs=2)
+    calls: list[Output] = []
+
+    def broken(output: Output) -> None:
+        calls.append(output)
+        if len(calls) >= raises_at:
+            raise RuntimeError("client gone")
+
+    engine.submit(Request("broken", random_prompt(6), GREEDY), broken)
+    others = [submit(engine, f"r{i}", random_prompt(6, i)) for i in range(3)]
+    finish(engine, *others)
+    for index, other in enumerate(others):
+        assert other.token_ids == expected(random_prompt(6, index))
+    assert len(calls) <= raises_at + 2
+    assert calls[-1].finish_reason == ("length" if raises_at == 6 else "cancelled")
+    assert_idle(engine)
+    again = submit(engine, "broken", random_prompt(6))
+    finish(engine, again)
+    assert again.token_ids == expected(random_prompt(6)), "its id is free again"
+
+
+LONG, SHORT = random_prompt(24, seed=1), random_prompt(3, seed=2)
+
+
+def poison_fails(engine: EmbeddedEngine) -> None:
+    """Prefilled at once, and refused by the sampler."""
+    victim = submit(engine, "poisoned", random_prompt(20), GREEDY, poison())
+    finish(engine, victim)
+    assert isinstance(victim.error, RequestFailed)
+    assert "not finite" in str(victim.error)
+    assert victim.tokens == []
+
+
+def poison_is_cancelled(engine: EmbeddedEngine) -> None:
+    """Half of its prompt is prefilled; nobody has looked at its numbers yet."""
+    victim = submit(engine, "poisoned", random_prompt(20), GREEDY, poison())
+    step_until(engine, lambda: engine.stats().num_running == 2)
+    engine.step()
+    engine.cancel("poisoned")
+    finish(engine, victim)
+    assert victim.finish_reason == "cancelled"
+
+
+def poison_moves_and_fails(engine: EmbeddedEngine) -> None:
+    """Half prefilled it moves into the slot of one that ends, and fails there."""
+    first = submit(engine, "first", SHORT, greedy(2))
+    victim = submit(engine, "poisoned", random_prompt(20), GREEDY, poison())
+    finish(engine, first)
+    assert victim.finish_reason is None
+    assert engine.stats().num_running == 2
+    finish(engine, victim)
+    assert isinstance(victim.error, RequestFailed)
+
+
+def poison_moves_as_it_fails(engine: EmbeddedEngine) -> None:
+    """In the very step that finds it out, one before it ends and it moves there first."""
+    first = submit(engine, "first", SHORT, greedy(1))
+    victim = submit(engine, "poisoned", random_prompt(5), GREEDY, poison())
+    engine.step()
+    assert first.finish_reason == "length"
+    assert isinstance(victim.error, RequestFailed)
+
+
+def poison_ends_unseen(engine: EmbeddedEngine) -> None:
+    """A sink that raises at the error ends like any other."""
+
+    def broken(output: Output) -> None:
+        raise RuntimeError("client gone")
+
+    request = Request("poisoned", random_prompt(20), GREEDY, poison().digest)
+    engine.submit(request, broken)
+    step_until(engine, lambda: engine.stats().num_waiting + engine.stats().num_running == 1)
+
+
+POISONINGS = [
+    poison_fails,
+    poison_is_cancelled,
+    poison_moves_and_fails,
+    poison_moves_as_it_fails,
+    poison_ends_unseen,
+]
+
+
+def run_after_poison(way: Callable[[EmbeddedEngine], None]) -> tuple[Recorder, list[Recorder]]:
+    """A long neighbour that decodes throughout, and short requests in every other slot after."""
+    engine = make_engine(poison(), mild_adapter(), max_num_seqs=3, max_prefill_tokens=8)
+    neighbour = submit(engine, "neighbour", LONG, greedy(30), mild_adapter())
+    step_until(engine, lambda: len(neighbour.tokens) >= 1)
+    way(engine)
+    assert neighbour.finish_reason is None, "it must still decode beside what follows"
+    after = [submit(engine, f"after{i}", SHORT) for i in range(2)]
+    finish(engine, neighbour, *after)
+    assert_idle(engine)
+    return neighbour, after
+
+
+@pytest.mark.parametrize("way", POISONINGS)
+def test_a_poisonous_adapter_hurts_neither_neighbours_nor_successors(
+    way: Callable[[EmbeddedEngine], None],
+) -> None:
+    """NaN left in a slot reaches the next request there: attention weighs it 0, and 0·NaN is NaN.
+
+    The neighbour's context is longer than the successors', so their rows attend, masked, over
+    what the poisoned request left behind.
+    """
+    neighbour, after = run_after_poison(way)
+    assert neighbour.token_ids == expected(LONG, greedy(30), mild_adapter())
+    for successor in after:
+        assert successor.error is None, successor.error
+        assert successor.token_ids == expected(SHORT)
+
+
+def test_without_clearing_the_poison_would_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above: it can fail."""
+    monkeypatch.setattr(SlotKV, "clear", lambda self, *_: None)
+    neighbour, after = run_after_poison(poison_fails)
+    assert neighbour.token_ids == expected(LONG, greedy(30), mild_adapter())
+    assert any(successor.token_ids != expected(SHORT) for successor in after)
+
+
+def test_a_prefill_that_raises_fails_its_own_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The packed forward is tried again, a request at a time."""
+    prefill = ModelRunner.prefill
+
+    def fragile(self: ModelRunner, chunks: Sequence[Chunk]) -> torch.Tensor:
+        if any(chunk.sequence.request.request_id == "bad" for chunk in chunks):
+            raise RuntimeError("kernel launch failed")
+        return prefill(self, chunks)
+
+    monkeypatch.setattr(ModelRunner, "prefill", fragile)
+    engine = make_engine(mild_adapter())
+    prompts = {name: random_prompt(5 + i, i) for i, name in enumerate(["a", "bad", "c", "d"])}
+    adapters = {"a": mild_adapter(), "d": mild_adapter()}
+    recorders = {
+        name: submit(engine, name, prompt, GREEDY, adapters.get(name))
+        for name, prompt in prompts.items()
+    }
+    finish(engine, *recorders.values())
+    bad = recorders.pop("bad")
+    assert isinstance(bad.error, RequestFailed)
+    assert "kernel launch failed" in str(bad.error)
+    assert len(bad.outputs) == 1
+    for name, recorder in recorders.items():
+        assert recorder.token_ids == expected(prompts[name], GREEDY, adapters.get(name))
+    stats = engine.stats()
+    assert stats.prompt_tokens_total == sum(len(p) for n, p in prompts.items() if n != "bad")
+    assert_idle(engine)
+
+
+def test_a_decode_that_raises_ends_its_batch_and_not_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that decode fail; one that is still prefilled, and later ones, are answered."""
+    engine = make_engine(max_prefill_tokens=8)
+    decoding = [submit(engine, f"r{i}", random_prompt(4, i)) for i in range(2)]
+    engine.step()
+    prefilling = submit(engine, "prefilling", LONG)
+    with monkeypatch.context() as patch:
+
+        def fail(self: ModelRunner, running: object) -> torch.Tensor:
+            raise RuntimeError("out of memory")
+
+        patch.setattr(ModelRunner, "decode", fail)
+        engine.step()
+    for recorder in decoding:
+        assert isinstance(recorder.error, RequestFailed)
+        assert "out of memory" in str(recorder.error)
+    after = submit(engine, "after", SHORT)
+    finish(engine, prefilling, after)
+    assert prefilling.token_ids == expected(LONG)
+    assert after.token_ids == expected(SHORT)
+    assert_idle(engine)
+
+
+# Adapters come and go ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_unloading_does_not_disturb_who_runs(steps: int) -> None:
+    """Waiting, in the middle of its prefill, and decoding."""
+    adapter = mild_adapter()
+    engine = make_engine(adapter, max_prefill_tokens=4)
+    recorder = submit(engine, "r", LONG[:9], GREEDY, adapter)
+    for _ in range(steps):
+        engine.step()
+    engine.unload_adapter(adapter.digest)
+    engine.unload_adapter(adapter.digest)
+    assert not engine.has_adapter(adapter.digest)
+    assert engine.stats().num_resident_adapters == 0
+    with pytest.raises(InvalidRequest, match="expected a loaded digest"):
+        submit(engine, "late", SHORT, GREEDY, adapter)
+    finish(engine, recorder)
+    assert recorder.token_ids == expected(LONG[:9], GREEDY, adapter)
+    assert recorder.token_ids != expected(LONG[:9]), "the adapter must matter"
+    engine.load_adapter(adapter)
+    engine.load_adapter(adapter)
+    assert engine.has_adapter(adapter.digest)
+    assert engine.stats().num_resident_adapters == 1
+
+
+def test_decode_runs_no_edit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hook on any module and no call of apply_edits; while prefill has both."""
+    apply_edits, forward = runner_module.apply_edits, ModelRunner._forward
+    hooks: dict[str, list[int]] = {"prefill": [], "decode": []}
+    applied: list[str] = []
+    phase = ""
+
+    def spy_apply(*args: Any) -> None:
+        applied.append(phase)
+        apply_edits(*args)
+
+    def spy_forward(self: ModelRunner, *args: Any) -> torch.Tensor:
+        nonlocal phase
+        phase = "decode" if isinstance(args[2], DecodeBatch) else "prefill"
+        modules = list(self._model.modules())
+        hooks[phase].append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
+        return forward(self, *args)
+
+    engine = make_engine(mild_adapter(), max_prefill_tokens=8)
+    monkeypatch.setattr(runner_module, "apply_edits", spy_apply)
+    monkeypatch.setattr(ModelRunner, "_forward", spy_forward)
+    recorders = [submit(engine, f"r{i}", LONG[: 5 + i], GREEDY, mild_adapter()) for i in range(3)]
+    finish(engine, *recorders)
+    assert hooks["decode"], "there was a decode"
+    assert set(hooks["decode"]) == {0}
+    assert max(hooks["prefill"]) == 4, "a hook a layer"
+    assert set(applied) == {"prefill"}
+
+
+# Starting, draining, stopping, dying ------------------------------------------------------
+
+
+def test_requests_wait_for_the_start() -> None:
+    engine = make_engine()
+    done = threading.Event()
+    recorder = Recorder()
+
+    def sink(output: Output) -> None:
+        recorder(output)
+        if output.finish_reason:
+            done.set()
+
+    engine.submit(Request("r", SHORT, GREEDY), sink)
+    with started(engine):
+        assert done.wait(WAIT_S)
+    assert recorder.token_ids == expected(SHORT)
+
+
+def test_draining_refuses_new_requests_and_finishes_the_old() -> None:
+    engine = make_engine()
+    recorder = submit(engine, "r", SHORT)
+    assert engine.drain(timeout_s=0) is False, "it is still open"
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        submit(engine, "late", SHORT)
+    assert engine.healthy
+    with started(engine):
+        assert engine.drain(WAIT_S) is True
+        assert recorder.token_ids == expected(SHORT)
+        with pytest.raises(EngineUnavailable):
+            submit(engine, "late", SHORT)
+
+
+def test_draining_an_idle_engine_takes_no_time() -> None:
+    assert make_engine().drain(timeout_s=0) is True
+
+
+def test_stopping_ends_every_open_request() -> None:
+    """One that runs and one that waits; both learn why."""
+    engine = make_engine(max_num_seqs=1, max_model_len=256)
+    first_token = threading.Event()
+    running = Recorder()
+
+    def sink(output: Output) -> None:
+        running(output)
+        first_token.set()
+
+    engine.submit(Request("running", SHORT, greedy(250)), sink)
+    waiting = submit(engine, "waiting", SHORT)
+    engine.start()
+    assert first_token.wait(WAIT_S)
+    engine.stop()
+    for recorder in (running, waiting):
+        last = recorder.outputs[-1]
+        assert last.finish_reason == "error"
+        assert isinstance(last.error, EngineUnavailable)
+        assert "stopped" in str(last.error)
+        assert sum(output.finish_reason is not None for output in recorder.outputs) == 1
+    assert not engine.healthy
+    with pytest.raises(EngineUnavailable):
+        submit(engine, "late", SHORT)
+    assert engine.drain(timeout_s=0) is True, "nothing is open"
+    engine.stop()
+    assert waiting.tokens == []
+
+
+def test_stopping_an_engine_that_never_started() -> None:
+    engine = make_engine()
+    recorder = submit(engine, "r", SHORT)
+    engine.stop()
+    assert isinstance(recorder.error, EngineUnavailable)
+
+
+# The engine's thread raises on, which is how its death reaches the process's log.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_says_so_to_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(max_num_seqs=1)
+    recorders = [submit(engine, f"r{i}", SHORT, greedy(50)) for i in range(3)]
+    steps = 0
+
+    def dying_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps > 3:
+            raise MemoryError("out of memory")
+        EmbeddedEngine.step(engine)
+
+    monkeypatch.setattr(engine, "step", dying_step)
+    assert engine.healthy
+    engine.start()
+    assert engine._thread is not None
+    engine._thread.join(WAIT_S)
+    assert not engine._thread.is_alive()
+    assert not engine.healthy
+    for recorder in recorders:
+        assert isinstance(recorder.error, EngineUnavailable)
+        assert "out of memory" in str(recorder.error)
+    assert recorders[0].token_ids == expected(SHORT, greedy(50))[: len(recorders[0].tokens)]
+    assert recorders[0].tokens, "it ran before the engine died"
+    with pytest.raises(EngineUnavailable):
+        submit(engine, "late", SHORT)
+    engine.cancel("r0")
+    engine.stop()
+    assert [len(r.outputs) - len(r.tokens) for r in recorders] == [1, 1, 1]
+
+
+def test_many_threads_submit_and_cancel_at_once() -> None:
+    """Every request ends exactly once, whatever its neighbours do."""
+    engine = make_engine(mild_adapter(), max_num_seqs=3, max_prefill_tokens=8)
+    answers = {True: expected(SHORT, GREEDY, mild_adapter()), False: expected(SHORT)}
+    recorders: dict[str, Recorder] = {}
+    with started(engine):
+
+        def client(number: int) -> None:
+            for i in range(6):
+                name = f"{number}-{i}"
+                adapter = mild_adapter() if i % 2 else None
+                recorders[name] = submit(engine, name, SHORT, GREEDY, adapter)
+                if i % 3 == 2:
+                    engine.cancel(name)
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert engine.drain(WAIT_S)
+    assert len(recorders) == 30
+    for name, recorder in recorders.items():
+        i = int(name[-1])
+        assert sum(output.finish_reason is not None for output in recorder.outputs) == 1
+        if i % 3 == 2:
+            assert recorder.finish_reason in ("cancelled", "length")
+            assert recorder.token_ids == answers[bool(i % 2)][: len(recorder.tokens)]
+        else:
+            assert recorder.token_ids == answers[bool(i % 2)], name
+    assert (engine.stats().num_running, engine.stats().num_waiting) == (0, 0)
+
+
+# generate() -------------------------------------------------------------------------------
+
+
+def test_generate_keeps_order_and_waits_when_the_queue_is_full() -> None:
+    engine = make_engine(mild_adapter(), max_num_seqs=2, max_waiting=1)
+    digest = mild_adapter().digest
+    requests = [Request(f"r{i}", LONG[: 4 + i], greedy(3 + i % 3), digest) for i in range(8)]
+    with started(engine):
+        completions = generate(engine, requests)
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.token_ids == expected(request.prompt, request.params, mild_adapter())
+        assert completion.finish_reason == "length"
+        assert completion.num_edits == 3 * 4 + 1
+        assert completion.timings is not None
+
+
+def test_generate_raises_a_requests_error_and_cancels_the_rest() -> None:
+    engine = make_engine(poison())
+    requests = [Request(f"r{i}", LONG, greedy(30)) for i in range(3)]
+    requests.insert(1, Request("bad", LONG, GREEDY, poison().digest))
+    with started(engine):
+        with pytest.raises(RequestFailed, match="not finite"):
+            generate(engine, requests)
+        with pytest.raises(InvalidRequest, match="at least one token"):
+            generate(engine, [Request("a", SHORT, greedy(30)), Request("b", ())])
+        assert engine.drain(WAIT_S)
+    assert engine.stats().num_running == 0

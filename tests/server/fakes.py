@@ -1,0 +1,320 @@
+"""Stand-ins for the model: an engine of scripted answers, a byte tokenizer, tiny adapters."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from reft_core.adapter import Adapter, EditKey, check_fits, encode_adapter
+from reft_core.edits import Edit
+from reft_core.engine.interface import (
+    EngineStats,
+    FinishReason,
+    Output,
+    OutputSink,
+    Request,
+    Ticket,
+    Timings,
+    Token,
+    TokenLogprob,
+)
+from reft_core.errors import EngineUnavailable, InvalidRequest, PromptTooLong, ReftError, explain
+from reft_core.loading import LoadedModel
+from reft_core.sites import ModelDescription
+from reft_core.spec import AdapterSpec, PositionSpec, SiteSpec, TemplateSpec
+
+MODEL = ModelDescription(
+    name="tiny-base",
+    architecture="llama",
+    hidden_size=8,
+    num_layers=2,
+    vocab_size=260,
+    fingerprint="ab" * 32,
+    num_kv_heads=1,
+    head_dim=8,
+    max_positions=512,
+    num_parameters=1234,
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: a token a byte, three special ones, one merge."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(letters)}
+    vocab["he"] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_loaded() -> LoadedModel:
+    """A loaded model of which only tokenizer and description are ever asked."""
+    return LoadedModel(cast(PreTrainedModel, None), make_tokenizer(), MODEL)
+
+
+def make_adapter(seed: int = 0, name: str = "tone", **changes: Any) -> bytes:
+    """A valid adapter file for :data:`MODEL`; other seeds, other digests."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, rank = (0, 1), 2
+    fields: dict[str, Any] = {
+        "name": name,
+        "description": f"seed {seed}",
+        "base": MODEL.to_base_spec(),
+        "method": "direft",
+        "positions": PositionSpec(rule="l2"),
+        "sites": {"block_output": SiteSpec(layers=layers, rank=rank, parts=("down", "up", "bias"))},
+    }
+    spec = AdapterSpec(**(fields | changes))
+    edits = {
+        EditKey(layer, "block_output", 0): Edit(
+            down=torch.randn(spec.base.hidden_size, rank, generator=generator),
+            up=torch.randn(rank, spec.base.hidden_size, generator=generator),
+            bias=torch.randn(rank, generator=generator),
+        )
+        for layer in layers
+    }
+    return encode_adapter(spec, edits)
+
+
+BRACKETS = TemplateSpec(system="S[{content}]", user="U[{content}]", assistant="A[{content}]")
+
+
+@dataclass
+class _Running:
+    request: Request
+    sink: OutputSink
+    script: list[int]
+    num_sent: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """An engine whose answers are scripted and whose steps a test may hold back.
+
+    ``reply`` makes an answer's text from the request; every step sends each running request
+    its next token. After :meth:`pause`, steps happen only as :meth:`step` allows them.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    model: ModelDescription = MODEL
+    max_model_len: int = 256
+    reply: Callable[[Request], str | list[int]] = lambda request: (
+        f"I am {request.adapter[:6] if request.adapter else 'base'}."
+    )
+    ends_with_eos: bool = True
+    fail_after: int | None = None
+    """Tokens after which every request fails."""
+    failure: ReftError | None = None
+    """With what; None breaks the interface's promise to say so."""
+    refuse_with: Exception | None = None
+    refuse_after: int = 0
+    """Submissions accepted before ``refuse_with`` applies."""
+    load_failure: Exception | None = None
+    load_gate: threading.Event | None = None
+    healthy: bool = True
+
+    submitted: list[Request] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    loads: list[str] = field(default_factory=list)
+    unloads: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running: dict[str, _Running] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._allowed: float = float("inf")
+        self._draining = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self.num_tokens = 0
+
+    # What tests use -------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        with self._changed:
+            self._allowed = 0
+
+    def step(self, count: int = 1) -> None:
+        with self._changed:
+            self._allowed += count
+            self._changed.notify_all()
+
+    def resume(self) -> None:
+        with self._changed:
+            self._allowed = float("inf")
+            self._changed.notify_all()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._running)
+
+    @property
+    def adapters(self) -> set[str]:
+        return set(self._adapters)
+
+    # The interface --------------------------------------------------------------------------
+
+    def submit(self, request: Request, sink: OutputSink) -> Ticket:
+        if self.refuse_with is not None and len(self.submitted) >= self.refuse_after:
+            raise self.refuse_with
+        if self._draining or self._stopping:
+            raise EngineUnavailable("the engine takes no new requests")
+        if not request.prompt:
+            raise InvalidRequest.because("prompt", request.prompt, "at least one token")
+        wanted = len(request.prompt) + request.params.max_tokens
+        if wanted > self.max_model_len:
+            raise PromptTooLong(
+                explain("prompt", wanted, f"at most {self.max_model_len} tokens"), field="prompt"
+            )
+        adapter = None
+        if request.adapter is not None:
+            adapter = self._adapters.get(request.adapter)
+            if adapter is None:
+                raise InvalidRequest.because("adapter", request.adapter, "a loaded digest")
+        made = self.reply(request)
+        if isinstance(made, str):
+            made = self.tokenizer(made, add_special_tokens=False)["input_ids"]
+        script = made + ([self.tokenizer.eos_token_id] if self.ends_with_eos else [])
+        with self._changed:
+            self.submitted.append(request)
+            self._running[request.request_id] = _Running(request, sink, script)
+            self._changed.notify_all()
+        positions = sum(map(len, adapter.rule.resolve(len(request.prompt)))) if adapter else 0
+        num_layers = len(adapter.spec.sites["block_output"].layers) if adapter else 0
+        return Ticket(request.request_id, len(request.prompt), positions * num_layers)
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            self.cancelled.append(request_id)
+            running = self._running.get(request_id)
+        if running is not None:
+            self._end(running, None, "cancelled")
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        if self.load_gate is not None:
+            assert self.load_gate.wait(10)
+        if self.load_failure is not None:
+            raise self.load_failure
+        check_fits(adapter.spec, self.model)
+        self.loads.append(adapter.digest)
+        self._adapters[adapter.digest] = adapter
+
+    def unload_adapter(self, digest: str) -> None:
+        self.unloads.append(digest)
+        self._adapters.pop(digest, None)
+
+    def has_adapter(self, digest: str) -> bool:
+        return digest in self._adapters
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=3,
+            num_slots=4,
+            kv_tokens_used=25,
+            kv_tokens_capacity=100,
+            num_resident_adapters=len(self._adapters),
+            resident_adapter_bytes=sum(a.num_bytes for a in self._adapters.values()),
+            prompt_tokens_total=sum(len(r.prompt) for r in self.submitted),
+            generated_tokens_total=self.num_tokens,
+            edits_applied_total=7,
+            prefill_steps_total=len(self.submitted),
+            decode_steps_total=self.num_tokens,
+        )
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
+        self._thread.start()
+
+    def drain(self, timeout_s: float) -> bool:
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._running, timeout_s)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        for running in list(self._running.values()):
+            self._end(running, None, "error", EngineUnavailable("the engine was stopped"))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._rows())
+                if self._stopping:
+                    return
+                rows = self._rows()
+            for running in rows:
+                self._advance(running)
+            time.sleep(0)
+
+    def _rows(self) -> list[_Running]:
+        return [r for r in list(self._running.values()) if r.num_sent < self._allowed]
+
+    def _advance(self, running: _Running) -> None:
+        params = running.request.params
+        if self.fail_after is not None and running.num_sent >= self.fail_after:
+            self._end(running, None, "error", self.failure)
+            return
+        token_id = running.script[running.num_sent % len(running.script)]
+        running.num_sent += 1
+        self.num_tokens += 1
+        token = Token(token_id)
+        if params.logprobs is not None:
+            top = tuple(
+                TokenLogprob((token_id + i) % 256, -0.5 - i) for i in range(params.logprobs)
+            )
+            token = Token(token_id, -0.5, top)
+        stops = params.stop_token_ids
+        if not params.ignore_eos:
+            stops = stops | {self.tokenizer.eos_token_id}
+        if token_id in stops:
+            self._end(running, token, "stop")
+        elif running.num_sent == params.max_tokens:
+            self._end(running, token, "length")
+        else:
+            running.sink(Output(running.request.request_id, token))
+
+    def _end(
+        self,
+        running: _Running,
+        token: Token | None,
+        reason: FinishReason,
+        error: ReftError | None = None,
+    ) -> None:
+        with self._changed:
+            if self._running.pop(running.request.request_id, None) is None:
+                return
+        running.sink(
+            Output(running.request.request_id, token, reason, error, Timings(0.01, 0.02, 0.03))
+        )
+        with self._changed:
+            self._changed.notify_all()
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
+    """Return once ``condition`` holds; fail the test if it never does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for: {what}"
+        time.sleep(0.005)

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.server.fakes import BRACKETS, MODEL, make_adapter
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def ask(server, **body):
+    return server.http.post(
+        "/v1/chat/completions", json={"model": MODEL.name, "messages": HELLO} | body
+    )
+
+
+def prompt_text(engine, loaded, index=-1) -> str:
+    return loaded.tokenizer.decode(engine.submitted[index].prompt)
+
+
+def test_a_chat_answer_has_openais_shape(server):
+    body = ask(server).json()
+    assert body["id"].startswith("chatcmpl-")
+    assert body["object"] == "chat.completion"
+    (choice,) = body["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {"role": "assistant", "content": "I am base.", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+
+
+def test_the_base_models_template_is_used(server, engine, loaded):
+    ask(server, messages=[{"role": "developer", "content": "be brief"}, *HELLO])
+    assert prompt_text(engine, loaded) == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_an_adapters_own_template_replaces_it(server, engine, loaded):
+    server.upload("tone", make_adapter(1, template=BRACKETS))
+    ask(server, model="tone", messages=[{"role": "developer", "content": "be brief"}, *HELLO])
+    assert prompt_text(engine, loaded) == "S[be brief]U[hello]"
+
+
+def test_content_may_be_text_parts(server, engine, loaded):
+    server.upload("tone", make_adapter(1, template=BRACKETS))
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    ask(server, model="tone", messages=[{"role": "user", "content": parts}])
+    assert prompt_text(engine, loaded) == "U[hello]"
+
+
+def test_answers_may_fill_the_context_unless_limited(server, engine):
+    ask(server)
+    request = engine.submitted[-1]
+    assert request.params.max_tokens == engine.max_model_len - len(request.prompt)
+    ask(server, max_tokens=5)
+    assert engine.submitted[-1].params.max_tokens == 5
+    ask(server, max_completion_tokens=6)
+    assert engine.submitted[-1].params.max_tokens == 6
+
+
+def test_a_conversation_that_fills_the_context_is_refused(server):
+    answer = ask(server, messages=[{"role": "user", "content": "x" * 500}])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_logprobs_carry_bytes(server, engine):
+    engine.reply = lambda _: "a€"
+    (choice,) = ask(server, logprobs=True, top_logprobs=2).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert content[0]["token"] == "a"
+    assert bytes(b for entry in content for b in entry["bytes"]).decode() == "a€"
+    assert [len(entry["top_logprobs"]) for entry in content] == [2] * 4
+    assert (
+        ask(server, logprobs=True).json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        == []
+    )
+
+
+def events(answer) -> list[dict]:
+    lines = [line for line in answer.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_stream_opens_with_the_role_and_closes_with_the_reason(server):
+    chunks = events(ask(server, stream=True, n=2, stream_options={"include_usage": True}))
+    opening = [chunk["choices"][0] for chunk in chunks[:2]]
+    assert [c["index"] for c in opening] == [0, 1]
+    assert all(c["delta"] == {"role": "assistant", "content": ""} for c in opening)
+    assert chunks[0]["reft"]["adapter"] is None
+    assert "reft" not in chunks[1]
+    texts, reasons = {0: "", 1: ""}, {}
+    for chunk in chunks[2:-1]:
+        (choice,) = chunk["choices"]
+        assert chunk["usage"] is None
+        assert chunk["object"] == "chat.completion.chunk"
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        if choice["finish_reason"]:
+            reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == {0: "I am base.", 1: "I am base."}
+    assert reasons == {0: "stop", 1: "stop"}
+    assert chunks[-1]["usage"]["completion_tokens"] == 22
+
+
+def test_streamed_logprobs_are_those_of_the_whole(server):
+    whole = ask(server, logprobs=True, top_logprobs=1).json()["choices"][0]["logprobs"]["content"]
+    streamed = []
+    for chunk in events(ask(server, logprobs=True, top_logprobs=1, stream=True)):
+        logprobs = chunk["choices"][0]["logprobs"]
+        streamed += logprobs["content"] if logprobs else []
+    assert streamed == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"prediction": {"type": "content"}}, "prediction"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.content.type",
+        ),
+    ],
+)
+def test_features_we_lack_are_refused_by_name(server, engine, changes, param):
+    answer = ask(server, **changes)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", param)
+    assert not engine.submitted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tools": []},
+        {"tool_choice": "none"},
+        {"response_format": {"type": "text"}},
+        {"modalities": ["text"]},
+        {"user": "u1"},
+        {"metadata": {"a": "b"}},
+        {"store": True},
+        {"service_tier": "auto"},
+        {"parallel_tool_calls": False},
+        {"safety_identifier": "s"},
+        {"prompt_cache_key": "k"},
+        {"messages": [{"role": "user", "content": "x", "name": "bob"}]},
+        {"messages": [{"role": "assistant", "content": "x", "refusal": None}]},
+    ],
+)
+def test_harmless_fields_are_accepted(server, changes):
+    assert ask(server, **changes).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x", "extra": 1}]}, "messages.0.extra"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"prompt": "x"}, "prompt"),
+    ],
+)
+def test_bad_chat_requests_name_the_field(server, engine, changes, param):
+    answer = ask(server, **changes)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert not engine.submitted

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections import Counter
+
+import pytest
+
+from reft_core.errors import EngineOverloaded, RequestFailed
+from server.residency import Residency
+from tests.server.fakes import FakeEngine, make_adapter, make_tokenizer
+
+FILES = {hashlib.sha256(data).hexdigest(): data for data in map(make_adapter, range(5))}
+A, B, C, D, E = FILES
+SIZE = len(FILES[A])
+
+
+class Shelf:
+    """Adapter files that count how often they are read."""
+
+    def __init__(self) -> None:
+        self.reads: Counter[str] = Counter()
+        self.gate: threading.Event | None = None
+        self.failure: Exception | None = None
+
+    def read(self, digest: str) -> bytes:
+        self.reads[digest] += 1
+        if self.gate is not None:
+            assert self.gate.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        return FILES[digest]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(make_tokenizer())
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+def residency_of(engine: FakeEngine, shelf: Shelf, room_for: int = 2) -> Residency:
+    return Residency(engine, shelf.read, room_for * SIZE)
+
+
+def test_the_files_are_equally_large():
+    assert {len(data) for data in FILES.values()} == {SIZE}
+
+
+def test_many_at_once_read_the_file_once(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        await asyncio.gather(*(residency.acquire(A, SIZE) for _ in range(10)))
+        assert residency.num_users(A) == 10
+        for _ in range(10):
+            residency.release(A)
+        assert residency.num_users(A) == 0
+
+    asyncio.run(scenario())
+    assert shelf.reads == {A: 1}
+    assert engine.loads == [A]
+    assert engine.adapters == {A}
+
+
+def test_the_least_recently_used_goes_when_room_is_needed(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        for digest in (A, B, A, C):
+            await residency.acquire(digest, SIZE)
+            residency.release(digest)
+        assert engine.adapters == {A, C}
+        assert engine.unloads == [B]
+        assert residency.num_bytes == 2 * SIZE
+
+    asyncio.run(scenario())
+
+
+def test_what_is_in_use_stays_and_a_full_memory_refuses(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        await residency.acquire(A, SIZE)
+        await residency.acquire(B, SIZE)
+        with pytest.raises(EngineOverloaded, match="adapter memory is full"):
+            await residency.acquire(C, SIZE)
+        assert engine.unloads == []
+        residency.release(A)
+        await residency.acquire(C, SIZE)
+        assert engine.adapters == {B, C}
+
+    asyncio.run(scenario())
+
+
+def test_loads_in_flight_count_against_the_budget(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf, room_for=1)
+        shelf.gate = threading.Event()
+        first = asyncio.create_task(residency.acquire(A, SIZE))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineOverloaded):
+            await residency.acquire(B, SIZE)
+        shelf.gate.set()
+        await first
+        assert engine.adapters == {A}
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_load_reaches_all_who_wait_and_is_tried_again(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        shelf.failure = RequestFailed("damaged")
+        found = await asyncio.gather(
+            *(residency.acquire(A, SIZE) for _ in range(3)), return_exceptions=True
+        )
+        assert [str(error) for error in found] == ["damaged"] * 3
+        assert residency.num_users(A) is None
+        assert residency.num_bytes == 0
+        shelf.failure = None
+        await residency.acquire(A, SIZE)
+        assert engine.adapters == {A}
+
+    asyncio.run(scenario())
+    assert shelf.reads == {A: 2}
+
+
+def test_a_waiter_that_is_cancelled_takes_nobody_with_it(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        shelf.gate = threading.Event()
+        impatient = asyncio.create_task(residency.acquire(A, SIZE))
+        patient = asyncio.create_task(residency.acquire(A, SIZE))
+        await asyncio.sleep(0.01)
+        impatient.cancel()
+        await asyncio.gather(impatient, return_exceptions=True)
+        shelf.gate.set()
+        await patient
+        assert residency.num_users(A) == 1
+        assert engine.adapters == {A}
+
+    asyncio.run(scenario())
+
+
+def test_a_deleted_adapter_leaves_at_once_or_with_its_last_user(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        for digest in (A, B):
+            await residency.acquire(digest, SIZE)
+        residency.release(A)
+        residency.forget(A)
+        assert engine.adapters == {B}
+        residency.forget(B)
+        assert engine.adapters == {B}
+        residency.release(B)
+        assert engine.adapters == set()
+        residency.forget(C)  # never was there
+        assert engine.unloads == [A, B]
+
+    asyncio.run(scenario())
+
+
+def test_uploading_again_what_was_just_deleted_keeps_it(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        await residency.acquire(A, SIZE)
+        residency.forget(A)
+        await residency.acquire(A, SIZE)
+        residency.release(A)
+        residency.release(A)
+        assert engine.adapters == {A}
+
+    asyncio.run(scenario())
+
+
+def test_deleting_while_loading_leaves_nothing_once_it_is_given_back(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        shelf.gate = threading.Event()
+        loading = asyncio.create_task(residency.acquire(A, SIZE))
+        await asyncio.sleep(0.01)
+        residency.forget(A)
+        shelf.gate.set()
+        await loading
+        assert engine.adapters == {A}
+        residency.release(A)
+        assert engine.adapters == set()
+        assert residency.num_bytes == 0
+
+    asyncio.run(scenario())
+
+
+def test_deleting_while_loading_for_nobody_leaves_nothing(engine, shelf):
+    async def scenario():
+        residency = residency_of(engine, shelf)
+        shelf.gate = threading.Event()
+        loading = asyncio.create_task(residency.acquire(A, SIZE))
+        await asyncio.sleep(0.01)
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        residency.forget(A)
+        shelf.gate.set()
+        for _ in range(200):
+            if engine.unloads:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.adapters == set()
+        assert residency.num_bytes == 0
+
+    asyncio.run(scenario())
+
+
+def test_random_use_never_breaks_the_budget_or_the_counts(engine, shelf):
+    async def worker(residency: Residency, seed: int) -> int:
+        refused = 0
+        for turn in range(30):
+            digest = list(FILES)[(seed * 7 + turn * 3) % 5]
+            try:
+                await residency.acquire(digest, SIZE)
+            except EngineOverloaded:
+                refused += 1
+                continue
+            assert engine.has_adapter(digest)
+            assert residency.num_bytes <= 3 * SIZE
+            await asyncio.sleep(0)
+            assert engine.has_adapter(digest)
+            residency.release(digest)
+        return refused
+
+    async def scenario():
+        residency = residency_of(engine, shelf, room_for=3)
+        await asyncio.gather(*(worker(residency, seed) for seed in range(6)))
+        assert {residency.num_users(digest) for digest in FILES} <= {0, None}
+        assert len(engine.adapters) <= 3
+
+    asyncio.run(scenario())
