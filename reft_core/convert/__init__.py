@@ -1,0 +1,52 @@
+"""Adapters from elsewhere to our file, and back where the form allows. Offline only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from reft_core.convert.adapterhub import from_adapterhub
+from reft_core.convert.common import (
+    BASE_TEMPLATE,
+    OPTION_NAMES,
+    Converted,
+    ConvertOptions,
+    base_from_folder,
+    base_spec,
+)
+from reft_core.convert.easysteer import from_easysteer
+from reft_core.convert.pyreft import from_pyreft
+from reft_core.convert.pyreft_export import to_pyreft
+from reft_core.errors import InvalidRequest
+
+CONVERTERS: dict[str, Callable[[Path, ConvertOptions], Converted]] = {
+    "pyreft": from_pyreft,
+    "adapters": from_adapterhub,
+    "easysteer": from_easysteer,
+}
+"""Reader of each kind of source, by the name a user gives it."""
+
+
+def convert(source: Path, kind: str, options: ConvertOptions) -> bytes:
+    """Our adapter file made from the foreign adapter at ``source``.
+
+    Raises :class:`InvalidRequest` naming an option that is missing or wrong,
+    :class:`~reft_core.errors.AdapterFileInvalid` naming file, key and expectation for a bad
+    source, and :class:`~reft_core.errors.AdapterMismatch` for another base model's.
+    """
+    if kind not in CONVERTERS:
+        raise InvalidRequest.because("kind", kind, "one of " + ", ".join(CONVERTERS))
+    return CONVERTERS[kind](source, options).to_bytes()
+
+
+__all__ = [
+    "BASE_TEMPLATE",
+    "CONVERTERS",
+    "OPTION_NAMES",
+    "ConvertOptions",
+    "Converted",
+    "base_from_folder",
+    "base_spec",
+    "convert",
+    "to_pyreft",
+]

@@ -1,0 +1,108 @@
+"""The readers that meet hostile files, and the way from edits to our file."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from reft_core.adapter import EditKey
+from reft_core.convert import base_from_folder, common
+from reft_core.convert.common import Conventions, TensorFile, assemble, list_folder, read_pickle
+from reft_core.edits import Edit
+from reft_core.errors import AdapterFileInvalid, AdapterTooLarge, InvalidRequest, UnsupportedModel
+from reft_core.spec import PositionSpec
+from tests.reft_core.convert.support import FIXTURES, options
+
+
+def test_a_file_over_the_cap_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "MAX_CONFIG_BYTES", 10)
+    path = tmp_path / "config.json"
+    path.write_text("{" + " " * 10 + "}")
+    with pytest.raises(AdapterTooLarge, match=r"config\.json: got '12 bytes', expected at most 10"):
+        common.read_json(path)
+
+
+def test_an_archive_that_inflates_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "MAX_ADAPTER_BYTES", 1_000_000)
+    path = tmp_path / "bomb.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", b"\0" * 2_000_000)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(AdapterTooLarge, match=r"bomb\.bin: got '2000000 bytes'"):
+        read_pickle(path)
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    torch.save({"weight": torch.ones(2)}, path)
+    data = bytearray(path.read_bytes())
+    for at in range(0, len(data) - 22, 7):
+        data[at] ^= 0xFF
+    path.write_bytes(bytes(data))
+    with pytest.raises(AdapterFileInvalid, match=r"a\.bin: file: got .*expected"):
+        read_pickle(path)
+
+
+def test_a_folder_of_too_many_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "MAX_FILES", 1)
+    for name in "ab":
+        (tmp_path / name).touch()
+    with pytest.raises(AdapterFileInvalid, match="files: got 2, expected at most 1"):
+        list_folder(tmp_path)
+
+
+def test_numbers_that_float32_cannot_hold_are_refused() -> None:
+    tensors = TensorFile("f", {"w": torch.full((2,), 1e300, dtype=torch.float64)})
+    with pytest.raises(AdapterFileInvalid, match="f: w: got 'NaN or infinity'"):
+        tensors.take("w", (2,))
+
+
+def _conventions(rule: str = "l1", tied: bool = True, name: str = "a") -> Conventions:
+    return Conventions("direft", PositionSpec(rule=rule, tied=tied), None, name, "test")
+
+
+def _edit(rank: int, bias: bool = True) -> Edit:
+    return Edit(
+        down=torch.randn(24, rank),
+        up=torch.randn(rank, 24),
+        bias=torch.randn(rank) if bias else None,
+        activation="sigmoid",
+    )
+
+
+def test_ranks_are_padded_without_changing_the_edit() -> None:
+    """sigmoid(0) is not 0, yet a padded column contributes nothing."""
+    edits = {EditKey(layer, "block_output", 0): _edit(rank) for layer, rank in ((0, 1), (2, 3))}
+    result = assemble(edits, _conventions(), options())
+    assert result.spec.sites["block_output"].rank == 3
+    h = torch.randn(4, 24)
+    for key, edit in edits.items():
+        torch.testing.assert_close(result.edits[key].delta(h), edit.delta(h))
+
+
+def test_missing_units_and_mixed_forms_are_refused() -> None:
+    one = {EditKey(0, "block_output", 0): _edit(2)}
+    with pytest.raises(AdapterFileInvalid, match="units without 1"):
+        assemble(one, _conventions("f1+l1", tied=False), options())
+    two = one | {EditKey(1, "block_output", 0): _edit(2, bias=False)}
+    with pytest.raises(AdapterFileInvalid, match="one form for all"):
+        assemble(two, _conventions(), options())
+
+
+def test_a_name_our_files_refuse_is_an_option_error() -> None:
+    with pytest.raises(InvalidRequest, match=r"name: got '\.\./x'"):
+        assemble({EditKey(0, "block_output", 0): _edit(2)}, _conventions(name="../x"), options())
+
+
+def test_the_base_is_described_from_its_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((FIXTURES / "base" / "config.json").read_text())
+    assert base_from_folder(str(tmp_path), "tiny-fixture") == options().base
+    with pytest.raises(UnsupportedModel, match="base: got"):
+        base_from_folder(str(tmp_path / "none"))

@@ -1,0 +1,284 @@
+"""EasySteer's payloads, checkpoints, folders and GGUF vectors, converted to our file.
+
+EasySteer itself needs its own vLLM build, so the payloads here are written as its
+``Payload.to_wire`` describes them, and the expected edits follow from its equations.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reft_core.adapter import Adapter, EditKey, decode_adapter
+from reft_core.convert import ConvertOptions, convert
+from reft_core.errors import (
+    AdapterFileInvalid,
+    AdapterMismatch,
+    InvalidRequest,
+    ReftError,
+    UnsupportedFeature,
+)
+from tests.reft_core.convert.support import options
+
+D, R = 24, 3
+
+
+def known(**given: Any) -> ConvertOptions:
+    return options(**({"positions": "l1", "anchor": "prompt_end", "cap": "shared"} | given))
+
+
+def wire(kind: str, tensors: dict[str, Tensor], extra: dict[str, Any]) -> dict[str, Any]:
+    """A payload as EasySteer sends it in JSON, hashed as it hashes it."""
+    digest = hashlib.sha256(f"{kind}:1".encode())
+    entries = {}
+    for name in sorted(tensors):
+        array = tensors[name].float().contiguous().numpy()
+        digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
+        data = base64.b64encode(array.tobytes()).decode()
+        entries[name] = {"shape": list(array.shape), "data": data}
+    for key in sorted(extra):
+        digest.update(f"{key}={extra[key]!r}".encode())
+    return {
+        "version": 1,
+        "kind": kind,
+        "tensors": entries,
+        "extra": extra,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def reft_tensors() -> dict[str, Tensor]:
+    return {
+        "rotate_layer": torch.linalg.qr(torch.randn(D, R))[0],
+        "learned_source_weight": torch.randn(R, D),
+        "learned_source_bias": torch.randn(R),
+    }
+
+
+def write(path: Path, document: Any) -> Path:
+    path.write_text(json.dumps(document))
+    return path
+
+
+def read(path: Path, **given: Any) -> Adapter:
+    return decode_adapter(convert(path, "easysteer", known(**given)))
+
+
+def assert_is_loreft(adapter: Adapter, tensors: dict[str, Tensor], layers: list[int]) -> None:
+    """Δ = (hWᵀ + b − hR)Rᵀ in these layers."""
+    r, w, b = (
+        tensors[name] for name in ("rotate_layer", "learned_source_weight", "learned_source_bias")
+    )
+    h = torch.randn(5, D)
+    expected = (h @ w.mT + b - h @ r) @ r.mT
+    assert set(adapter.edits) == {EditKey(layer, "block_output", 0) for layer in layers}
+    for edit in adapter.edits.values():
+        torch.testing.assert_close(edit.delta(h), expected, atol=1e-5, rtol=1e-5)
+    assert adapter.spec.method == "loreft"
+
+
+def test_reads_a_reft_payload(tmp_path: Path) -> None:
+    tensors = reft_tensors()
+    path = write(tmp_path / "a.json", wire("reft", tensors, {"layer": 1}))
+    assert_is_loreft(read(path), tensors, [1])
+    without = {k: v for k, v in tensors.items() if not k.endswith("bias")}
+    path = write(tmp_path / "b.json", wire("reft", without, {"layer": 1}))
+    assert_is_loreft(read(path), {**without, "learned_source_bias": torch.zeros(R)}, [1])
+
+
+def test_a_payload_without_a_layer_asks_for_layers(tmp_path: Path) -> None:
+    tensors = reft_tensors()
+    path = write(tmp_path / "a.json", wire("reft", tensors, {"layer": None}))
+    with pytest.raises(InvalidRequest, match=r"^layers: got None, expected the layers to edit"):
+        read(path)
+    assert_is_loreft(read(path, layers=(0, 2)), tensors, [0, 2])
+
+
+def test_reads_directions(tmp_path: Path) -> None:
+    vectors = {f"layer.{layer}": torch.randn(D) for layer in (0, 2)}
+    adapter = read(write(tmp_path / "a.json", wire("direction", vectors, {})), strength=2.0)
+    assert adapter.spec.method == "steering"
+    assert adapter.spec.strength == 2.0
+    for layer in (0, 2):
+        edit = adapter.edits[EditKey(layer, "block_output", 0)]
+        torch.testing.assert_close(edit.delta(torch.randn(1, D))[0], vectors[f"layer.{layer}"])
+
+
+def test_reads_low_rank_projectors(tmp_path: Path) -> None:
+    p1, p2 = torch.randn(D, R), torch.randn(D, R)
+    path = write(tmp_path / "a.json", wire("lowrank", {"projector1": p1, "projector2": p2}, {}))
+    adapter = read(path, layers=(1,))
+    h = torch.randn(4, D)
+    expected = (h @ p1) @ p2.mT
+    torch.testing.assert_close(adapter.edits[EditKey(1, "block_output", 0)].delta(h), expected)
+
+
+def checkpoint(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "config": {
+            "algorithm": "loreft",
+            "component": "hidden_states",
+            "layer": 1,
+            "rank": R,
+            "prompt_template": "100%% <user>%s</user>\n",
+            "apply": {"prompt_positions": [-1]},
+        },
+        "payload": wire("reft", tensors, {"layer": 1}),
+    }
+
+
+def test_a_training_checkpoint_records_position_and_template(tmp_path: Path) -> None:
+    tensors = reft_tensors()
+    write(tmp_path / "steering_adapter.json", checkpoint(tensors))
+    adapter = decode_adapter(convert(tmp_path, "easysteer", options(template=None)))
+    assert_is_loreft(adapter, tensors, [1])
+    assert adapter.spec.positions.rule == "l1"
+    assert adapter.spec.template is not None
+    assert adapter.spec.template.user == "100% <user>{content}</user>\n"
+    assert adapter.rule.resolve(1) == ((0,),)
+    alone = decode_adapter(
+        convert(tmp_path / "steering_adapter.json", "easysteer", options(template="base"))
+    )
+    assert alone.spec.template is None
+    with pytest.raises(InvalidRequest, match="positions: got 'f1', expected 'l1'"):
+        convert(tmp_path, "easysteer", options(positions="f1"))
+
+
+@pytest.mark.parametrize("template", ["none", "%s %s", "%d %s", "%s {content}", "%"])
+def test_templates_that_are_not_one_slot_are_refused(template: str, tmp_path: Path) -> None:
+    document = checkpoint(reft_tensors())
+    document["config"]["prompt_template"] = template
+    path = write(tmp_path / "a.json", document)
+    with pytest.raises(AdapterFileInvalid, match=r"prompt_template: got .* exactly one %s"):
+        convert(path, "easysteer", options(template=None))
+
+
+@pytest.mark.parametrize("prefix", ["", "learned_source."])
+@pytest.mark.parametrize("config_name", ["config.json", "reft_config.json"])
+def test_reads_the_folder_of_its_pyreft_fork(prefix: str, config_name: str, tmp_path: Path) -> None:
+    tensors = reft_tensors()
+    state = {
+        "rotate_layer": tensors["rotate_layer"],
+        f"{prefix}weight": tensors["learned_source_weight"],
+        f"{prefix}bias": tensors["learned_source_bias"],
+    }
+    torch.save(state, tmp_path / "intervention.bin")
+    row = [1, "block_output", "pos", 1, R] if config_name == "config.json" else {"layer": 1}
+    write(tmp_path / config_name, {"representations": [row]})
+    assert_is_loreft(read(tmp_path), tensors, [1])
+
+
+def test_reads_a_lone_vector_and_the_layer_in_its_name(tmp_path: Path) -> None:
+    bias = torch.randn(D)
+    name = "intkey_layer_2_comp_block_output_unit_pos_nunit_1#0.bin"
+    torch.save({"bias": bias}, tmp_path / name)
+    write(tmp_path / "config.json", {})
+    adapter = read(tmp_path)
+    torch.testing.assert_close(adapter.edits[EditKey(2, "block_output", 0)].shift, bias)
+    with pytest.raises(InvalidRequest, match=r"layers: got \(1,\), expected \(2,\)"):
+        read(tmp_path, layers=(1,))
+
+
+def test_reads_gguf_vectors(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "v.gguf"
+    vectors = {layer: torch.randn(D) for layer in (1, 2)}
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    for layer, vector in vectors.items():
+        writer.add_tensor(f"direction.{layer}", vector.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    adapter = read(path)
+    assert adapter.spec.method == "steering"
+    for layer, vector in vectors.items():
+        torch.testing.assert_close(adapter.edits[EditKey(layer, "block_output", 0)].shift, vector)
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(AdapterFileInvalid, match=r"v\.gguf: file: got"):
+        read(path)
+
+
+@pytest.mark.parametrize("missing", ["positions", "anchor", "cap", "template", "name"])
+def test_what_a_payload_does_not_record_is_asked_for(missing: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", wire("reft", reft_tensors(), {"layer": 1}))
+    with pytest.raises(InvalidRequest, match=f"^{missing}: got None, expected "):
+        read(path, **{missing: None})
+
+
+@pytest.mark.parametrize("kind", ["linear", "concept_pair", "feedback_direction", "x", None])
+def test_other_kinds_are_named_and_refused(kind: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", wire(kind, {"weight": torch.eye(D)}, {}))
+    with pytest.raises(UnsupportedFeature, match=f"kind: got {kind!r}, expected one of reft"):
+        read(path)
+
+
+def _set(*keys: Any, to: Any) -> Any:
+    def change(document: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            document = document[key]
+        document[keys[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("sha256", to="0" * 64), "sha256: got"),
+        (_set("tensors", "rotate_layer", "data", to="A"), "rotate_layer.data: got"),
+        (_set("tensors", "rotate_layer", "data", to=3), "rotate_layer.data: got"),
+        (_set("tensors", "rotate_layer", "data", to=""), "'0 bytes', expected '?288 bytes"),
+        (_set("tensors", "rotate_layer", "shape", to=[-1, 3]), "rotate_layer.shape"),
+        (_set("tensors", "rotate_layer", "shape", to=[10**9, 10**9]), "bytes"),
+        (_set("tensors", "rotate_layer", to=1), "tensors.rotate_layer: got 'int'"),
+        (_set("tensors", to=[]), "tensors: got"),
+        (_set("extra", to=1), "extra: got 1"),
+        (_set("version", to=2), "payload: got"),
+        (_set("other", to=2), "payload: got"),
+    ],
+)
+def test_bad_payloads_name_their_key(change: Any, message: str, tmp_path: Path) -> None:
+    document = wire("reft", reft_tensors(), {"layer": 1})
+    change(document)
+    path = write(tmp_path / "a.json", document)
+    with pytest.raises(AdapterFileInvalid, match=message) as caught:
+        read(path)
+    assert "a.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "extra", "message"),
+    [
+        ({}, {"layer": 1}, "rotate_layer: got None"),
+        ({**reft_tensors(), "x": torch.ones(1)}, {"layer": 1}, r"keys: got \['x'\]"),
+        ({**reft_tensors(), "rotate_layer": torch.ones(D)}, {"layer": 1}, "rotate_layer: got"),
+        (reft_tensors(), {"layer": "1"}, "extra.layer: got '1'"),
+        (reft_tensors(), {"layer": 3}, "layer: got 3, expected 0 to 2"),
+    ],
+)
+def test_payloads_of_other_shapes_are_refused(
+    tensors: dict[str, Tensor], extra: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.json", wire("reft", tensors, extra))
+    with pytest.raises((AdapterFileInvalid, AdapterMismatch), match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x02}", b"[]", b"GGUFxxxx", b"hello"])
+def test_files_of_other_kinds_are_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(data)
+    with pytest.raises(ReftError, match=r"a\.bin"):
+        read(path)
+    with pytest.raises(AdapterFileInvalid, match="cannot be read"):
+        read(tmp_path / "none.json")

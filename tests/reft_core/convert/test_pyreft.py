@@ -1,0 +1,459 @@
+"""pyreft 0.1.0's own outputs, reproduced by its directories converted to our file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reft_core.adapter import Adapter, EditKey, decode_adapter
+from reft_core.convert import ConvertOptions, convert, to_pyreft
+from reft_core.convert.common import Conventions, assemble
+from reft_core.edits import Edit
+from reft_core.errors import (
+    AdapterFileInvalid,
+    AdapterMismatch,
+    InvalidRequest,
+    ReftError,
+    UnsupportedFeature,
+)
+from reft_core.spec import PositionSpec, TemplateSpec
+from tests.reference.slow import reference_logits
+from tests.reft_core.convert.support import (
+    Case,
+    assert_reproduces,
+    case_names,
+    load_case,
+    options,
+    tiny_base,
+)
+
+CONVENTIONS = {
+    "length": {"anchor": "prompt_end", "cap": "half"},
+    "length-1": {"anchor": "before_last", "cap": "half"},
+    "uncapped": {"anchor": "prompt_end", "cap": "shared"},
+}
+OUR_ACTIVATION = {None: "identity"}
+
+
+def case_options(case: Case, **given: Any) -> ConvertOptions:
+    """What pyreft does not record, from the case's description."""
+    facts = case.facts
+    known: dict[str, Any] = {"positions": facts["positions"], **CONVENTIONS[facts["last"]]}
+    if facts["method"] not in ("consreft", "lobireft"):
+        known["activation"] = OUR_ACTIVATION.get(facts["activation"], facts["activation"])
+    return options(**(known | given))
+
+
+def converted(case: Case, **given: Any) -> Adapter:
+    return decode_adapter(convert(case.adapter_folder, "pyreft", case_options(case, **given)))
+
+
+@pytest.mark.parametrize("name", case_names("pyreft"))
+def test_reproduces_pyreft(name: str) -> None:
+    case = load_case("pyreft", name)
+    adapter = converted(case)
+    assert_reproduces(adapter, case)
+    assert adapter.spec.method == case.facts["method"]
+    assert adapter.spec.positions.tied == (case.facts["tied"] or "+" not in case.facts["positions"])
+    assert adapter.spec.sites["block_output"].layers == tuple(case.facts["layers"])
+
+
+def test_the_cases_cover_every_class() -> None:
+    methods = {load_case("pyreft", name).facts["method"] for name in case_names("pyreft")}
+    assert methods == {
+        "loreft",
+        "direft_orthonormal",
+        "noreft",
+        "direft",
+        "consreft",
+        "lobireft",
+    }
+
+
+@pytest.mark.parametrize("style", ["comp", "repr"])
+@pytest.mark.parametrize("name", ["loreft-untied", "loreft-path", "consreft"])
+def test_reads_the_key_styles_of_older_versions(name: str, style: str, tmp_path: Path) -> None:
+    """Dots throughout, and a component's own dots kept between underscores."""
+    case = load_case("pyreft", name)
+    dotted = _copy(case, tmp_path / "dotted")
+    kept = _copy(case, tmp_path / "kept")
+    config = json.loads((dotted / "config.json").read_text())
+    for row, key in zip(config["representations"], config["sorted_keys"], strict=True):
+        layer, component, number = row[0], row[1], key.rpartition("#")[2]
+        place = "" if "." in component else f"layer.{layer}."
+        _rename(dotted, key, f"{place}{style}.{component}.unit.pos.nunit.1#{number}")
+        place = place.replace(".", "_")
+        _rename(kept, key, f"{place}comp_{component}_unit_pos_nunit_1#{number}")
+    expected = convert(case.adapter_folder, "pyreft", case_options(case))
+    assert convert(dotted, "pyreft", case_options(case)) == expected
+    assert convert(kept, "pyreft", case_options(case)) == expected
+
+
+def test_reads_short_and_named_representations(tmp_path: Path) -> None:
+    case = load_case("pyreft", "loreft-untied")
+    folder = _copy(case, tmp_path / "a")
+    expected = convert(folder, "pyreft", case_options(case))
+    _edit_config(folder, lambda c: c.update(representations=[r[:5] for r in c["representations"]]))
+    assert convert(folder, "pyreft", case_options(case)) == expected
+    names = ("layer", "component", "unit", "max_number_of_units", "low_rank_dimension")
+    _edit_config(
+        folder,
+        lambda c: c.update(
+            representations=[dict(zip(names, r, strict=True)) for r in c["representations"]]
+        ),
+    )
+    assert convert(folder, "pyreft", case_options(case)) == expected
+
+
+def test_reads_weights_in_bfloat16(tmp_path: Path) -> None:
+    """pyreft's default: learned source in bfloat16 beside a float32 rotation."""
+    case = load_case("pyreft", "loreft-tied")
+    folder = _copy(case, tmp_path / "a")
+    for path in folder.glob("*.bin"):
+        state = torch.load(path, weights_only=True)
+        state |= {key: state[key].bfloat16() for key in ("weight", "bias")}
+        torch.save(state, path)
+    adapter = decode_adapter(convert(folder, "pyreft", case_options(case)))
+    exact = converted(case)
+    for key, edit in exact.edits.items():
+        assert edit.down is not None
+        torch.testing.assert_close(adapter.edits[key].down, edit.down, atol=2e-2, rtol=0)
+        torch.testing.assert_close(adapter.edits[key].up, edit.up, atol=0, rtol=0)
+
+
+def test_an_empty_file_of_trained_parameters_is_ignored(tmp_path: Path) -> None:
+    """pyreft's trainer writes pytorch_model.bin also when nothing else was trained."""
+    case = load_case("pyreft", "loreft-tied")
+    folder = _copy(case, tmp_path / "a")
+    torch.save({}, folder / "pytorch_model.bin")
+    assert convert(folder, "pyreft", case_options(case)) == convert(
+        case.adapter_folder, "pyreft", case_options(case)
+    )
+
+
+def test_a_trained_head_is_refused_by_name() -> None:
+    case = load_case("pyreft", "roberta-classifier")
+    base = options().base.model_copy(update={"num_layers": 2})
+    with pytest.raises(UnsupportedFeature, match=r"pytorch_model\.bin.*classifier\.dense"):
+        convert(case.adapter_folder, "pyreft", case_options(case, base=base))
+
+
+def test_template_and_provenance_are_kept() -> None:
+    case = load_case("pyreft", "loreft-tied")
+    template = TemplateSpec(user="Q: {content}\nA:")
+    adapter = converted(case, template=template, description="d", strength=0.5)
+    assert adapter.spec.template == template
+    assert adapter.spec.training.tool == "converted from pyreft"
+    assert (adapter.spec.description, adapter.spec.strength) == ("d", 0.5)
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "missing", ["positions", "anchor", "cap", "activation", "template", "name"]
+)
+def test_what_pyreft_does_not_record_is_asked_for(missing: str) -> None:
+    case = load_case("pyreft", "loreft-tied")
+    with pytest.raises(InvalidRequest, match=f"^{missing}: got None, expected ") as caught:
+        convert(case.adapter_folder, "pyreft", case_options(case, **{missing: None}))
+    assert caught.value.field == missing
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("loreft-tied", {"positions": "x3"}, "positions: got 'x3', expected 'fN'"),
+        ("loreft-tied", {"positions": "l2", "tied": False}, "tied: got False, expected True"),
+        ("loreft-untied", {"positions": "l2"}, "positions: got 'l2', expected a two-sided rule"),
+        ("loreft-untied", {"tied": True}, "tied: got True, expected False"),
+        ("loreft-tied", {"method": "noreft"}, "method: got 'noreft', expected 'loreft'"),
+        ("loreft-tied", {"activation": "selu"}, "activation: got 'selu', expected one of identity"),
+        ("loreft-tied", {"anchor": "end"}, "anchor: "),
+        ("loreft-tied", {"cap": "none"}, "cap: "),
+        ("loreft-tied", {"name": "a b"}, "name: got 'a b'"),
+        ("loreft-tied", {"template": "Q"}, "template: got 'Q'"),
+        ("loreft-tied", {"layers": (1,)}, "layers: got .* expected nothing"),
+        ("consreft", {"activation": "relu"}, "activation: got 'relu', expected 'identity'"),
+    ],
+)
+def test_wrong_options_are_named(name: str, given: dict[str, Any], message: str) -> None:
+    case = load_case("pyreft", name)
+    with pytest.raises(InvalidRequest, match=message):
+        convert(case.adapter_folder, "pyreft", case_options(case, **given))
+
+
+def test_unknown_kinds_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="kind: got 'x', expected one of pyreft"):
+        convert(Path("."), "x", options())
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 32}, {"num_layers": 2}], ids=["hidden", "layers"]
+)
+def test_another_base_model_is_refused(change: dict[str, int]) -> None:
+    case = load_case("pyreft", "direft-orthonormal")
+    base = options().base.model_copy(update=change)
+    with pytest.raises((AdapterMismatch, AdapterFileInvalid), match=r"layer|embed_dim|shape"):
+        convert(case.adapter_folder, "pyreft", case_options(case, base=base))
+
+
+# -- bad directories -----------------------------------------------------------------------------
+
+
+def _config(**fields: Any) -> Any:
+    return lambda config: config.update(fields)
+
+
+def _row(index: int, value: Any) -> Any:
+    def change(config: dict[str, Any]) -> None:
+        config["representations"][0][index] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_config(mode="serial"), "mode: got 'serial'"),
+        (_config(representations=[]), "intervention_types"),
+        (_config(representations="x"), "representations: got 'x'"),
+        (_config(intervention_types=["<class 'os.system'>"] * 3), r"os\.system.*LoreftInt"),
+        (_config(intervention_types=[1] * 3), r"intervention_types\[0\]: got 1"),
+        (_row(0, 7), "exactly one file of|layer: got 7"),
+        (_row(0, True), r"representations\[0\]\.layer: got True"),
+        (_row(1, "../../etc/passwd"), "component"),
+        (_row(1, "query_output"), "component: got 'query_output', expected one that acts at"),
+        (_row(1, "mlp_output"), "component"),
+        (_row(1, "base_model.model.model.layers[0].output"), "PEFT"),
+        (_row(2, "h.pos"), "unit: got 'h.pos'"),
+        (_row(4, 3), "got 'rank 4', expected 'rank 3|rank 4.*rank 3"),
+        (_row(4, "4"), "low_rank_dimension"),
+        (_row(7, [[0, 2], [2, 4]]), "subspace_partition"),
+        (_row(9, 0), "intervention_link_key"),
+    ],
+)
+def test_bad_configs_name_their_key(change: Any, message: str, tmp_path: Path) -> None:
+    case = load_case("pyreft", "loreft-tied")
+    folder = _copy(case, tmp_path / "a")
+    _edit_config(folder, change)
+    with pytest.raises(ReftError, match=message) as caught:
+        convert(folder, "pyreft", case_options(case))
+    assert "config.json" in str(caught.value) or ".bin" in str(caught.value)
+
+
+def _state(**tensors: Any) -> Any:
+    """Change entries of the first unit's state dict; None deletes."""
+
+    def change(path: Path) -> None:
+        state = {**torch.load(path, weights_only=True), **tensors}
+        torch.save({key: value for key, value in state.items() if value is not None}, path)
+
+    return change
+
+
+class Forbidden:
+    """What a hostile pickle would build."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("executed",))
+
+
+HOSTILE = [
+    pytest.param(lambda p: p.write_text("not a pickle"), "weights_only", id="text"),
+    pytest.param(lambda p: p.write_bytes(b""), "weights_only", id="empty"),
+    pytest.param(lambda p: p.write_bytes(p.read_bytes()[:700]), "weights_only", id="truncated"),
+    pytest.param(lambda p: torch.save({"weight": Forbidden()}, p), "Unpickling", id="global"),
+    pytest.param(lambda p: torch.save([1, 2], p), "a dict from names", id="list"),
+    pytest.param(lambda p: torch.save({1: torch.ones(1)}, p), "a dict from names", id="keys"),
+    pytest.param(lambda p: p.unlink(), "exactly one file", id="missing"),
+    pytest.param(_state(weight=None), "weight: got", id="no-weight"),
+    pytest.param(_state(bias=None), "bias: got 'no such key", id="no-bias"),
+    pytest.param(_state(extra=torch.ones(1)), r"keys: got \['extra'\]", id="extra"),
+    pytest.param(_state(weight=torch.ones(4, 23)), r"weight: got 'shape \(4, 23\)'", id="shape"),
+    pytest.param(_state(weight=torch.ones(99, 24)), "rank 99", id="rank"),
+    pytest.param(_state(weight="x"), "weight: got", id="string"),
+    pytest.param(_state(weight=torch.ones(4, 24).long()), "int64", id="integers"),
+    pytest.param(_state(weight=torch.full((4, 24), torch.nan)), "NaN", id="nan"),
+    pytest.param(_state(weight=torch.ones(1).expand(2**20, 2**20)), "weight: got", id="huge-view"),
+    pytest.param(_state(weight=torch.eye(4, 24).to_sparse()), "weight: got", id="sparse"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), HOSTILE)
+def test_bad_units_name_file_key_and_expectation(
+    damage: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = load_case("pyreft", "loreft-tied")
+    folder = _copy(case, tmp_path / "a")
+    path = folder / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin"
+    damage(path)
+    with pytest.raises(AdapterFileInvalid, match=message) as caught:
+        convert(folder, "pyreft", case_options(case))
+    assert "intkey_layer_0" in str(caught.value) or path.name in str(caught.value)
+    assert "expected" in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_unit_without_an_entry_is_refused(tmp_path: Path) -> None:
+    case = load_case("pyreft", "loreft-tied")
+    folder = _copy(case, tmp_path / "a")
+    unit = folder / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin"
+    shutil.copy(unit, folder / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#1.bin")
+    with pytest.raises(AdapterFileInvalid, match="one for every intkey_ file"):
+        convert(folder, "pyreft", case_options(case))
+
+
+def test_a_rotation_broken_by_weight_decay_is_reported() -> None:
+    """torch truncates the parametrisation's ±1 diagonal, so 0.99 becomes 0."""
+    facts = converted(load_case("pyreft", "consreft-decayed")).spec.training.hyperparameters
+    assert facts["rotation_error"] == pytest.approx(1.0)
+    facts = converted(load_case("pyreft", "consreft")).spec.training.hyperparameters
+    assert facts["rotation_error"] < 1e-5
+
+
+def test_no_folder_and_no_config(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileInvalid, match="expected the folder"):
+        convert(tmp_path / "none", "pyreft", options())
+    with pytest.raises(AdapterFileInvalid, match=r"exactly one of the files config\.json"):
+        convert(tmp_path, "pyreft", options())
+
+
+# -- back to pyreft ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", case_names("pyreft"))
+def test_goes_back_to_pyreft_and_returns(name: str, tmp_path: Path) -> None:
+    """Our export, read again by our own importer, still reproduces pyreft's outputs."""
+    case = load_case("pyreft", name)
+    adapter = converted(case)
+    form = adapter.spec.sites["block_output"]
+    if "shift" in form.parts and len(form.parts) > 1:
+        with pytest.raises(UnsupportedFeature, match="shift"):
+            to_pyreft(adapter, tmp_path / "adapter")
+        return
+    class_name = to_pyreft(adapter, tmp_path / "adapter")
+    known = case_options(case)
+    lobireft = class_name == "LobireftIntervention"
+    again = options(
+        positions=known.positions,
+        anchor=known.anchor,
+        cap=known.cap,
+        activation=None if lobireft else form.activation,
+    )
+    assert_reproduces(decode_adapter(convert(tmp_path / "adapter", "pyreft", again)), case)
+
+
+def _rotation(rank: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(24, rank))[0]
+
+
+def _forms() -> dict[str, Edit]:
+    r, free = _rotation(2), torch.randn(2, 24)
+    w, b = torch.randn(24, 2), torch.randn(2)
+    return {
+        "loreft": Edit(down=w, skip=r, up=r.mT, bias=b),
+        "loreft-relu": Edit(down=w, skip=r, up=r.mT, bias=b, activation="relu"),
+        "consreft": Edit(down=-r, up=r.mT, bias=b),
+        "no-bias": Edit(down=w, up=r.mT),
+        "direft-tanh": Edit(down=w, up=r.mT, bias=b, activation="tanh"),
+        "direft": Edit(down=w, up=free, bias=b),
+        "scaled": Edit(down=w, up=r.mT, bias=b, scale=2.0),
+        "noreft": Edit(down=w, skip=free.mT, up=free, bias=b),
+        "noreft-silu": Edit(down=w, skip=free.mT, up=free, bias=b, activation="silu"),
+        "vector": Edit(shift=torch.randn(24)),
+        "zero": Edit(shift=torch.zeros(24)),
+        "red": Edit(shift=torch.randn(24), gain=torch.randn(24)),
+        "other-skip": Edit(down=w, skip=w, up=free, bias=b, activation="silu"),
+        "mixed": Edit(down=w, up=free, bias=b, shift=torch.randn(24)),
+    }
+
+
+def _adapter(edit: Edit, method: str) -> Adapter:
+    """An adapter with this edit in layers 0 and 2."""
+    conventions = Conventions(
+        method=method,
+        positions=PositionSpec(rule="f2+l2"),
+        template=None,
+        name="form",
+        tool="test",
+    )
+    edits = {EditKey(layer, "block_output", 0): edit for layer in (0, 2)}
+    return decode_adapter(assemble(edits, conventions, options()).to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("form", "class_name"),
+    [
+        ("loreft", "LoreftIntervention"),
+        ("loreft-relu", "LoreftIntervention"),
+        ("consreft", "LoreftIntervention"),
+        ("no-bias", "LoreftIntervention"),
+        ("direft-tanh", "DireftIntervention"),
+        ("direft", "NodireftIntervention"),
+        ("scaled", "NodireftIntervention"),
+        ("noreft", "NodireftIntervention"),
+        ("noreft-silu", "NoreftIntervention"),
+        ("vector", "LobireftIntervention"),
+        ("zero", "LobireftIntervention"),
+        ("red", None),
+        ("other-skip", None),
+        ("mixed", None),
+    ],
+)
+def test_each_form_becomes_the_class_that_fits(
+    form: str, class_name: str | None, tmp_path: Path
+) -> None:
+    edit = _forms()[form]
+    adapter = _adapter(edit, form)
+    folder = tmp_path / "out"
+    if class_name is None:
+        with pytest.raises(UnsupportedFeature, match="six classes"):
+            to_pyreft(adapter, folder)
+        assert not folder.exists()
+        return
+    assert to_pyreft(adapter, folder) == class_name
+    vector = class_name == "LobireftIntervention"
+    again = options(
+        positions="f2+l2",
+        anchor="prompt_end",
+        cap="shared",
+        activation=None if vector else edit.activation,
+    )
+    h = torch.randn(5, 24)
+    for key, returned in decode_adapter(convert(folder, "pyreft", again)).edits.items():
+        torch.testing.assert_close(returned.delta(h), edit.delta(h), atol=2e-5, rtol=1e-5)
+        assert key.layer in (0, 2)
+
+
+def test_strength_is_multiplied_in(tmp_path: Path) -> None:
+    case = load_case("pyreft", "loreft-tied")
+    adapter = converted(case, strength=0.5)
+    assert to_pyreft(adapter, tmp_path / "out") == "NodireftIntervention"
+    again = decode_adapter(convert(tmp_path / "out", "pyreft", case_options(case)))
+    prompt = case.prompts[-1]
+    expected = reference_logits(tiny_base(), prompt, len(prompt), adapter, 0.5)
+    torch.testing.assert_close(
+        reference_logits(tiny_base(), prompt, len(prompt), again), expected, atol=1e-5, rtol=0
+    )
+
+
+def _copy(case: Case, folder: Path) -> Path:
+    shutil.copytree(case.adapter_folder, folder)
+    return folder
+
+
+def _rename(folder: Path, old: str, new: str) -> None:
+    (folder / f"intkey_{old}.bin").rename(folder / f"intkey_{new}.bin")
+
+
+def _edit_config(folder: Path, change: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
