@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_core.adapter import write_durably
+from trainer.config import PATH_FIELDS, TrainConfig
 from trainer.metrics import OTHER, Confusion
 
 if TYPE_CHECKING:
@@ -30,11 +32,11 @@ def to_document(result: TrainResult) -> dict[str, object]:
         "name": result.config.name,
         "command": result.command,
         "adapter": {
-            "path": str(result.config.output),
+            "path": _shown(result.config.output),
             "digest": result.adapter.digest,
             "num_bytes": result.adapter.num_bytes,
         },
-        "config": result.config.model_dump(mode="json"),
+        "config": _shown_config(result.config),
         "num_trainable": result.num_trainable,
         "trainable_share": result.num_trainable / result.num_base_parameters,
         "data": dict(result.adapter.spec.training.data),
@@ -52,6 +54,21 @@ def to_document(result: TrainResult) -> dict[str, object]:
     }
 
 
+def _shown(path: Path) -> str:
+    """``path`` from where the command was given, if it lies there; a report is made to travel."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _shown_config(config: TrainConfig) -> dict[str, object]:
+    """The config as JSON values, with paths as :func:`_shown` gives them."""
+    document: dict[str, object] = config.model_dump(mode="json")
+    for field in PATH_FIELDS:
+        if (path := getattr(config, field)) is not None:
+            document[field] = _shown(path)
+    return document
+
+
 def render_markdown(result: TrainResult) -> str:
     """The report as Markdown."""
     config, adapter, fit = result.config, result.adapter, result.fit
@@ -64,7 +81,7 @@ def render_markdown(result: TrainResult) -> str:
         _table(
             ("", ""),
             [
-                ("file", f"`{config.output}`"),
+                ("file", f"`{_shown(config.output)}`"),
                 ("digest", f"`{adapter.digest}`"),
                 ("size", f"{adapter.num_bytes:,} bytes"),
                 ("base", f"{base.name} ({config.dtype})"),

@@ -1,6 +1,18 @@
 from __future__ import annotations
 
-from trainer.report import metric_rows, sparkline
+from pathlib import Path
+
+import pytest
+
+from trainer.report import _shown, metric_rows, sparkline
+
+
+def test_paths_are_told_from_where_the_command_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _shown(tmp_path / "out" / "a.safetensors") == "out/a.safetensors"
+    assert _shown(Path("/elsewhere/a.safetensors")) == "/elsewhere/a.safetensors"
 
 
 def test_a_metric_stands_beside_the_bases() -> None:
