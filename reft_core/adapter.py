@@ -124,17 +124,17 @@ def encode_adapter(
                 held,
                 f"activation, scale and source as in the spec, {declared}",
             )
-    tensors = {
-        tensor_name(key.layer, key.site, key.unit, part): tensor.to(
-            dtype, copy=True, memory_format=torch.contiguous_format
-        )
+    given = {
+        tensor_name(key.layer, key.site, key.unit, part): tensor
         for key, edit in edits.items()
         for part, tensor in edit.parts()
     }
-    if prefix is not None:
-        tensors |= {
-            name: tensor.to(dtype).contiguous() for name, tensor in prefix.tensors().items()
-        }
+    given |= {} if prefix is None else prefix.tensors()
+    # Copied because safetensors refuses tensors that share memory.
+    tensors = {
+        name: tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in given.items()
+    }
     data = safetensors.torch.save(tensors, metadata={METADATA_KEY: spec.to_json()})
     decode_adapter(data)
     return data
@@ -245,7 +245,9 @@ def _read_header(data: bytes) -> dict[str, Any]:
     rest = len(data) - _LENGTH_PREFIX_BYTES
     if length > rest:
         raise AdapterFileInvalid.because(
-            "header", f"{length} bytes", f"at most the {rest} bytes that follow its length"
+            "header",
+            f"{length} bytes",
+            f"at most the {rest} bytes that follow in the body; is this a safetensors file?",
         )
     if length > MAX_HEADER_BYTES:
         raise AdapterFileInvalid.because(
@@ -316,7 +318,7 @@ def _check_tensors_declared(header: dict[str, Any], spec: AdapterSpec) -> None:
 
 
 def _build_edits(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[EditKey, Edit]:
-    """Edits in float32, folded."""
+    """Edits in float32, in the form the file holds; :meth:`Adapter.to` folds them."""
     edits: dict[EditKey, Edit] = {}
     for site_name, site in spec.sites.items():
         for layer in site.layers:

@@ -76,10 +76,13 @@ class SiteSpec(_Document):
         if len(set(self.parts)) != len(self.parts):
             raise ValueError("parts must be unique")
         low_rank = {"down", "up"} & set(self.parts)
+        held = f"got {list(self.parts)} of rank {self.rank}"
         if low_rank and (len(low_rank) < 2 or self.rank < 1):
-            raise ValueError("parts 'down' and 'up' come together and need a rank of at least 1")
+            raise ValueError(
+                f"parts 'down' and 'up' come together and need a rank of at least 1, {held}"
+            )
         if not low_rank and ({"skip", "bias"} & set(self.parts) or self.rank != 0):
-            raise ValueError("parts 'skip' and 'bias', and a rank, need 'down' and 'up'")
+            raise ValueError(f"parts 'skip' and 'bias', and a rank, need 'down' and 'up', {held}")
         return self
 
     def sizes(self, hidden_size: int) -> tuple[int, int]:
@@ -116,7 +119,8 @@ class PrefixSpec(_Document):
     @model_validator(mode="after")
     def _sized(self) -> Self:
         sizes = (self.num_kv_heads, self.head_dim)
-        if (self.kind == "kv") != all(size is not None for size in sizes):
+        expected = 2 if self.kind == "kv" else 0
+        if sum(size is not None for size in sizes) != expected:
             raise ValueError("num_kv_heads and head_dim belong to kind 'kv', which needs both")
         return self
 
@@ -239,11 +243,10 @@ class AdapterSpec(_Document):
         if not self.sites and self.prefix is None:
             raise ValueError("sites: got none, expected at least one site or a prefix")
         for subspace, ranks in (self.subspaces or {}).items():
-            lowest = min(site.rank for site in self.sites.values())
+            lowest = min((site.rank for site in self.sites.values()), default=0)
             if not ranks or not all(0 <= rank < lowest for rank in ranks):
-                raise ValueError(
-                    f"subspaces.{subspace}: got {list(ranks)}, expected ranks 0 to {lowest - 1}"
-                )
+                allowed = f"ranks 0 to {lowest - 1}" if lowest else "none: a site has no ranks"
+                raise ValueError(f"subspaces.{subspace}: got {list(ranks)}, expected {allowed}")
         return self
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -135,7 +135,7 @@ def make_spec(
     phase: Phase | None = None,
     **fields: object,
 ) -> AdapterSpec:
-    """A complete spec for a model."""
+    """A complete spec for a model. A given placement stands for method, rank, sites and so on."""
     placement = placement or make_placement(
         model, method, rank=rank, layers=layers, sites=sites, activation=activation, phase=phase
     )
@@ -176,12 +176,18 @@ def random_adapter_bytes(
         model, method, rank=rank, layers=layers, sites=sites, activation=activation, phase=phase
     )
     spec = make_spec(model, placement=placement, method=method, **fields)  # type: ignore[arg-type]
-    modules = placement.build(spec.positions.to_rule().num_units)
+    return encode_adapter(spec, moved_edits(placement, spec.positions.to_rule().num_units, size))
+
+
+def moved_edits(placement: Placement, num_units: int = 1, size: float = 1.0) -> dict[EditKey, Edit]:
+    """A placement's edits, their parameters moved away from the initial values."""
+    modules = placement.build(num_units)
     with torch.no_grad():
         for module in modules.values():
             for parameter in module.parameters():
-                parameter.add_(size * torch.randn_like(parameter) / model.hidden_size**0.5)
-    return encode_adapter(spec, {key: module.to_edit() for key, module in modules.items()})
+                noise = torch.randn_like(parameter) / placement.model.hidden_size**0.5
+                parameter.add_(size * noise)
+    return {key: module.to_edit() for key, module in modules.items()}
 
 
 def random_adapter(model: ModelDescription, **options: object) -> Adapter:
@@ -214,10 +220,15 @@ def random_prefix_adapter(
 
 
 def shift_adapter(
-    model: ModelDescription, *, shift: float = 0.0, gain: float = 0.0, positions: str = "prompt"
+    model: ModelDescription,
+    *,
+    shift: float = 0.0,
+    gain: float = 0.0,
+    positions: str = "prompt",
+    phase: Phase = "prompt",
 ) -> Adapter:
     """Adds ``shift`` and ``gain`` ∘ h to layer 0's output; 3e38 for both overflows float32."""
-    site = SiteSpec(layers=(0,), rank=0, parts=("shift", "gain"))
+    site = SiteSpec(layers=(0,), rank=0, parts=("shift", "gain"), phase=phase)
     spec = make_spec(model, positions=positions).model_copy(
         update={"method": "shift and gain", "sites": {"block_output": site}}
     )

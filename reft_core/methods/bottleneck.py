@@ -36,7 +36,8 @@ class Bottleneck(Intervention):
 
     @override
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        inner = activate(self.activation, F.linear(x, self.down, self.down_bias))  # (N, r)
+        read = x if self.source == "input" else h
+        inner = activate(self.activation, F.linear(read, self.down, self.down_bias))  # (N, r)
         return F.linear(inner, self.up, self.up_bias) * self.scale  # (N, d)
 
     @override

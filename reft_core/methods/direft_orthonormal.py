@@ -21,7 +21,8 @@ class DiReFTOrthonormal(Intervention):
     """Δ(h) = act(h·Wᵀ + b)·Rᵀ with orthonormal columns in R (d, r); W (r, d), b (r,).
 
     W and b start at zero, so with an activation that maps 0 to 0 the untrained edit changes
-    nothing. pyreft draws W at random instead, which makes its untrained edit a random one.
+    nothing; except under relu, where W is drawn, since relu's gradient at 0 is 0. pyreft
+    always draws W at random, which makes its untrained edit a random one.
     """
 
     method = "direft_orthonormal"
@@ -32,7 +33,7 @@ class DiReFTOrthonormal(Intervention):
         super().__init__(sizes, rank, activation)
         size = sizes.out_size
         self.basis = nn.Parameter(orthonormal_init(size, rank))  # (d, r)
-        # relu's gradient at 0 is 0: from zero it would never learn.
+        # From zero relu would never learn.
         start = linear_init(rank, size) if activation == "relu" else torch.zeros(rank, size)
         self.weight = nn.Parameter(start)
         self.bias = nn.Parameter(torch.zeros(rank))

@@ -10,7 +10,7 @@ from reft_core.errors import InvalidRequest
 from reft_core.methods import Intervention, SiteSizes, get_method
 from reft_core.methods.base import Phase
 from reft_core.sites import ModelDescription
-from reft_core.spec import SiteSpec
+from reft_core.spec import MAX_RANK, SiteSpec
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Placement:
         """The placement, with the method's own defaults for what is left out.
 
         Raises :class:`InvalidRequest` naming the option for an unknown method, a site the
-        model does not have, an activation the method does not take, or a rank or layer out
-        of range. Methods on linear maps have no default site: which maps is a choice.
+        model does not have or the method cannot take, an activation the method does not
+        take, or a rank or layer out of range. Methods on linear maps have no default site:
+        which maps is a choice. Methods without a rank ignore ``rank``.
         """
         kind = get_method(method)
         chosen = sites if sites is not None else kind.sites[:1]
@@ -51,18 +52,22 @@ class Placement:
         for site in chosen:
             if site not in model.sites:
                 raise InvalidRequest.because("sites", site, f"some of {', '.join(model.sites)}")
+            if kind.sites == ("heads",) and site != "heads":
+                raise InvalidRequest.because("sites", site, f"heads, the one site of {method}")
         act = activation if activation is not None else kind.activations[0]
         if act not in kind.activations:
             allowed = f"one of {', '.join(kind.activations)}"
             raise InvalidRequest.because("activation", act, allowed)
-        if not layers or not all(0 <= layer < model.num_layers for layer in layers):
+        in_range = all(0 <= layer < model.num_layers for layer in layers)
+        if not layers or not in_range or list(layers) != sorted(set(layers)):
             raise InvalidRequest.because(
-                "layers", list(layers), f"some of 0 to {model.num_layers - 1}"
+                "layers", list(layers), f"some of 0 to {model.num_layers - 1}, ascending, each once"
             )
-        most = min(min(model.sites[site]) for site in chosen)
-        if not 1 <= rank <= most:
+        placement = cls(kind, model, chosen, layers, rank, act, phase or kind.phase)
+        most = min(placement._most_rank(site) for site in chosen)
+        if kind.has_rank and not 1 <= rank <= most:
             raise InvalidRequest.because("rank", rank, f"1 to {most}")
-        return cls(kind, model, chosen, layers, rank, act, phase or kind.phase)
+        return placement
 
     def build(self, num_units: int) -> dict[EditKey, Intervention]:
         """Freshly initialised interventions, one a layer, site and unit."""
@@ -90,6 +95,12 @@ class Placement:
                 out_size=None if sizes.out_size == hidden else sizes.out_size,
             )
         return specs
+
+    def _most_rank(self, site: str) -> int:
+        """Largest rank at a site: what is stored must fit its widths and the file format."""
+        sizes = self._sizes(site)
+        stored_per_rank = max(1, self.method.stored_rank(1, sizes))
+        return min(sizes.in_size, sizes.out_size, MAX_RANK) // stored_per_rank
 
     def _sizes(self, site: str) -> SiteSizes:
         in_size, out_size = self.model.sites[site]
