@@ -28,7 +28,7 @@ from reft_core.edits import Edit
 from reft_core.errors import AdapterFileInvalid, AdapterMismatch, AdapterTooLarge, explain
 from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
-from reft_core.spec import METADATA_KEY, AdapterSpec, BaseModelSpec, Site, tensor_name
+from reft_core.spec import METADATA_KEY, AdapterSpec, BaseModelSpec, tensor_name
 
 MAX_ADAPTER_BYTES = 256 * 1024 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
@@ -42,18 +42,55 @@ class EditKey(NamedTuple):
     """Where one edit of an adapter sits."""
 
     layer: int
-    site: Site
+    site: str
     unit: int
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Tensors of the virtual tokens put before the prompt; see :class:`spec.PrefixSpec`."""
+
+    keys: tuple[Tensor, ...] = ()
+    """(KH, n, D) a layer, as they stand in the KV store; empty for kind ``embedding``."""
+    values: tuple[Tensor, ...] = ()
+    embedding: Tensor | None = None
+    """(n, d), or None for kind ``kv``."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Each tensor by its name in the file."""
+        found = {} if self.embedding is None else {"prefix.embedding": self.embedding}
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            found |= {f"prefix.{layer}.key": key, f"prefix.{layer}.value": value}
+        return found
+
+    def to(self, device: torch.device | str) -> Prefix:
+        """The same prefix with its tensors on ``device``."""
+        return Prefix(
+            tuple(key.to(device) for key in self.keys),
+            tuple(value.to(device) for value in self.values),
+            None if self.embedding is None else self.embedding.to(device),
+        )
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """A validated adapter: its spec and its edits, in float32. Immutable."""
+    """A validated adapter: its spec, its edits and its prefix, in float32. Immutable."""
 
     spec: AdapterSpec
     edits: Mapping[EditKey, Edit]
     digest: str
     num_bytes: int
+    prefix: Prefix | None = None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions its prefix takes before the prompt."""
+        return 0 if self.spec.prefix is None else self.spec.prefix.length
+
+    @property
+    def has_kv_prefix(self) -> bool:
+        """Whether its prefix is keys and values, which need no forward of their own."""
+        return self.spec.prefix is not None and self.spec.prefix.kind == "kv"
 
     @cached_property
     def rule(self) -> PositionRule:
@@ -61,14 +98,15 @@ class Adapter:
         return self.spec.positions.to_rule()
 
     def to(self, device: torch.device | str) -> Adapter:
-        """The same adapter with its tensors on ``device``."""
-        return replace(
-            self, edits={key: edit.fold().to(device=device) for key, edit in self.edits.items()}
-        )
+        """The same adapter folded, with its tensors on ``device``: the form that serves."""
+        edits = {key: edit.fold().to(device=device) for key, edit in self.edits.items()}
+        return replace(self, edits=edits, prefix=self.prefix and self.prefix.to(device))
 
 
-def encode_adapter(spec: AdapterSpec, edits: Mapping[EditKey, Edit]) -> bytes:
-    """The file's bytes, holding ``edits`` in ``spec.dtype``. Equal input, equal bytes.
+def encode_adapter(
+    spec: AdapterSpec, edits: Mapping[EditKey, Edit], prefix: Prefix | None = None
+) -> bytes:
+    """The file's bytes, holding edits and prefix in ``spec.dtype``. Equal input, equal bytes.
 
     The result is read back before it is returned, so what this function writes is what
     :func:`decode_adapter` accepts; raises :class:`AdapterFileInvalid` otherwise.
@@ -76,18 +114,26 @@ def encode_adapter(spec: AdapterSpec, edits: Mapping[EditKey, Edit]) -> bytes:
     dtype = _TORCH_DTYPES[spec.dtype]
     for key, edit in edits.items():
         site = spec.sites.get(key.site)
-        if site and (edit.activation, edit.scale) != (site.activation, site.scale):
+        if site is None:
+            continue  # its tensors are refused below, by name
+        held = (edit.activation, edit.scale, edit.source)
+        declared = (site.activation, site.scale, site.source)
+        if held != declared:
             raise AdapterFileInvalid.because(
-                f"edits of layer {key.layer}",
-                (edit.activation, edit.scale),
-                f"activation and scale as in the spec, {(site.activation, site.scale)}",
+                f"edit of layer {key.layer}, {key.site}",
+                held,
+                f"activation, scale and source as in the spec, {declared}",
             )
-    tensors = {
-        tensor_name(key.layer, key.site, key.unit, part): tensor.to(
-            dtype, copy=True, memory_format=torch.contiguous_format
-        )
+    given = {
+        tensor_name(key.layer, key.site, key.unit, part): tensor
         for key, edit in edits.items()
         for part, tensor in edit.parts()
+    }
+    given |= {} if prefix is None else prefix.tensors()
+    # Copied because safetensors refuses tensors that share memory.
+    tensors = {
+        name: tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in given.items()
     }
     data = safetensors.torch.save(tensors, metadata={METADATA_KEY: spec.to_json()})
     decode_adapter(data)
@@ -111,12 +157,15 @@ def decode_adapter(data: bytes, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapte
     try:
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
-        raise AdapterFileInvalid(f"body: not a valid safetensors file ({error})", field="body") from None
+        raise AdapterFileInvalid(
+            f"body: not a valid safetensors file ({error})", field="body"
+        ) from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterFileInvalid.because(name, "NaN or infinity", "finite values only")
     digest = hashlib.sha256(data).hexdigest()
-    return Adapter(spec, _build_edits(spec, tensors), digest, len(data))
+    edits, prefix = _build_edits(spec, tensors), _build_prefix(spec, tensors)
+    return Adapter(spec, edits, digest, len(data), prefix)
 
 
 def read_adapter(path: Path, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapter:
@@ -163,6 +212,26 @@ def check_fits(spec: AdapterSpec, model: ModelDescription) -> None:
                 explain(f"base.{field}", declared, f"{loaded!r}, as in the loaded {model.name}"),
                 field=f"base.{field}",
             )
+    for name, site in spec.sites.items():
+        declared_sizes, sizes = site.sizes(spec.base.hidden_size), model.sites.get(name)
+        if sizes is None:
+            raise AdapterMismatch(
+                explain("sites", name, f"one of {', '.join(model.sites)}, as in {model.name}"),
+                field=f"sites.{name}",
+            )
+        if declared_sizes != sizes:
+            raise AdapterMismatch(
+                explain(f"sites.{name} sizes", declared_sizes, f"{sizes}, as in {model.name}"),
+                field=f"sites.{name}",
+            )
+    if spec.prefix is not None and spec.prefix.kind == "kv":
+        declared_heads = (spec.prefix.num_kv_heads, spec.prefix.head_dim)
+        heads = (model.num_kv_heads, model.head_dim)
+        if declared_heads != heads:
+            raise AdapterMismatch(
+                explain("prefix heads", declared_heads, f"{heads}, as in {model.name}"),
+                field="prefix",
+            )
 
 
 def _read_header(data: bytes) -> dict[str, Any]:
@@ -176,7 +245,9 @@ def _read_header(data: bytes) -> dict[str, Any]:
     rest = len(data) - _LENGTH_PREFIX_BYTES
     if length > rest:
         raise AdapterFileInvalid.because(
-            "header", f"{length} bytes", f"at most the {rest} bytes that follow its length"
+            "header",
+            f"{length} bytes",
+            f"at most the {rest} bytes that follow in the body; is this a safetensors file?",
         )
     if length > MAX_HEADER_BYTES:
         raise AdapterFileInvalid.because(
@@ -247,7 +318,7 @@ def _check_tensors_declared(header: dict[str, Any], spec: AdapterSpec) -> None:
 
 
 def _build_edits(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[EditKey, Edit]:
-    """Edits in float32, folded."""
+    """Edits in float32, in the form the file holds; :meth:`Adapter.to` folds them."""
     edits: dict[EditKey, Edit] = {}
     for site_name, site in spec.sites.items():
         for layer in site.layers:
@@ -256,6 +327,20 @@ def _build_edits(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[EditK
                     part: tensors[tensor_name(layer, site_name, unit, part)].float()
                     for part in site.parts
                 }
-                edit = Edit(**parts, activation=site.activation, scale=site.scale)
-                edits[EditKey(layer, site_name, unit)] = edit
+                edits[EditKey(layer, site_name, unit)] = Edit(
+                    **parts, activation=site.activation, scale=site.scale, source=site.source
+                )
     return edits
+
+
+def _build_prefix(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Prefix | None:
+    """The prefix in float32, if the spec has one."""
+    if spec.prefix is None:
+        return None
+    if spec.prefix.kind == "embedding":
+        return Prefix(embedding=tensors["prefix.embedding"].float())
+    layers = range(spec.base.num_layers)
+    return Prefix(
+        tuple(tensors[f"prefix.{layer}.key"].float() for layer in layers),
+        tuple(tensors[f"prefix.{layer}.value"].float() for layer in layers),
+    )

@@ -1,4 +1,4 @@
-"""The plan: which rows of a packed prefill get which edits.
+"""The plan: which rows of a forward get which edits.
 
 A prefill forward packs chunks of many prompts into one (N, d) tensor. Each request's edited
 positions were fixed at admission from its whole prompt; here they become row numbers.
@@ -7,7 +7,7 @@ positions were fixed at admission from its whole prompt; here they become row nu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,43 +17,103 @@ from torch import Tensor
 from reft_core.adapter import Adapter, EditKey
 from reft_core.edits import Edit
 
+_READ_BY_LOGITS_ONLY = ("block_output", "attn_output", "mlp_output", "heads")
+"""Sites whose output at a position is, in the last layer, read by that position alone."""
 
-@dataclass(frozen=True)
-class PromptEdits:
-    """An adapter resolved against one prompt, at admission. Travels with the sequence.
 
-    Chunking, preemption and recompute cannot move the positions: they are absolute, and
-    computed once from the original prompt length.
-    """
+@dataclass(frozen=True, eq=False)
+class AdapterUse:
+    """One adapter as one request uses it."""
 
     adapter: Adapter
     """With its tensors on the engine's device."""
-    prompt_len: int
-    strength: float
+    strength: float = 1.0
+    subspaces: tuple[tuple[str, float], ...] = ()
+    """Factor of each named subspace; when any is given, ranks outside of them are off."""
 
     @cached_property
-    def positions(self) -> tuple[tuple[int, ...], ...]:
-        """Ascending edited positions of each unit."""
-        return self.adapter.rule.resolve(self.prompt_len)
+    def edits(self) -> Mapping[EditKey, Edit]:
+        """The adapter's edits with the subspace factors worked in."""
+        if not self.subspaces:
+            return self.adapter.edits
+        named = self.adapter.spec.subspaces or {}
+        scaled = {}
+        for key, edit in self.adapter.edits.items():
+            factors = torch.zeros(edit.rank)
+            for name, factor in self.subspaces:
+                factors[list(named[name])] = factor
+            scaled[key] = edit.scale_ranks(factors)
+        return scaled
 
-    def live_positions(self, key: EditKey) -> tuple[int, ...]:
-        """Positions where the edit at ``key`` can change anything.
+
+@dataclass(frozen=True)
+class PromptEdits:
+    """A request's adapters resolved against its prompt, at admission. Travels with it.
+
+    Chunking, preemption and recompute cannot move the positions: they are absolute, and
+    computed once from the original prompt length. Adapters of a stack act in order: where
+    two edit the same site and position, the second reads what the first wrote.
+    """
+
+    uses: tuple[AdapterUse, ...]
+    prompt_len: int
+    """Tokens of the request's own prompt."""
+
+    @cached_property
+    def prefixed(self) -> Adapter | None:
+        """The adapter whose virtual tokens stand before the prompt; at most one has any."""
+        return next((use.adapter for use in self.uses if use.adapter.num_virtual_tokens), None)
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens before the prompt; they shift its positions."""
+        return 0 if self.prefixed is None else self.prefixed.num_virtual_tokens
+
+    @cached_property
+    def positions(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Ascending edited positions of each adapter's units, virtual tokens counted in."""
+        return tuple(
+            tuple(
+                tuple(position + self.num_virtual for position in unit)
+                for unit in use.adapter.rule.resolve(self.prompt_len)
+            )
+            for use in self.uses
+        )
+
+    def active(self) -> Iterator[tuple[int, AdapterUse]]:
+        """The adapters that change anything, with their place in the stack."""
+        return ((i, use) for i, use in enumerate(self.uses) if use.strength != 0)
+
+    def live_positions(self, place: int, key: EditKey) -> tuple[int, ...]:
+        """Positions where the edit at ``key`` of the ``place``-th adapter can matter.
 
         Nothing reads the last layer's output but the logits, and only the last prompt
         token's logits are read, so a last-layer edit lives at that position alone.
         """
-        positions = self.positions[key.unit]
-        if key.layer < self.adapter.spec.base.num_layers - 1:
+        positions = self.positions[place][key.unit]
+        last_layer = self.uses[place].adapter.spec.base.num_layers - 1
+        if key.layer < last_layer or key.site not in _READ_BY_LOGITS_ONLY:
             return positions
-        last = self.prompt_len - 1
+        last = self.num_virtual + self.prompt_len - 1
         return (last,) if last in positions else ()
 
-    @property
+    @cached_property
     def num_edits(self) -> int:
-        """(layer, position) pairs that are changed, dead ones left out."""
-        if self.strength == 0:
-            return 0
-        return sum(len(self.live_positions(key)) for key in self.adapter.edits)
+        """(layer, site, position) triples changed in the prompt, dead ones left out."""
+        return sum(
+            len(self.live_positions(place, key))
+            for place, use in self.active()
+            for key in use.edits
+        )
+
+    @cached_property
+    def edits_decode(self) -> bool:
+        """Whether generated tokens are edited too."""
+        return any(
+            site.phase == "all"
+            for _, use in self.active()
+            for site in use.adapter.spec.sites.values()
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +134,7 @@ class PackedChunk:
 
 @dataclass(frozen=True)
 class RowEdit:
-    """One edit and the rows of the packed forward it changes."""
+    """One edit and the rows of the forward it changes."""
 
     edit: Edit
     rows: Tensor
@@ -82,43 +142,82 @@ class RowEdit:
     strength: float
 
 
+Place = tuple[int, str]
+"""A layer and a site in it."""
+
+
 @dataclass(frozen=True)
 class EditPlan:
-    """Per layer, the edits to apply to that layer's packed output."""
+    """By layer and site, the edits to apply to that site's packed output, in order."""
 
-    layers: Mapping[int, list[RowEdit]] = field(default_factory=dict)
+    places: Mapping[Place, list[RowEdit]] = field(default_factory=dict)
 
     @property
     def num_edits(self) -> int:
-        """(layer, row) pairs the plan changes."""
-        return sum(len(edit.rows) for edits in self.layers.values() for edit in edits)
+        """(layer, site, row) triples the plan changes."""
+        return sum(len(edit.rows) for edits in self.places.values() for edit in edits)
+
+
+class _PlanBuilder:
+    """Collects rows by edit. Requests that share an adapter share a :class:`RowEdit`, so an
+    adapter's weights are read once a layer however many requests use it.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, AdapterUse, EditKey], list[int]] = {}
+        self._canonical: dict[tuple[str, float, tuple[tuple[str, float], ...]], AdapterUse] = {}
+
+    def add(self, depth: int, use: AdapterUse, key: EditKey, rows: list[int]) -> None:
+        """Have the edit ``key`` of ``use``, ``depth``-th in its stack, change these rows."""
+        identity = (use.adapter.digest, use.strength, use.subspaces)
+        shared = self._canonical.setdefault(identity, use)
+        self._rows.setdefault((depth, shared, key), []).extend(rows)
+
+    def build(self, device: torch.device | str) -> EditPlan:
+        """The plan. Layers of one adapter mostly share their rows, so also the index tensor."""
+        tensors: dict[tuple[int, ...], Tensor] = {}
+        places: dict[Place, list[RowEdit]] = defaultdict(list)
+        for (_, use, key), rows in sorted(self._rows.items(), key=lambda item: item[0][0]):
+            index = tuple(rows)
+            if index not in tensors:
+                tensors[index] = torch.tensor(rows, dtype=torch.int64, device=device)
+            row_edit = RowEdit(use.edits[key], tensors[index], use.strength)
+            places[key.layer, key.site].append(row_edit)
+        return EditPlan(dict(places))
 
 
 def build_plan(chunks: Iterable[PackedChunk], device: torch.device | str = "cpu") -> EditPlan:
-    """The edits of one packed forward.
-
-    Requests that share an adapter and a strength share a :class:`RowEdit`, so an adapter's
-    weights are read once a layer however many requests use it.
-    """
-    groups: dict[tuple[str, float, EditKey], tuple[Edit, list[int]]] = {}
+    """The edits of one packed prefill."""
+    builder = _PlanBuilder()
     for chunk in chunks:
-        prompt = chunk.edits
-        if prompt is None or prompt.strength == 0:
+        if chunk.edits is None:
             continue
         rows_by_positions: dict[tuple[int, ...], list[int]] = {}
-        for key, edit in prompt.adapter.edits.items():
-            positions = prompt.live_positions(key)
-            if positions not in rows_by_positions:
-                rows_by_positions[positions] = chunk.rows_of(positions)
-            if rows := rows_by_positions[positions]:
-                name = (prompt.adapter.digest, prompt.strength, key)
-                groups.setdefault(name, (edit, []))[1].extend(rows)
-    # Layers of one adapter mostly share their rows; so they share the index tensor too.
-    tensors: dict[tuple[int, ...], Tensor] = {}
-    layers: dict[int, list[RowEdit]] = defaultdict(list)
-    for (_, strength, key), (edit, rows) in groups.items():
-        index = tuple(rows)
-        if index not in tensors:
-            tensors[index] = torch.tensor(rows, dtype=torch.int64, device=device)
-        layers[key.layer].append(RowEdit(edit, tensors[index], strength))
-    return EditPlan(dict(layers))
+        for depth, use in chunk.edits.active():
+            for key in use.edits:
+                positions = chunk.edits.live_positions(depth, key)
+                if positions not in rows_by_positions:
+                    rows_by_positions[positions] = chunk.rows_of(positions)
+                if rows := rows_by_positions[positions]:
+                    builder.add(depth, use, key, rows)
+    return builder.build(device)
+
+
+def build_decode_plan(
+    rows: Iterable[PromptEdits | None], device: torch.device | str = "cpu"
+) -> EditPlan:
+    """The edits of one decode step, row i being sequence i's new token.
+
+    Only sites of phase ``all`` act on generated tokens, with the parameters of their last
+    unit (the suffix's, where a rule is untied). None for rows without adapters.
+    """
+    builder = _PlanBuilder()
+    for row, edits in enumerate(rows):
+        if edits is None or not edits.edits_decode:
+            continue
+        for depth, use in edits.active():
+            sites, last_unit = use.adapter.spec.sites, use.adapter.rule.num_units - 1
+            for key in use.edits:
+                if sites[key.site].phase == "all" and key.unit == last_unit:
+                    builder.add(depth, use, key, [row])
+    return builder.build(device)

@@ -5,9 +5,10 @@ At a site with output h and input x, an edit adds
     Δ(h, x) = scale · ( act(x·down + bias) − x·skip ) · up + shift + gain ∘ h
 
 with row vectors h, x (N, d); down, skip (d, r); up (r, d); bias (r,); shift, gain (d,).
-Absent parts contribute nothing. At ``block_output``, ReFT's site, x is h itself.
+Absent parts contribute nothing. At ``block_output``, ReFT's site, x is h itself. Where a
+site's input and output differ in width, down and skip have the width of x, the rest that of h.
 
-Dimension letters: N tokens, d hidden size, r rank.
+Dimension letters: N tokens, d width of h (mostly the hidden size), r rank.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from torch import Tensor
 
 Activation = Literal["identity", "relu", "gelu", "silu", "tanh", "sigmoid"]
 Part = Literal["down", "skip", "up", "bias", "shift", "gain"]
+
+Source = Literal["output", "input"]
+"""What x is: the site's own output h (series), or its input (parallel, LoRA)."""
 
 PARTS: tuple[Part, ...] = get_args(Part)
 ACTIVATION_NAMES: tuple[Activation, ...] = get_args(Activation)
@@ -56,6 +60,7 @@ class Edit:
     gain: Tensor | None = None
     activation: Activation = "identity"
     scale: float = 1.0
+    source: Source = "output"
 
     def __post_init__(self) -> None:
         assert (self.down is None) == (self.up is None), "down and up come together"
@@ -100,15 +105,24 @@ class Edit:
         down = self.down if self.skip is None else self.down - self.skip  # (d, r)
         return replace(self, down=down, skip=None, up=self.up * self.scale, scale=1.0)
 
+    def scale_ranks(self, factors: Tensor) -> Edit:
+        """The edit with each rank's contribution multiplied by its factor (r,)."""
+        assert self.up is not None, "only a low-rank edit has ranks to scale"
+        return replace(self, up=self.up * factors.to(self.up).unsqueeze(1))
+
     def delta(self, h: Tensor, x: Tensor | None = None) -> Tensor:
         """Δ(h, x) of this module's formula, (N, d), in float32.
 
-        h is the site's output, x its input (h when left out), both (N, d) of any float
-        dtype. The arithmetic is float32: bfloat16 has 8 bits of mantissa, and the low-rank
-        difference of LoReFT subtracts nearly equal numbers.
+        h (N, d) is the site's output, x (N, d_x) its input; x is needed, and read, only when
+        ``source`` is "input". Both may be of any float dtype. The arithmetic is float32:
+        bfloat16 has 8 bits of mantissa, and LoReFT's difference is of nearly equal numbers.
         """
         h = h.float()
-        x = h if x is None else x.float()
+        if self.source == "input":
+            assert x is not None, "this edit reads the site's input"
+            x = x.float()
+        else:
+            x = h
         out: Tensor | None = None
         if self.down is not None and self.up is not None:
             inner = x @ self.down if self.bias is None else torch.addmm(self.bias, x, self.down)

@@ -9,13 +9,16 @@ from torch import Tensor
 from reft_core.batch import RowEdit
 
 
-def apply_edits(hidden: Tensor, edits: Iterable[RowEdit]) -> None:
-    """Change the named rows of ``hidden`` (N, d) in place: h ← h + strength · Δ(h).
+def apply_edits(hidden: Tensor, x: Tensor, edits: Iterable[RowEdit]) -> None:
+    """Change rows of ``hidden`` (N, d) in place, in order: h ← h + strength · Δ(h, x).
 
-    The sum is taken in float32 and rounded once to ``hidden``'s dtype. A loop over adapters,
-    each two thin products on its gathered rows; the weights are never copied.
+    ``x`` (N, d_x) is the site's input. The sum is taken in float32 and rounded once to
+    ``hidden``'s dtype. A loop over adapters, each two thin products on its gathered rows;
+    the weights are never copied.
     """
     for row_edit in edits:
-        h = hidden.index_select(0, row_edit.rows).float()  # (K, d)
-        edited = h.add(row_edit.edit.delta(h), alpha=row_edit.strength)
-        hidden.index_copy_(0, row_edit.rows, edited.to(hidden.dtype))
+        edit, rows = row_edit.edit, row_edit.rows
+        h = hidden.index_select(0, rows).float()  # (K, d)
+        delta = edit.delta(h, x.index_select(0, rows) if edit.source == "input" else None)
+        edited = h.add(delta, alpha=row_edit.strength)
+        hidden.index_copy_(0, rows, edited.to(hidden.dtype))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from reft_core.errors import UnsupportedModel
 from reft_core.spec import BaseModelSpec
@@ -40,6 +42,8 @@ class ModelDescription:
     max_positions: int
     """Longest sequence its position encoding was made for."""
     num_parameters: int
+    sites: Mapping[str, tuple[int, int]]
+    """Input and output width of each site that a layer has."""
 
     def to_base_spec(self) -> BaseModelSpec:
         """How an adapter trained on this model names it."""
@@ -68,6 +72,7 @@ def describe_model(model: PreTrainedModel, name: str) -> ModelDescription:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         max_positions=config.max_position_embeddings,
         num_parameters=sum(p.numel() for p in model.parameters()),
+        sites=site_sizes(find_layers(model)[0], config.hidden_size),
     )
 
 
@@ -121,16 +126,116 @@ def _is_stack(layers: nn.ModuleList, expected: int) -> bool:
     )
 
 
-def edit_output(layer: nn.Module, edit: Callable[[Tensor], Tensor]) -> Any:
-    """Hook ``layer`` so that ``edit`` replaces its hidden-state output; returns the handle.
+def site_sizes(layer: nn.Module, hidden_size: int) -> dict[str, tuple[int, int]]:
+    """Every site of a layer, with the widths of the site's input and output.
 
-    Layers return the hidden states (1 or B, T, d) alone or first in a tuple, depending on
-    the architecture and on the transformers version. ``handle.remove()`` undoes it.
+    ``linear:`` sites are named by their path inside the layer. A layer whose attention or
+    MLP is not one module of its own lacks the sites that need it.
     """
+    linears = {name: sizes for name, m in layer.named_modules() if (sizes := _linear_sizes(m))}
+    square = (hidden_size, hidden_size)
+    found = {"block_output": square}
+    if (attention := _attention_name(layer)) is not None:
+        found["attn_output"] = square
+        projections = [n for n in linears if n.startswith(f"{attention}.")]
+        found["heads"] = (hidden_size, linears[projections[-1]][0])
+    if _mlp_name(layer) is not None:
+        found["mlp_output"] = square
+    return found | {f"linear:{name}": sizes for name, sizes in linears.items()}
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear map, None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):  # GPT-2's, with the weight the other way round
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def _attention_name(layer: nn.Module) -> str | None:
+    """The child that is transformers' self-attention: it knows its layer and has linears."""
+    for name, child in layer.named_children():
+        is_attention = hasattr(child, "layer_idx") and hasattr(child, "is_causal")
+        if is_attention and any(_linear_sizes(module) for module in child.modules()):
+            return name
+    return None
+
+
+def _mlp_name(layer: nn.Module) -> str | None:
+    """The one other child that holds linear maps; None if there is not exactly one."""
+    attention = _attention_name(layer)
+    names = [
+        name
+        for name, child in layer.named_children()
+        if name != attention and sum(1 for m in child.modules() if _linear_sizes(m)) >= 2
+    ]
+    return names[0] if attention is not None and len(names) == 1 else None
+
+
+SiteEdit = Callable[[Tensor, Tensor], Tensor]
+"""From a site's output h (..., d) and input x (..., d_x) to what replaces h."""
+
+
+class Handles:
+    """Several hook handles that are removed together."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Undo the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def edit_site(layer: nn.Module, site: str, edit: SiteEdit) -> Handles:
+    """Hook ``layer`` so that ``edit`` replaces what ``site`` puts out; undo by ``remove()``.
+
+    Sites are those of :func:`site_sizes`. Modules return h alone or first in a tuple and
+    take x by position or by name, depending on the architecture.
+    """
+    if site == "heads":
+        return _edit_heads(layer, edit)
+    if site == "block_output":
+        module = layer
+    elif site.startswith("linear:"):
+        module = layer.get_submodule(site.removeprefix("linear:"))
+    else:
+        name = _attention_name(layer) if site == "attn_output" else _mlp_name(layer)
+        assert name is not None, f"{type(layer).__name__} has no {site}"
+        module = layer.get_submodule(name)
+
+    def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        x = _first_input(args, kwargs)
         if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
+            return (edit(output[0], x), *output[1:])
+        return edit(output, x)
 
-    return layer.register_forward_hook(hook)
+    return Handles(module.register_forward_hook(hook, with_kwargs=True))
+
+
+def _edit_heads(layer: nn.Module, edit: SiteEdit) -> Handles:
+    """Edit the concatenated heads: h is the output projection's input, x the attention's."""
+    name = _attention_name(layer)
+    assert name is not None, f"{type(layer).__name__} has no heads"
+    attention = layer.get_submodule(name)
+    projection = [module for module in attention.modules() if _linear_sizes(module)][-1]
+    attention_input: list[Tensor] = []
+
+    def remember(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        attention_input[:] = [_first_input(args, kwargs)]
+
+    def hook(_module: nn.Module, args: Any) -> Any:
+        return (edit(args[0], attention_input.pop()), *args[1:])
+
+    return Handles(
+        attention.register_forward_pre_hook(remember, with_kwargs=True),
+        projection.register_forward_pre_hook(hook),
+    )
+
+
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states a module was called with."""
+    tensor: Tensor = args[0] if args else kwargs["hidden_states"]
+    return tensor

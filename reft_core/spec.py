@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from reft_core.edits import Activation, Part
+from reft_core.edits import Activation, Part, Source
 from reft_core.errors import InvalidRequest
 from reft_core.positions import Anchor, Cap, PositionRule
 
@@ -20,12 +20,15 @@ FORMAT_VERSION = 1
 METADATA_KEY = "reft"
 MAX_LAYERS = 1024
 MAX_RANK = 1024
+MAX_SIZE = 1_048_576
+MAX_PREFIX = 4096
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 AdapterName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 
-Site = Literal["block_output"]
+SITE_PATTERN = r"^(block_output|attn_output|mlp_output|heads|linear:[A-Za-z0-9_.]{1,128})$"
+Site = Annotated[str, StringConstraints(pattern=SITE_PATTERN)]
 StorageDtype = Literal["float32", "float16", "bfloat16"]
 _Short = Annotated[str, StringConstraints(max_length=256)]
 _Text = Annotated[str, StringConstraints(max_length=8192)]
@@ -59,7 +62,12 @@ class SiteSpec(_Document):
     parts: tuple[Part, ...] = Field(min_length=1)
     activation: Activation = "identity"
     scale: _Finite = 1.0
-    phase: Literal["prompt"] = "prompt"
+    source: Source = Field(default="output", description="what x is in the edit's formula")
+    phase: Literal["prompt", "all"] = Field(
+        default="prompt", description="'all': every generated token is edited too"
+    )
+    in_size: int | None = Field(default=None, ge=1, le=MAX_SIZE, description="absent: hidden size")
+    out_size: int | None = Field(default=None, ge=1, le=MAX_SIZE, description="absent: hidden size")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -68,23 +76,66 @@ class SiteSpec(_Document):
         if len(set(self.parts)) != len(self.parts):
             raise ValueError("parts must be unique")
         low_rank = {"down", "up"} & set(self.parts)
+        held = f"got {list(self.parts)} of rank {self.rank}"
         if low_rank and (len(low_rank) < 2 or self.rank < 1):
-            raise ValueError("parts 'down' and 'up' come together and need a rank of at least 1")
+            raise ValueError(
+                f"parts 'down' and 'up' come together and need a rank of at least 1, {held}"
+            )
         if not low_rank and ({"skip", "bias"} & set(self.parts) or self.rank != 0):
-            raise ValueError("parts 'skip' and 'bias', and a rank, need 'down' and 'up'")
+            raise ValueError(f"parts 'skip' and 'bias', and a rank, need 'down' and 'up', {held}")
         return self
+
+    def sizes(self, hidden_size: int) -> tuple[int, int]:
+        """Widths of the site's input and output."""
+        return self.in_size or hidden_size, self.out_size or hidden_size
 
     def shape(self, part: Part, hidden_size: int) -> tuple[int, ...]:
         """Shape of ``part`` for a model of this hidden size."""
+        in_size, out_size = self.sizes(hidden_size)
+        x_size = in_size if self.source == "input" else out_size
         shapes: dict[Part, tuple[int, ...]] = {
-            "down": (hidden_size, self.rank),
-            "skip": (hidden_size, self.rank),
-            "up": (self.rank, hidden_size),
+            "down": (x_size, self.rank),
+            "skip": (x_size, self.rank),
+            "up": (self.rank, out_size),
             "bias": (self.rank,),
-            "shift": (hidden_size,),
-            "gain": (hidden_size,),
+            "shift": (out_size,),
+            "gain": (out_size,),
         }
         return shapes[part]
+
+
+class PrefixSpec(_Document):
+    """Trained virtual tokens put before the prompt. They take positions 0..length-1.
+
+    ``kv``: keys and values at every layer (prefix tuning). ``embedding``: input embeddings,
+    which run through the model like tokens (prompt tuning).
+    """
+
+    kind: Literal["kv", "embedding"]
+    length: int = Field(ge=1, le=MAX_PREFIX)
+    num_kv_heads: int | None = Field(default=None, ge=1, le=MAX_SIZE, description="kind kv")
+    head_dim: int | None = Field(default=None, ge=1, le=MAX_SIZE, description="kind kv")
+
+    @model_validator(mode="after")
+    def _sized(self) -> Self:
+        sizes = (self.num_kv_heads, self.head_dim)
+        expected = 2 if self.kind == "kv" else 0
+        if sum(size is not None for size in sizes) != expected:
+            raise ValueError("num_kv_heads and head_dim belong to kind 'kv', which needs both")
+        return self
+
+    def tensor_shapes(self, num_layers: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the prefix's tensors."""
+        if self.kind == "embedding":
+            return {"prefix.embedding": (self.length, hidden_size)}
+        assert self.num_kv_heads is not None
+        assert self.head_dim is not None
+        shape = (self.num_kv_heads, self.length, self.head_dim)
+        return {
+            f"prefix.{layer}.{part}": shape
+            for layer in range(num_layers)
+            for part in ("key", "value")
+        }
 
 
 class PositionSpec(_Document):
@@ -160,7 +211,13 @@ class AdapterSpec(_Document):
     method: _Short
     dtype: StorageDtype = "float32"
     positions: PositionSpec
-    sites: dict[Site, SiteSpec] = Field(min_length=1)
+    sites: dict[Site, SiteSpec] = Field(default_factory=dict, max_length=256)
+    prefix: PrefixSpec | None = None
+    subspaces: dict[_Short, tuple[int, ...]] | None = Field(
+        default=None,
+        max_length=256,
+        description="named groups of ranks that a request may scale one by one",
+    )
     task: TaskSpec = TaskSpec()
     template: TemplateSpec | None = Field(
         default=None, description="absent: the base model's own chat template"
@@ -178,23 +235,33 @@ class AdapterSpec(_Document):
                     f"sites.{name}.layers: got {site.layers[-1]}, expected at most "
                     f"{self.base.num_layers - 1}"
                 )
-            if site.rank > self.base.hidden_size:
+            if site.rank > min(site.sizes(self.base.hidden_size)):
                 raise ValueError(
-                    f"sites.{name}.rank: got {site.rank}, expected at most the hidden size "
-                    f"{self.base.hidden_size}"
+                    f"sites.{name}.rank: got {site.rank}, expected at most the site's width "
+                    f"{min(site.sizes(self.base.hidden_size))}"
                 )
+        if not self.sites and self.prefix is None:
+            raise ValueError("sites: got none, expected at least one site or a prefix")
+        for subspace, ranks in (self.subspaces or {}).items():
+            lowest = min((site.rank for site in self.sites.values()), default=0)
+            if not ranks or not all(0 <= rank < lowest for rank in ranks):
+                allowed = f"ranks 0 to {lowest - 1}" if lowest else "none: a site has no ranks"
+                raise ValueError(f"subspaces.{subspace}: got {list(ranks)}, expected {allowed}")
         return self
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the file must hold, and of no other."""
         num_units = self.positions.to_rule().num_units
-        return {
+        shapes = {
             tensor_name(layer, site_name, unit, part): site.shape(part, self.base.hidden_size)
             for site_name, site in self.sites.items()
             for layer in site.layers
             for unit in range(num_units)
             for part in site.parts
         }
+        if self.prefix is not None:
+            shapes |= self.prefix.tensor_shapes(self.base.num_layers, self.base.hidden_size)
+        return shapes
 
     @property
     def num_parameters(self) -> int:

@@ -44,7 +44,8 @@ def announce_tries(settings: Settings, base_name: str, url: str) -> None:
         )
         console.print(f"\n[bold]# {title}[/]")
         console.print(
-            f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'",
+            f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"  -d '{body}'",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from reft_core.engine.interface import Engine, Output, Request, SamplingParams
+from reft_core.engine.interface import AdapterChoice, Engine, Output, Request, SamplingParams
 from reft_core.errors import EngineUnavailable, InvalidRequest, RequestFailed
 from reft_core.spec import TemplateSpec
 from server.choice import ChoiceText, Piece, TokenText
@@ -32,10 +32,20 @@ AnswerEnd = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter as a request names it, with its options; see :class:`AdapterChoice`."""
+
+    model: str
+    strength: float | None = None
+    subspaces: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Job:
     """What one HTTP request asks for."""
 
-    model: str
+    named: tuple[NamedAdapter, ...]
+    """What ``model`` names, perhaps the base model, then the adapters stacked on it."""
     encode: Encode
     params: SamplingParams
     """Of each choice; choice i samples with ``seed + i``."""
@@ -43,7 +53,6 @@ class Job:
     """Let answers grow to the end of the context instead of ``params.max_tokens``."""
     n: int = 1
     stops: tuple[str, ...] = ()
-    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,26 +112,47 @@ class Generator:
         Raises what makes a request unacceptable; then nothing is left behind.
         """
         arrived_at = time.perf_counter()
-        version, prompts = await asyncio.to_thread(self._prepare, job)
-        if version is not None:
-            await self._residency.acquire(version.digest, version.num_bytes)
-        generation = Generation(self, version, prompts, job.n, arrived_at)
+        versions, prompts = await asyncio.to_thread(self._prepare, job)
+        generation = Generation(self, job, prompts, arrived_at)
         try:
-            generation.submit(job)
+            for version in versions:
+                if version is not None:
+                    await self._residency.acquire(version.digest, version.num_bytes)
+                    generation.versions.append(version)
+            generation.submit(_choices(job, versions))
         except BaseException:
             generation.close()
             raise
         return generation
 
-    def _prepare(self, job: Job) -> tuple[Version | None, list[list[int]]]:
-        """The adapter version and the prompts' tokens; blocks on the catalog and tokenizer."""
-        version = self._registry.resolve(job.model)
-        if version is None and job.strength is not None:
-            raise InvalidRequest.because(
-                "reft.strength", job.strength, "no strength, since the base model has no edits"
-            )
-        template = version.spec.template if version else None
-        return version, job.encode(self._tokenizer, template)
+    def _prepare(self, job: Job) -> tuple[list[Version | None], list[list[int]]]:
+        """The adapter versions and the prompts' tokens; blocks on the catalog and tokenizer.
+
+        The prompt is rendered with the template of what ``model`` names. None stands for the
+        base model, which has no options and cannot be stacked on something.
+        """
+        versions = [self._registry.resolve(named.model) for named in job.named]
+        for place, (named, version) in enumerate(zip(job.named, versions, strict=True)):
+            if version is not None:
+                continue
+            if place > 0:
+                raise InvalidRequest.because("reft.stack", named.model, "names of adapters")
+            for option in ("strength", "subspaces"):
+                if (value := getattr(named, option)) not in (None, {}):
+                    raise InvalidRequest.because(
+                        f"reft.{option}", value, "nothing, since the base model has no edits"
+                    )
+        template = versions[0].spec.template if versions[0] else None
+        return versions, job.encode(self._tokenizer, template)
+
+
+def _choices(job: Job, versions: Sequence[Version | None]) -> tuple[AdapterChoice, ...]:
+    """The engine's form of the adapters that a job names."""
+    return tuple(
+        AdapterChoice(version.digest, named.strength, named.subspaces)
+        for named, version in zip(job.named, versions, strict=True)
+        if version is not None
+    )
 
 
 class Generation:
@@ -134,22 +164,28 @@ class Generation:
     def __init__(
         self,
         generator: Generator,
-        version: Version | None,
+        job: Job,
         prompts: list[list[int]],
-        n: int,
         arrived_at: float,
     ) -> None:
-        self.version = version
+        self.versions: list[Version] = []
+        """The adapters it holds, in the order they act."""
         self.prompts = prompts
-        self.n = n
+        self.n = job.n
         self.num_edits = 0
-        """(layer, position) pairs the adapter changes, over all sub-requests."""
+        """(layer, site, position) triples the adapters change, over all sub-requests."""
+        self._job = job
         self._owner = generator
         self._arrived_at = arrived_at
         self._loop = asyncio.get_running_loop()
         self._choices: list[_Choice] = []
         self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self._closed = False
+
+    @property
+    def starts_with_adapter(self) -> bool:
+        """Whether ``model`` named an adapter, and not the base model."""
+        return len(self.versions) == len(self._job.named)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -161,9 +197,9 @@ class Generation:
         """Tokens generated so far, over all choices."""
         return sum(choice.text.num_tokens for choice in self._choices)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, adapters: tuple[AdapterChoice, ...]) -> None:
         """Submit every choice of every prompt; choice i of prompt p has index p·n + i."""
-        owner = self._owner
+        owner, job = self._owner, self._job
         for prompt in self.prompts:
             for i in range(job.n):
                 index = len(self._choices)
@@ -174,9 +210,8 @@ class Generation:
                 request = Request(
                     choice.request_id,
                     tuple(prompt),
-                    self._params(job, len(prompt), i),
-                    self.version.digest if self.version else None,
-                    job.strength,
+                    self._params(len(prompt), i),
+                    adapters,
                 )
                 ticket = owner._engine.submit(request, self._sink(index, choice))
                 self._choices.append(choice)
@@ -209,13 +244,13 @@ class Generation:
             if not choice.ended:
                 self._end(choice, "abort")
                 self._owner._engine.cancel(choice.request_id)
-        if self.version is not None:
-            self._owner._residency.release(self.version.digest)
+        for version in self.versions:
+            self._owner._residency.release(version.digest)
 
-    def _params(self, job: Job, prompt_len: int, i: int) -> SamplingParams:
+    def _params(self, prompt_len: int, i: int) -> SamplingParams:
         """Sampling of choice ``i`` of a prompt."""
-        params = job.params
-        if job.fill_context:
+        params = self._job.params
+        if self._job.fill_context:
             room = self._owner._engine.max_model_len - prompt_len
             params = replace(params, max_tokens=max(1, room))
         if params.seed is not None and i:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,14 +29,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from reft_core.adapter import Adapter, EditKey, decode_adapter, encode_adapter
+from reft_core.adapter import Adapter, EditKey, Prefix, decode_adapter, encode_adapter
 from reft_core.edits import Activation, Edit
 from reft_core.engine.interface import FinishReason, Output, Token
 from reft_core.errors import ReftError
 from reft_core.loading import LoadedModel
-from reft_core.methods import get_method
+from reft_core.methods.base import Phase
+from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription, describe_model
-from reft_core.spec import AdapterSpec, PositionSpec, SiteSpec
+from reft_core.spec import AdapterSpec, PositionSpec, PrefixSpec, SiteSpec
 
 VOCAB_SIZE = 96
 HIDDEN_SIZE = 32
@@ -118,87 +120,115 @@ def tiny_loaded(family: str = "llama", seed: int = 0) -> LoadedModel:
     return LoadedModel(model, tokenizer, describe_model(model, f"tiny-{family}"))
 
 
-def random_edits(
-    method: str,
-    hidden_size: int,
-    layers: list[int],
-    num_units: int,
-    rank: int,
-    activation: Activation = "identity",
-    size: float = 1.0,
-) -> dict[EditKey, Edit]:
-    """Edits of a method whose parameters were moved away from their initial values."""
-    edits = {}
-    for layer in layers:
-        for unit in range(num_units):
-            module = get_method(method)(hidden_size, rank, activation)
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.add_(size * torch.randn_like(parameter) / hidden_size**0.5)
-            edits[EditKey(layer, "block_output", unit)] = module.to_edit()
-    return edits
-
-
 def make_spec(
     model: ModelDescription,
     *,
+    placement: Placement | None = None,
     name: str = "test",
     method: str = "loreft",
     rank: int = 2,
-    layers: list[int] | None = None,
+    layers: Iterable[int] | None = None,
+    sites: tuple[str, ...] | None = None,
     positions: str = "l1",
     tied: bool = True,
-    activation: Activation = "identity",
+    activation: Activation | None = None,
+    phase: Phase | None = None,
     **fields: object,
 ) -> AdapterSpec:
-    """A complete spec for a model."""
-    site = SiteSpec(
-        layers=tuple(range(model.num_layers)) if layers is None else tuple(layers),
-        rank=rank,
-        parts=get_method(method).parts(activation),
-        activation=activation,
+    """A complete spec for a model. A given placement stands for method, rank, sites and so on."""
+    placement = placement or make_placement(
+        model, method, rank=rank, layers=layers, sites=sites, activation=activation, phase=phase
     )
     return AdapterSpec(
         name=name,
         base=model.to_base_spec(),
         method=method,
         positions=PositionSpec(rule=positions, tied=tied),
-        sites={"block_output": site},
+        sites=placement.site_specs(),
         **fields,  # type: ignore[arg-type]
     )
 
 
+def make_placement(
+    model: ModelDescription, method: str, *, layers: Iterable[int] | None, **options: object
+) -> Placement:
+    """A placement on all layers unless told otherwise."""
+    chosen = tuple(range(model.num_layers) if layers is None else layers)
+    return Placement.on(model, method, layers=chosen, **options)  # type: ignore[arg-type]
+
+
 def random_adapter_bytes(
-    model: ModelDescription, *, seed: int = 0, size: float = 1.0, **fields: object
+    model: ModelDescription,
+    *,
+    seed: int = 0,
+    size: float = 1.0,
+    method: str = "loreft",
+    rank: int = 2,
+    layers: Iterable[int] | None = None,
+    sites: tuple[str, ...] | None = None,
+    activation: Activation | None = None,
+    phase: Phase | None = None,
+    **fields: object,
 ) -> bytes:
-    """The file of a random adapter for ``model``; ``fields`` as in :func:`make_spec`."""
+    """The file of an adapter whose parameters were moved away from their initial values."""
     torch.manual_seed(seed)
-    spec = make_spec(model, **fields)  # type: ignore[arg-type]
-    site = spec.sites["block_output"]
-    edits = random_edits(
-        spec.method,
-        model.hidden_size,
-        list(site.layers),
-        spec.positions.to_rule().num_units,
-        site.rank,
-        site.activation,
-        size,
+    placement = make_placement(
+        model, method, rank=rank, layers=layers, sites=sites, activation=activation, phase=phase
     )
-    return encode_adapter(spec, edits)
+    spec = make_spec(model, placement=placement, method=method, **fields)  # type: ignore[arg-type]
+    return encode_adapter(spec, moved_edits(placement, spec.positions.to_rule().num_units, size))
 
 
-def random_adapter(
-    model: ModelDescription, *, seed: int = 0, size: float = 1.0, **fields: object
-) -> Adapter:
+def moved_edits(placement: Placement, num_units: int = 1, size: float = 1.0) -> dict[EditKey, Edit]:
+    """A placement's edits, their parameters moved away from the initial values."""
+    modules = placement.build(num_units)
+    with torch.no_grad():
+        for module in modules.values():
+            for parameter in module.parameters():
+                noise = torch.randn_like(parameter) / placement.model.hidden_size**0.5
+                parameter.add_(size * noise)
+    return {key: module.to_edit() for key, module in modules.items()}
+
+
+def random_adapter(model: ModelDescription, **options: object) -> Adapter:
     """A random adapter for ``model``, read from its own file."""
-    return decode_adapter(random_adapter_bytes(model, seed=seed, size=size, **fields))
+    return decode_adapter(random_adapter_bytes(model, **options))  # type: ignore[arg-type]
+
+
+def random_prefix_adapter(
+    model: ModelDescription, kind: Literal["kv", "embedding"], *, length: int = 3, seed: int = 0
+) -> Adapter:
+    """Prefix tuning or prompt tuning with random tensors and no edits."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (model.num_kv_heads, model.head_dim) if kind == "kv" else (None, None)
+    spec = AdapterSpec(
+        name=f"{kind}-prefix",
+        base=model.to_base_spec(),
+        method="prefix_tuning" if kind == "kv" else "prompt_tuning",
+        positions=PositionSpec(rule="l1"),
+        prefix=PrefixSpec(kind=kind, length=length, num_kv_heads=heads[0], head_dim=heads[1]),
+    )
+    shapes = spec.tensor_shapes()
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    layers = range(model.num_layers if kind == "kv" else 0)
+    prefix = Prefix(
+        tuple(drawn[f"prefix.{layer}.key"] for layer in layers),
+        tuple(drawn[f"prefix.{layer}.value"] for layer in layers),
+        drawn.get("prefix.embedding"),
+    )
+    return decode_adapter(encode_adapter(spec, {}, prefix))
 
 
 def shift_adapter(
-    model: ModelDescription, *, shift: float = 0.0, gain: float = 0.0, positions: str = "prompt"
+    model: ModelDescription,
+    *,
+    shift: float = 0.0,
+    gain: float = 0.0,
+    positions: str = "prompt",
+    phase: Phase = "prompt",
 ) -> Adapter:
     """Adds ``shift`` and ``gain`` ∘ h to layer 0's output; 3e38 for both overflows float32."""
-    site = SiteSpec(layers=(0,), rank=0, parts=("shift", "gain"))
+    site = SiteSpec(layers=(0,), rank=0, parts=("shift", "gain"), phase=phase)
     spec = make_spec(model, positions=positions).model_copy(
         update={"method": "shift and gain", "sites": {"block_output": site}}
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from reft_core.adapter import Adapter
+from reft_core.convert import adapterhub, easysteer, peft, pyreft
 from reft_core.convert.adapterhub import from_adapterhub
+from reft_core.convert.base import base_from_folder, describe_config
 from reft_core.convert.common import (
     BASE_TEMPLATE,
     OPTION_NAMES,
     Converted,
     ConvertOptions,
-    base_from_folder,
-    base_spec,
 )
 from reft_core.convert.easysteer import from_easysteer
+from reft_core.convert.peft import from_peft
+from reft_core.convert.peft_export import to_peft
 from reft_core.convert.pyreft import from_pyreft
 from reft_core.convert.pyreft_export import to_pyreft
 from reft_core.errors import InvalidRequest
@@ -22,9 +25,21 @@ from reft_core.errors import InvalidRequest
 CONVERTERS: dict[str, Callable[[Path, ConvertOptions], Converted]] = {
     "pyreft": from_pyreft,
     "adapters": from_adapterhub,
+    "peft": from_peft,
     "easysteer": from_easysteer,
 }
 """Reader of each kind of source, by the name a user gives it."""
+
+EXPORTERS: dict[str, Callable[[Adapter, Path], str]] = {"peft": to_peft, "pyreft": to_pyreft}
+"""Writer of each kind of folder; returns what the adapter became there."""
+
+METHODS_IN: Mapping[str, frozenset[str]] = {
+    "pyreft": pyreft.METHODS,
+    "adapters": adapterhub.METHODS,
+    "peft": frozenset(peft.METHOD_OF.values()),
+    "easysteer": easysteer.METHODS,
+}
+"""The methods that each kind of source can hold."""
 
 
 def convert(source: Path, kind: str, options: ConvertOptions) -> bytes:
@@ -42,11 +57,14 @@ def convert(source: Path, kind: str, options: ConvertOptions) -> bytes:
 __all__ = [
     "BASE_TEMPLATE",
     "CONVERTERS",
+    "EXPORTERS",
+    "METHODS_IN",
     "OPTION_NAMES",
     "ConvertOptions",
     "Converted",
     "base_from_folder",
-    "base_spec",
     "convert",
+    "describe_config",
+    "to_peft",
     "to_pyreft",
 ]

@@ -52,6 +52,8 @@ HEAD_FILES = ("head_config.json", "model_head.safetensors", "pytorch_model_head.
 
 _SOURCE = "an `adapters` folder"
 _METHODS = {True: ("loreft", "direft_orthonormal"), False: ("noreft", "direft")}
+METHODS = frozenset(name for pair in _METHODS.values() for name in pair)
+"""The methods an `adapters` folder can hold."""
 _SUBTRACTS = frozenset({"loreft", "noreft"})
 _ACTIVATIONS: dict[str | None, Activation] = {
     None: "identity",
@@ -93,6 +95,7 @@ def from_adapterhub(source: Path, options: ConvertOptions) -> Converted:
     Needs the options method and template. Positions, tying and activation are recorded.
     """
     options.not_used(("layers",), "an `adapters` folder records its layers")
+    options.agreeing("phase", "prompt", "this converter: generated tokens are left alone")
     files = list_folder(source)
     document = read_json(find_file(files, CONFIG_FILE, source=source))
     weights = find_file(files, SAFETENSORS_FILE, PICKLE_FILE, source=source)

@@ -19,26 +19,26 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
 
-from reft_core.adapter import MAX_ADAPTER_BYTES, EditKey, encode_adapter
+from reft_core.adapter import MAX_ADAPTER_BYTES, EditKey, Prefix, encode_adapter
 from reft_core.edits import ACTIVATION_NAMES, Activation, Edit, Part
 from reft_core.errors import (
     AdapterFileInvalid,
     AdapterMismatch,
     AdapterTooLarge,
     InvalidRequest,
-    UnsupportedModel,
     explain,
 )
+from reft_core.methods.base import Phase
 from reft_core.positions import Anchor, Cap, PositionRule
-from reft_core.sites import fingerprint
+from reft_core.sites import ModelDescription
 from reft_core.spec import (
     AdapterSpec,
-    BaseModelSpec,
     PositionSpec,
+    PrefixSpec,
     Site,
     SiteSpec,
+    StorageDtype,
     TemplateSpec,
     TrainingSpec,
 )
@@ -56,8 +56,8 @@ class ConvertOptions:
     An option that the source does record may be left out, or must agree with it.
     """
 
-    base: BaseModelSpec
-    """The base model; :func:`base_from_folder` and ``describe_model`` make one."""
+    base: ModelDescription
+    """The base model; ``base_from_folder`` makes one without loading weights."""
     name: str | None = None
     """The adapter's name; some sources bring one."""
     positions: str | None = None
@@ -69,9 +69,13 @@ class ConvertOptions:
     activation: Activation | None = None
     layers: tuple[int, ...] | None = None
     """Where to put a source that is one edit for any layer."""
+    phase: Phase | None = None
+    """Whether generated tokens are edited too, where a source leaves the choice."""
     template: TemplateSpec | Literal["base"] | None = None
     """How the prompt was written, or :data:`BASE_TEMPLATE`."""
     strength: float = 1.0
+    dtype: StorageDtype = "float32"
+    """What the tensors are stored in."""
     description: str = ""
     licence: str = ""
 
@@ -104,6 +108,7 @@ class Conventions:
     template: TemplateSpec | None
     name: str
     tool: str
+    phase: Phase = "prompt"
     facts: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     """Kept in the file as provenance."""
 
@@ -114,10 +119,11 @@ class Converted:
 
     spec: AdapterSpec
     edits: Mapping[EditKey, Edit]
+    prefix: Prefix | None = None
 
     def to_bytes(self) -> bytes:
         """The adapter file. Read back before it is returned."""
-        return encode_adapter(self.spec, self.edits)
+        return encode_adapter(self.spec, self.edits, self.prefix)
 
 
 # -- reading -----------------------------------------------------------------------------
@@ -437,7 +443,7 @@ def ask_name(options: ConvertOptions, source: str) -> str:
     return name
 
 
-def check_layers(layers: Iterable[int], base: BaseModelSpec, file: str) -> None:
+def check_layers(layers: Iterable[int], base: ModelDescription, file: str) -> None:
     """Raise :class:`AdapterMismatch` for a layer the base model does not have."""
     for layer in layers:
         if not 0 <= layer < base.num_layers:
@@ -448,24 +454,30 @@ def check_layers(layers: Iterable[int], base: BaseModelSpec, file: str) -> None:
 
 
 def assemble(
-    edits: Mapping[EditKey, Edit], conventions: Conventions, options: ConvertOptions
+    edits: Mapping[EditKey, Edit],
+    conventions: Conventions,
+    options: ConvertOptions,
+    prefix: tuple[PrefixSpec, Prefix] | None = None,
 ) -> Converted:
     """Spec and edits of our file, with one shape for all edits of a site."""
     uniform: dict[EditKey, Edit] = {}
     sites: dict[Site, SiteSpec] = {}
     for site in dict.fromkeys(key.site for key in edits):
         at_site = {key: edit for key, edit in edits.items() if key.site == site}
-        sites[site], same_shape = _unify(at_site, conventions.positions.to_rule().num_units)
+        sites[site], same_shape = _unify(at_site, conventions, options.base)
         uniform |= same_shape
+    prefix_spec, virtual = prefix or (None, None)
     try:
         spec = AdapterSpec(
             name=conventions.name,
             description=options.description,
             licence=options.licence,
-            base=options.base,
+            base=options.base.to_base_spec(),
             method=conventions.method,
+            dtype=options.dtype,
             positions=conventions.positions,
             sites=sites,
+            prefix=prefix_spec,
             template=conventions.template,
             strength=options.strength,
             training=TrainingSpec(tool=conventions.tool, hyperparameters=dict(conventions.facts)),
@@ -477,11 +489,13 @@ def assemble(
             explain(".".join(map(str, first["loc"])) or "spec", first.get("input"), first["msg"]),
             field=option,
         ) from None
-    return Converted(spec, uniform)
+    return Converted(spec, uniform, virtual)
 
 
-def _unify(edits: Mapping[EditKey, Edit], num_units: int) -> tuple[SiteSpec, dict[EditKey, Edit]]:
-    """The site's spec, and its edits padded to one rank.
+def _unify(
+    edits: Mapping[EditKey, Edit], conventions: Conventions, base: ModelDescription
+) -> tuple[SiteSpec, dict[EditKey, Edit]]:
+    """One site's spec, and its edits padded to one rank.
 
     Padding adds zero columns to down and skip and zero rows to up: whatever the activation
     makes of such a column is multiplied by zero.
@@ -489,6 +503,12 @@ def _unify(edits: Mapping[EditKey, Edit], num_units: int) -> tuple[SiteSpec, dic
     folded = {key: edit.fold() for key, edit in edits.items()}
     layers = tuple(sorted({key.layer for key in folded}))
     site = next(iter(folded)).site
+    if site not in base.sites:
+        raise AdapterMismatch(
+            explain("site", site, f"one of {', '.join(base.sites)}, as in {base.name}"),
+            field="site",
+        )
+    num_units = conventions.positions.to_rule().num_units
     for layer in layers:
         for unit in range(num_units):
             if EditKey(layer, site, unit) not in folded:
@@ -498,9 +518,8 @@ def _unify(edits: Mapping[EditKey, Edit], num_units: int) -> tuple[SiteSpec, dic
                     ),
                     field="layers",
                 )
-    ranks = {edit.rank for edit in folded.values()}
     forms = {
-        (tuple(part for part, _ in edit.parts()), edit.activation, edit.scale)
+        (tuple(part for part, _ in edit.parts()), edit.activation, edit.scale, edit.source)
         for edit in folded.values()
     }
     if len(forms) != 1:
@@ -508,10 +527,21 @@ def _unify(edits: Mapping[EditKey, Edit], num_units: int) -> tuple[SiteSpec, dic
             explain("edits", sorted(map(str, forms)), "one form for all layers and units"),
             field="method",
         )
-    parts, activation, scale = forms.pop()
-    rank = max(ranks)
-    spec = SiteSpec(layers=layers, rank=rank, parts=parts, activation=activation, scale=scale)
-    return spec, {key: _own(_pad(edit, rank)) for key, edit in folded.items()}
+    parts, activation, scale, source = forms.pop()
+    rank = max(edit.rank for edit in folded.values())
+    in_size, out_size = base.sites[site]
+    spec = SiteSpec(
+        layers=layers,
+        rank=rank,
+        parts=parts,
+        activation=activation,
+        scale=scale,
+        source=source,
+        phase=conventions.phase,
+        in_size=None if in_size == base.hidden_size else in_size,
+        out_size=None if out_size == base.hidden_size else out_size,
+    )
+    return spec, {key: _pad(edit, rank) for key, edit in folded.items()}
 
 
 def _pad(edit: Edit, rank: int) -> Edit:
@@ -528,36 +558,6 @@ def _pad(edit: Edit, rank: int) -> Edit:
     if edit.bias is not None:
         wide["bias"] = torch.nn.functional.pad(edit.bias, (0, missing))
     return replace(edit, **wide)  # type: ignore[arg-type]
-
-
-def _own(edit: Edit) -> Edit:
-    """The edit with memory of its own: safetensors refuses tensors that share any."""
-    return replace(edit, **{part: tensor.clone() for part, tensor in edit.parts()})  # type: ignore[arg-type]
-
-
-def base_spec(config: PreTrainedConfig, name: str) -> BaseModelSpec:
-    """How an adapter names the base model of this config, without loading its weights."""
-    text = config.get_text_config(decoder=True)
-    return BaseModelSpec(
-        name=name,
-        architecture=text.model_type,
-        hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        vocab_size=text.vocab_size,
-        fingerprint=fingerprint(text),
-    )
-
-
-def base_from_folder(model: str, name: str | None = None) -> BaseModelSpec:
-    """The base model at a hub id or in a folder, from its ``config.json`` alone."""
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(
-            explain("base", model, f"a hub id or a folder with a config.json ({error})"),
-            field="base",
-        ) from None
-    return base_spec(config, name or (Path(model).name if Path(model).is_dir() else model))
 
 
 OPTION_NAMES = tuple(option.name for option in fields(ConvertOptions))

@@ -59,6 +59,8 @@ _SOURCE = "an EasySteer file"
 _WIRE_KEYS = frozenset({"version", "kind", "tensors", "extra", "sha256"})
 _KINDS = ("reft", "direction", "lowrank")
 _METHOD_OF = {"reft": "loreft", "direction": "steering", "lowrank": "direft"}
+METHODS = frozenset(_METHOD_OF.values())
+"""The methods an EasySteer file can hold."""
 _GGUF_MAGIC = b"GGUF"
 _DIGITS = re.compile(r"\d{1,5}")
 
@@ -102,6 +104,7 @@ def _finish(
         template=template,
         name=ask_name(options, _SOURCE),
         tool="converted from EasySteer",
+        phase=options.phase or "prompt",
         facts=rotation_facts(edits.values()) if method == "loreft" else {},
     )
     return assemble(edits, conventions, options)
@@ -119,6 +122,7 @@ def _from_checkpoint(document: Mapping[str, Any], file: str, options: ConvertOpt
     options.agreeing("positions", "l1", file)
     options.agreeing("anchor", "prompt_end", file)
     options.agreeing("cap", "shared", file)
+    options.agreeing("phase", "prompt", file)
     positions = position_spec("l1", tied=True, anchor="prompt_end", cap="shared")
     method, edits = _read_payload(payload, file, options)
     layer = config.get("layer")

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from reft_core.adapter import EditKey
 from reft_core.convert.common import (
@@ -79,12 +79,13 @@ _UNSUPPORTED_FIELDS = (
 )
 _CLASS = re.compile(r"(?:<class ')?(?:[\w.]+\.)?(\w+)(?:'>)?")
 _LAYER_PATH = re.compile(r"[\w.]*?\[(\d+)\]\.(\w+(?:\.\w+)*)")
-_NAMED_SITES: dict[str, str] = {
+NAMED_SITES: dict[str, Site] = {
     "block_output": "block_output",
     "attention_output": "attn_output",
     "mlp_output": "mlp_output",
 }
-_PATH_SITES: dict[str, str] = {
+"""Our site for each of pyvene's component names."""
+_PATH_SITES: dict[str, Site] = {
     "output": "block_output",
     "self_attn.output": "attn_output",
     "attn.output": "attn_output",
@@ -121,6 +122,7 @@ def from_pyreft(source: Path, options: ConvertOptions) -> Converted:
     classes that have one. Whether a two-sided rule is tied follows from the units stored.
     """
     options.not_used(("layers",), "a pyreft directory records its layers")
+    options.agreeing("phase", "prompt", "pyreft, which leaves generated tokens alone")
     files = list_folder(source)
     units = _read_units(find_file(files, CONFIG_FILE, source=source), files, options)
     if HEAD_FILE in files:
@@ -242,23 +244,21 @@ def _place(fields: Mapping[str, Any], file: str, where: str) -> tuple[int, Site]
             raise invalid(
                 file, f"{where}.component", component, "a base model that PEFT has not wrapped"
             )
-        site = _NAMED_SITES.get(component)
+        site = NAMED_SITES.get(component)
         path = _LAYER_PATH.fullmatch(component)
         if path:
             layer, site = int(path[1]), _PATH_SITES.get(path[2])
-    allowed: tuple[Site, ...] = get_args(Site)
-    for supported in allowed:
-        if site == supported:
-            if type(layer) is not int:
-                raise invalid(file, f"{where}.layer", layer, "a whole number")
-            return layer, supported
-    raise invalid(
-        file,
-        f"{where}.component",
-        component,
-        "one that acts at " + ", ".join(allowed) + ", such as 'block_output' or "
-        "'model.layers[3].output'",
-    )
+    if site is None:
+        raise invalid(
+            file,
+            f"{where}.component",
+            component,
+            "one that acts at " + ", ".join(NAMED_SITES.values()) + ", such as 'block_output' or "
+            "'model.layers[3].output'",
+        )
+    if type(layer) is not int:
+        raise invalid(file, f"{where}.layer", layer, "a whole number")
+    return layer, site
 
 
 def _class_name(type_name: Any, file: str, where: str) -> str:
@@ -399,3 +399,5 @@ _KINDS: dict[str, _Kind] = {
     "ConsreftIntervention": _Kind("consreft", False, "learned_source", _read_consreft),
     "LobireftIntervention": _Kind("lobireft", False, "learned_source", _read_lobireft),
 }
+METHODS = frozenset(kind.method for kind in _KINDS.values())
+"""The methods a pyreft directory can hold."""

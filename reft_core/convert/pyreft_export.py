@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reft_core.adapter import Adapter
 from reft_core.convert.common import rotation_error
-from reft_core.convert.pyreft import CONFIG_FILE
+from reft_core.convert.pyreft import CONFIG_FILE, NAMED_SITES
 from reft_core.edits import Edit
 from reft_core.errors import UnsupportedFeature
 
@@ -21,6 +21,8 @@ SPEC_FILE = "reft_serve.json"
 
 _ORTHONORMAL = 1e-5
 """Largest entry of RᵀR − I at which R is written as a rotation."""
+
+_COMPONENTS = {site: component for component, site in NAMED_SITES.items()}
 
 State = dict[str, Tensor]
 
@@ -36,10 +38,7 @@ def to_pyreft(adapter: Adapter, folder: Path) -> str:
     Raises :class:`UnsupportedFeature` for a form none of the six classes has.
     """
     spec = adapter.spec
-    if set(spec.sites) != {"block_output"} or spec.task.kind != "generation":
-        raise UnsupportedFeature.because(
-            "sites", sorted(spec.sites), "'block_output' only, to be written for pyreft"
-        )
+    _check_form(adapter)
     edits = {key: _trim(_with_strength(edit, spec.strength)) for key, edit in adapter.edits.items()}
     fitting = [name for name, write in _WRITERS if all(map(write, edits.values()))]
     if not fitting:
@@ -54,8 +53,11 @@ def to_pyreft(adapter: Adapter, folder: Path) -> str:
     write = dict(_WRITERS)[class_name]
     folder.mkdir(parents=True, exist_ok=False)
     # pyreft numbers the units of a layer in this order: all prefixes, then all suffixes.
-    keys = sorted(edits, key=lambda key: (key.unit, key.layer))
-    names = [f"layer_{k.layer}_comp_block_output_unit_pos_nunit_1#{k.unit}" for k in keys]
+    keys = sorted(edits, key=lambda key: (key.unit, key.layer, key.site))
+    names = [
+        f"layer_{key.layer}_comp_{_COMPONENTS[key.site]}_unit_pos_nunit_1#{key.unit}"
+        for key in keys
+    ]
     ranks = []
     for key, name in zip(keys, names, strict=True):
         state = write(edits[key])
@@ -68,7 +70,7 @@ def to_pyreft(adapter: Adapter, folder: Path) -> str:
         "intervention_types": [f"<class 'pyreft.interventions.{class_name}'>"] * len(keys),
         "mode": "parallel",
         "representations": [
-            [key.layer, "block_output", "pos", 1, rank, *[None] * 9]
+            [key.layer, _COMPONENTS[key.site], "pos", 1, rank, *[None] * 9]
             for key, rank in zip(keys, ranks, strict=True)
         ],
         "sorted_keys": names,
@@ -76,6 +78,27 @@ def to_pyreft(adapter: Adapter, folder: Path) -> str:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     (folder / SPEC_FILE).write_text(spec.to_json() + "\n")
     return class_name
+
+
+def _check_form(adapter: Adapter) -> None:
+    """Raise :class:`UnsupportedFeature` for what no pyreft directory can say."""
+    spec = adapter.spec
+    if spec.prefix is not None:
+        raise UnsupportedFeature.because(
+            "prefix", spec.prefix.kind, "none, to be written for pyreft"
+        )
+    if spec.task.kind != "generation":
+        raise UnsupportedFeature.because("task", spec.task.kind, "'generation'")
+    for name, site in spec.sites.items():
+        if name not in _COMPONENTS:
+            raise UnsupportedFeature.because(
+                "sites", name, f"some of {', '.join(_COMPONENTS)}, to be written for pyreft"
+            )
+        held = (site.phase, site.source)
+        if held != ("prompt", "output"):
+            raise UnsupportedFeature.because(
+                f"sites.{name}", held, "phase 'prompt' and source 'output', as pyreft's edits"
+            )
 
 
 def _with_strength(edit: Edit, strength: float) -> Edit:

@@ -10,9 +10,10 @@ from collections import deque
 import torch
 
 from reft_core.adapter import Adapter, check_fits
-from reft_core.batch import PromptEdits
+from reft_core.batch import AdapterUse, PromptEdits
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.interface import (
+    AdapterChoice,
     EngineStats,
     FinishReason,
     Output,
@@ -120,7 +121,7 @@ class EmbeddedEngine:
             self._inbox.append(sequence)
             self._changed.notify_all()
         num_edits = sequence.edits.num_edits if sequence.edits else 0
-        return Ticket(request.request_id, sequence.prompt_len, num_edits)
+        return Ticket(request.request_id, len(request.prompt), num_edits)
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step with reason ``cancelled``; no-op if it has ended."""
@@ -201,31 +202,66 @@ class EmbeddedEngine:
             for token in tokens:
                 if not 0 <= token < vocab_size:
                     raise InvalidRequest.because(field, token, f"token ids 0 to {vocab_size - 1}")
-        wanted = len(request.prompt) + params.max_tokens
+
+    def _resolve_edits(self, request: Request) -> PromptEdits | None:
+        """The request's adapters, resolved against its prompt."""
+        if not request.adapters:
+            return None
+        edits = PromptEdits(
+            tuple(self._resolve_adapter(choice) for choice in request.adapters),
+            len(request.prompt),
+        )
+        with_prefix = [u.adapter.spec.name for u in edits.uses if u.adapter.num_virtual_tokens]
+        if len(with_prefix) > 1:
+            raise InvalidRequest.because("adapters", with_prefix, "at most one with a prefix")
+        return edits
+
+    def _resolve_adapter(self, choice: AdapterChoice) -> AdapterUse:
+        """One adapter of a request, its options checked."""
+        adapter = self._adapters.get(choice.digest)
+        if adapter is None:
+            raise InvalidRequest.because("adapter", choice.digest, "a loaded digest")
+        strength = adapter.spec.strength if choice.strength is None else choice.strength
+        if not abs(strength) <= MAX_STRENGTH:
+            raise InvalidRequest.because(
+                "strength", strength, f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}"
+            )
+        if adapter.num_virtual_tokens and strength != 1:
+            raise InvalidRequest.because(
+                "strength", strength, f"1, since {adapter.spec.name!r} brings trained tokens"
+            )
+        known = adapter.spec.subspaces or {}
+        for name, factor in choice.subspaces.items():
+            if name not in known:
+                allowed = f"one of {', '.join(known) or 'none'}, those of {adapter.spec.name!r}"
+                raise InvalidRequest.because("subspaces", name, allowed)
+            if not abs(factor) <= MAX_STRENGTH:
+                raise InvalidRequest.because(
+                    f"subspaces.{name}", factor, f"from -{MAX_STRENGTH} to {MAX_STRENGTH}"
+                )
+        return AdapterUse(adapter, strength, tuple(sorted(choice.subspaces.items())))
+
+    def _check_length(self, request: Request, edits: PromptEdits | None) -> None:
+        """Refuse a request that does not fit into a slot."""
+        num_virtual = 0 if edits is None else edits.num_virtual
+        num_prompt, max_tokens = len(request.prompt), request.params.max_tokens
+        wanted = num_virtual + num_prompt + max_tokens
         if wanted > self._max_model_len:
+            prefix = f", {num_virtual} of the adapter's prefix" * bool(num_virtual)
             raise PromptTooLong(
                 explain(
                     "prompt",
                     wanted,
-                    f"at most {self._max_model_len} tokens together ({len(request.prompt)} of "
-                    f"prompt and max_tokens {params.max_tokens} make {wanted})",
+                    f"at most {self._max_model_len} tokens together ({num_prompt} of prompt and "
+                    f"max_tokens {max_tokens}{prefix} make {wanted})",
                 ),
                 field="prompt",
-            )
-        if request.strength is not None and not abs(request.strength) <= MAX_STRENGTH:
-            raise InvalidRequest.because(
-                "strength", request.strength, f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}"
             )
 
     def _new_sequence(self, request: Request, sink: OutputSink) -> Sequence:
         """The request with its edits resolved against its prompt."""
-        edits = None
-        if request.adapter is not None:
-            adapter = self._adapters.get(request.adapter)
-            if adapter is None:
-                raise InvalidRequest.because("adapter", request.adapter, "a loaded digest")
-            strength = adapter.spec.strength if request.strength is None else request.strength
-            edits = PromptEdits(adapter, len(request.prompt), strength)
+        edits = self._resolve_edits(request)
+        self._check_length(request, edits)
         params = request.params
         stop_ids = params.stop_token_ids
         if not params.ignore_eos:
@@ -233,7 +269,12 @@ class EmbeddedEngine:
         generator = None
         if params.seed is not None:
             generator = torch.Generator().manual_seed(params.seed)
-        return Sequence(request, sink, edits, stop_ids, list(request.prompt), generator=generator)
+        num_virtual = 0 if edits is None else edits.num_virtual
+        token_ids = [0] * num_virtual + list(request.prompt)
+        sequence = Sequence(request, sink, edits, stop_ids, token_ids, generator=generator)
+        if edits is not None and edits.prefixed is not None and edits.prefixed.has_kv_prefix:
+            sequence.num_computed = num_virtual
+        return sequence
 
     # Called from the engine's thread alone ------------------------------------------------
 
@@ -330,7 +371,7 @@ class EmbeddedEngine:
                 self._deliver(sequence, Output(sequence.request.request_id, token))
 
     def _fail(self, sequence: Sequence, error: ReftError) -> None:
-        """End one sequence with its error; its slot may hold values that are not finite."""
+        """End one sequence with its error."""
         self._finish(sequence, None, "error", error)
 
     def _finish(
@@ -341,7 +382,7 @@ class EmbeddedEngine:
         error: ReftError | None = None,
     ) -> None:
         """Free a sequence's slot and deliver its last output."""
-        self._scheduler.remove(sequence, poisoned=reason in ("error", "cancelled"))
+        self._scheduler.remove(sequence)
         self._close(sequence, token, reason, error)
 
     def _close(

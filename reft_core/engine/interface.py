@@ -69,25 +69,48 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _check(name: str, value: float, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
-    """Raise :class:`InvalidRequest` unless low <= value <= high (low excluded if open)."""
+def _check(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    whole: bool = False,
+) -> None:
+    """Raise :class:`InvalidRequest` unless low <= value <= high.
+
+    ``open_low`` leaves ``low`` itself out; ``whole`` takes integers only.
+    """
     # Written so that NaN fails too.
-    if (whole and not isinstance(value, int)) or not (low < value <= high if open_low else low <= value <= high):
-        bounds = f"a number {'above' if open_low else 'from'} {low} {'up ' * open_low}to {high}"
+    in_range = low < value <= high if open_low else low <= value <= high
+    if not in_range or (whole and not isinstance(value, int)):
+        kind = "a whole number" if whole else "a number"
+        bounds = f"{kind} {'above' if open_low else 'from'} {low} {'up ' * open_low}to {high}"
         raise InvalidRequest.because(name, value, bounds)
 
 
 @dataclass(frozen=True)
+class AdapterChoice:
+    """One adapter as a request asks for it."""
+
+    digest: str
+    """Of an adapter that was loaded with :meth:`Engine.load_adapter`."""
+    strength: float | None = None
+    """Δ is multiplied by it; None takes the adapter's own. 0 is exactly the base model."""
+    subspaces: Mapping[str, float] = field(default_factory=dict)
+    """Factors of the adapter's named subspaces; when any is named, the others are off."""
+
+
+@dataclass(frozen=True)
 class Request:
-    """One prompt to complete, with one adapter or none."""
+    """One prompt to complete, with any number of adapters."""
 
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams = SamplingParams()
-    adapter: str | None = None
-    """Digest of an adapter that was loaded with :meth:`Engine.load_adapter`."""
-    strength: float | None = None
-    """Δ is multiplied by it; None takes the adapter's own. 0 is exactly the base model."""
+    adapters: tuple[AdapterChoice, ...] = ()
+    """Applied in order: at a site that several edit, each reads what the one before wrote."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +165,7 @@ class Ticket:
     request_id: str
     num_prompt_tokens: int
     num_edits: int
-    """(layer, position) pairs that the adapter will change, dead ones pruned."""
+    """(layer, site, position) triples of the prompt that change, dead ones left out."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,11 @@ class SlotKV:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot, so that what a failed request left cannot reach the next one."""
+    def clear(self, slot: int, length: int) -> None:
+        """Zero the first ``length`` tokens of a slot.
+
+        What one request leaves must not reach the next: not as values, and not as a NaN that
+        survives being masked.
+        """
         for tensor in (*self.keys, *self.values):
-            tensor[slot].zero_()
+            tensor[slot, :, :length] = 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reft_core.batch import EditPlan, PackedChunk, build_plan
+from reft_core.batch import EditPlan, PackedChunk, build_decode_plan, build_plan
 from reft_core.engine.attention import (
     ATTENTION_NAME,
     DecodeBatch,
@@ -23,7 +23,7 @@ from reft_core.engine.sequence import Sequence as EngineSequence
 from reft_core.errors import UnsupportedModel
 from reft_core.kernels import apply_edits
 from reft_core.loading import LoadedModel
-from reft_core.sites import edit_output, find_layers
+from reft_core.sites import edit_site, find_layers
 
 _CHECK_TOKENS = 12
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -33,7 +33,8 @@ class ModelRunner:
     """Forwards of one base model over one KV store.
 
     Takes the model over: its attention implementation is switched for good. Edits enter a
-    prefill as hooks that exist only while it runs; a decode forward has no hook at all.
+    forward as hooks that exist only while it runs. A decode forward has none, unless a
+    sequence in it uses an adapter that declares to edit generated tokens too.
     """
 
     def __init__(self, loaded: LoadedModel, kv: SlotKV) -> None:
@@ -57,8 +58,12 @@ class ModelRunner:
         segments: list[Segment] = []
         packed: list[PackedChunk] = []
         last_rows: list[int] = []
+        virtual: list[tuple[int, Tensor]] = []
         for chunk in chunks:
             sequence, row = chunk.sequence, len(tokens)
+            if chunk.start <= sequence.num_virtual:
+                self._fill_prefix(sequence)
+            virtual += _virtual_rows(chunk, row)
             tokens += sequence.token_ids[chunk.start : chunk.end]
             positions += range(chunk.start, chunk.end)
             segments.append(Segment(row, len(tokens), sequence.slot, chunk.start))
@@ -66,7 +71,7 @@ class ModelRunner:
             if chunk.completes_prompt:
                 last_rows.append(len(tokens) - 1)
         plan = build_plan(packed, self._device)
-        with self._edited(plan):
+        with self._edited(plan), self._embedded(virtual):
             logits = self._forward(
                 torch.tensor([tokens], device=self._device),
                 torch.tensor([positions], device=self._device),
@@ -88,12 +93,18 @@ class ModelRunner:
         tokens = [s.token_ids[-1] if ok else 0 for s, ok in zip(running, ready, strict=True)]
         positions = [sequence.num_computed for sequence in running]
         position_ids = torch.tensor(positions, device=self._device)
-        logits = self._forward(
-            torch.tensor(tokens, device=self._device).unsqueeze(1),
-            position_ids.unsqueeze(1),
-            DecodeBatch(self._kv, position_ids, max(positions) + 1),
-            0,
-        )
+        plan = EditPlan()
+        if any(sequence.edits and sequence.edits.edits_decode for sequence in running):
+            edits = [s.edits if ok else None for s, ok in zip(running, ready, strict=True)]
+            plan = build_decode_plan(edits, self._device)
+        with self._edited(plan):
+            logits = self._forward(
+                torch.tensor(tokens, device=self._device).unsqueeze(1),
+                position_ids.unsqueeze(1),
+                DecodeBatch(self._kv, position_ids, max(positions) + 1),
+                0,
+            )
+        self.num_edits_applied += plan.num_edits
         return logits[:, -1]
 
     def _forward(
@@ -110,22 +121,47 @@ class ModelRunner:
         logits: Tensor = output.logits
         return logits.float()
 
+    def _fill_prefix(self, sequence: EngineSequence) -> None:
+        """Put the keys and values of a sequence's trained prefix, if any, into its slot."""
+        adapter = sequence.edits.prefixed if sequence.edits else None
+        if adapter is None or adapter.prefix is None:
+            return
+        pairs = zip(adapter.prefix.keys, adapter.prefix.values, strict=True)
+        for layer, (key, value) in enumerate(pairs):
+            self._kv.append(layer, sequence.slot, 0, key, value)
+
     @contextmanager
     def _edited(self, plan: EditPlan) -> Iterator[None]:
         """The model with ``plan``'s edits hooked in, for one forward."""
-        handles = []
-        try:
-            for layer, edits in plan.layers.items():
+        with ExitStack() as stack:
+            for (layer, site), edits in plan.places.items():
 
-                def edit(hidden: Tensor, edits: Any = edits) -> Tensor:
-                    apply_edits(hidden.view(-1, hidden.shape[-1]), edits)
+                def edit(hidden: Tensor, x: Tensor, edits: Any = edits) -> Tensor:
+                    rows = hidden.view(-1, hidden.shape[-1])
+                    apply_edits(rows, x.reshape(len(rows), -1), edits)
                     return hidden
 
-                handles.append(edit_output(self._layers[layer], edit))
+                stack.callback(edit_site(self._layers[layer], site, edit).remove)
+            yield
+
+    @contextmanager
+    def _embedded(self, virtual: list[tuple[int, Tensor]]) -> Iterator[None]:
+        """The model with these rows' input embeddings (d,) replaced, for one forward."""
+        if not virtual:
+            yield
+            return
+        rows = torch.tensor([row for row, _ in virtual], device=self._device)
+        vectors = torch.stack([vector for _, vector in virtual])
+
+        def hook(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            output[0].index_copy_(0, rows, vectors.to(output.dtype))
+            return output
+
+        handle = self._model.get_input_embeddings().register_forward_hook(hook)
+        try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
 
     @torch.inference_mode()
     def _check_against_model(self) -> None:
@@ -155,7 +191,7 @@ class ModelRunner:
             decode = DecodeBatch(self._kv, positions[0, at : at + 1], at + 1)
             now = slice(at, at + 1)
             found.append(self._forward(tokens[:, now], positions[:, now], decode, 0)[0])
-        self._kv.clear(0)
+        self._kv.clear(0, count)
 
         error = (torch.cat(found) - expected).abs().max() / expected.abs().max()
         tolerance = _CHECK_TOLERANCE[self._kv.keys[0].dtype]
@@ -165,3 +201,13 @@ class ModelRunner:
                 f"{error:.2g} of their largest value, expected at most {tolerance}; the "
                 "architecture is not supported"
             )
+
+
+def _virtual_rows(chunk: Chunk, row: int) -> list[tuple[int, Tensor]]:
+    """Rows of a chunk that hold trained input embeddings, with those embeddings (d,)."""
+    edits = chunk.sequence.edits
+    adapter = edits.prefixed if edits else None
+    if adapter is None or adapter.prefix is None or adapter.prefix.embedding is None:
+        return []
+    embedding = adapter.prefix.embedding[chunk.start : chunk.end]
+    return [(row + offset, vector) for offset, vector in enumerate(embedding)]

@@ -12,6 +12,11 @@ from reft_core.engine.interface import SamplingParams, Token, TokenLogprob
 from reft_core.engine.sequence import Sequence
 from reft_core.errors import RequestFailed
 
+_MIN_TEMPERATURE = 1e-6
+"""Below it logits divided by the temperature could overflow; the choice is greedy anyway."""
+_MAX_LOGIT = 1e30
+"""Penalties below one multiply logits; what they make stays finite."""
+
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | RequestFailed]:
     """The next token of each sequence, or the error that ends it.
@@ -51,11 +56,13 @@ def _sample_row(logits: Tensor, sequence: Sequence) -> Token:
     params = sequence.request.params
     model_logits = logits
     if _adjusts(params):
-        logits = _adjust(logits.clone(), sequence).clamp_(max=1e30)
+        logits = _adjust(logits.clone(), sequence).clamp_(max=_MAX_LOGIT)
     if params.is_greedy:
         token_id = int(logits.argmax())
     else:
-        token_id = _draw(logits / max(params.temperature, 1e-6), params, sequence.generator)
+        token_id = _draw(
+            logits / max(params.temperature, _MIN_TEMPERATURE), params, sequence.generator
+        )
     if params.logprobs is None:
         return Token(token_id)
     return _with_logprobs(model_logits, token_id, params.logprobs)
@@ -69,7 +76,7 @@ def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
         ids = torch.tensor(list(params.logit_bias), device=device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=device)
+        seen = torch.tensor(sorted(set(sequence.token_ids[sequence.num_virtual :])), device=device)
         old = logits[seen]
         penalised = torch.where(
             old > 0, old / params.repetition_penalty, old * params.repetition_penalty

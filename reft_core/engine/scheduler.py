@@ -26,7 +26,7 @@ class Chunk:
     @property
     def completes_prompt(self) -> bool:
         """Whether the sequence's first token can be sampled after this chunk."""
-        return self.end == self.sequence.prompt_len
+        return self.end == self.sequence.prefill_len
 
 
 class Scheduler:
@@ -59,7 +59,7 @@ class Scheduler:
         unfinished = (sequence for sequence in self.running if not sequence.is_prefilled)
         for sequence in sorted(unfinished, key=lambda s: s.admitted_at):
             start = sequence.num_computed
-            end = min(sequence.prompt_len, start + budget)
+            end = min(sequence.prefill_len, start + budget)
             if start < end:
                 chunks.append(Chunk(sequence, start, end))
                 budget -= end - start
@@ -74,21 +74,24 @@ class Scheduler:
         num_rows = max((s.slot + 1 for s in self.running if s.is_prefilled), default=0)
         return self.running[:num_rows]
 
-    def remove(self, sequence: Sequence, *, poisoned: bool = False) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, running or waiting, and free its slot.
 
-        The last running sequence moves into the freed slot. ``poisoned`` zeroes the freed
-        memory first, for sequences whose keys or values may not be finite.
+        The last running sequence moves into the freed slot. Memory that no sequence owns is
+        always zero.
         """
         if sequence.slot < 0:
             self.waiting.remove(sequence)
             return
         last = self.running.pop()
-        if poisoned:
-            self._kv.clear(sequence.slot)
+        self._clear(sequence)
         if last is not sequence:
             self._kv.move(last.slot, sequence.slot, last.num_computed)
+            self._clear(last)
             self.running[sequence.slot] = last
-            self._kv.clear(last.slot)
             last.slot = sequence.slot
         sequence.slot = -1
+
+    def _clear(self, sequence: Sequence) -> None:
+        """Zero whatever a sequence may have stored; an idle row stores one token ahead."""
+        self._kv.clear(sequence.slot, min(len(sequence.token_ids) + 1, self._kv.slot_len))

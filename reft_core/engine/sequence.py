@@ -21,7 +21,7 @@ class Sequence:
     stop_ids: frozenset[int]
     """Tokens that end it: the request's own, and the model's unless it ignores them."""
     token_ids: list[int]
-    """Prompt, then generated tokens."""
+    """A placeholder for each virtual token, the prompt, then generated tokens."""
     slot: int = -1
     """Row of the KV store; -1 while waiting. Owned by the scheduler."""
     num_computed: int = 0
@@ -33,24 +33,29 @@ class Sequence:
     first_token_at: float = 0.0
 
     @property
-    def prompt_len(self) -> int:
-        """Tokens of the original prompt."""
-        return len(self.request.prompt)
+    def num_virtual(self) -> int:
+        """Virtual tokens that an adapter puts before the prompt."""
+        return 0 if self.edits is None else self.edits.num_virtual
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens before the first generated one: the virtual ones and the original prompt."""
+        return self.num_virtual + len(self.request.prompt)
 
     @property
     def num_generated(self) -> int:
         """Tokens generated so far."""
-        return len(self.token_ids) - self.prompt_len
+        return len(self.token_ids) - self.prefill_len
 
     @property
     def generated_ids(self) -> list[int]:
         """The generated tokens."""
-        return self.token_ids[self.prompt_len :]
+        return self.token_ids[self.prefill_len :]
 
     @property
     def is_prefilled(self) -> bool:
         """Whether the whole prompt's keys and values are in the slot."""
-        return self.num_computed >= self.prompt_len
+        return self.num_computed >= self.prefill_len
 
     def timings(self, now: float) -> Timings:
         """Seconds by stage, for a sequence that ends at ``now``."""

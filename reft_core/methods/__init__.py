@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from reft_core.errors import InvalidRequest
-from reft_core.methods.base import Intervention
-from reft_core.methods.direft import DiReFT, DiReFTOrthonormal
+from reft_core.methods.base import Intervention, SiteSizes
+from reft_core.methods.bitfit import BitFit
+from reft_core.methods.consreft import ConsReFT
+from reft_core.methods.direft import DiReFT
+from reft_core.methods.direft_orthonormal import DiReFTOrthonormal
+from reft_core.methods.lobireft import LobiReFT
+from reft_core.methods.lora import LoRA
 from reft_core.methods.loreft import LoReFT
+from reft_core.methods.multi_head_parallel_adapter import MultiHeadParallelAdapter
+from reft_core.methods.noreft import NoReFT
+from reft_core.methods.parallel_adapter import ParallelAdapter
+from reft_core.methods.red import RED
+from reft_core.methods.scaled_parallel_adapter import ScaledParallelAdapter
+from reft_core.methods.series_adapter import SeriesAdapter
+from reft_core.methods.steering import Steering
 
-METHODS: dict[str, type[Intervention]] = {
-    cls.method: cls for cls in (LoReFT, DiReFT, DiReFTOrthonormal)
-}
+_ALL: tuple[type[Intervention], ...] = (
+    LoReFT,
+    DiReFT,
+    DiReFTOrthonormal,
+    NoReFT,
+    ConsReFT,
+    LobiReFT,
+    RED,
+    Steering,
+    SeriesAdapter,
+    ParallelAdapter,
+    ScaledParallelAdapter,
+    MultiHeadParallelAdapter,
+    LoRA,
+    BitFit,
+)
+METHODS: dict[str, type[Intervention]] = {cls.method: cls for cls in _ALL}
 
 
 def get_method(name: str) -> type[Intervention]:
@@ -21,4 +47,4 @@ def get_method(name: str) -> type[Intervention]:
         raise InvalidRequest.because("method", name, allowed) from None
 
 
-__all__ = ["METHODS", "Intervention", "get_method"]
+__all__ = ["METHODS", "Intervention", "SiteSizes", "get_method"]

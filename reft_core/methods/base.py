@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from reft_core.edits import Activation, Edit, Part
+from reft_core.edits import ACTIVATION_NAMES, Activation, Edit, Part, Source
+
+Phase = Literal["prompt", "all"]
+
+
+@dataclass(frozen=True)
+class SiteSizes:
+    """Widths at one site: of its input and of its output; and the size of one head there."""
+
+    in_size: int
+    out_size: int
+    head_dim: int = 0
 
 
 class Intervention(nn.Module, ABC):
-    """One trainable edit of hidden states, for one layer and one unit.
+    """One trainable edit, for one layer, site and unit.
 
     Parameters live in float32. ``forward`` returns the edit's Δ and is differentiable;
     ``to_edit`` freezes it into the form that is stored and served. Both must agree:
-    ``to_edit().delta(h)`` equals ``forward(h)`` up to float32 rounding.
+    ``to_edit().delta(h, x)`` equals ``forward(h, x)`` up to float32 rounding.
+
+    Class variables say what a method is. The defaults are those of ReFT: an edit of the
+    residual stream that reads the state it changes and touches prompt positions only.
     """
 
     method: ClassVar[str]
     """Name in configs, adapter files and :data:`reft_core.methods.METHODS`."""
-
     equation: ClassVar[str]
-    """Δ in the letters of :mod:`reft_core.edits`' paper sources, for people."""
-
-    source: ClassVar[str]
+    """Δ in the letters of the source, for people."""
+    citation: ClassVar[str]
     """Where the equation comes from."""
+    activations: ClassVar[tuple[Activation, ...]] = ACTIVATION_NAMES
+    """Those it accepts; the first is its default."""
+    sites: ClassVar[tuple[str, ...]] = ("block_output",)
+    """Sites it is meant for; the first is its default."""
+    source: ClassVar[Source] = "output"
+    """What it reads; see :mod:`reft_core.edits`."""
+    phase: ClassVar[Phase] = "prompt"
+    """Whether it edits generated tokens too, unless a config says otherwise."""
+    has_rank: ClassVar[bool] = True
+    """Whether its rank is a choice."""
 
-    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
+    def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
         super().__init__()
-        assert 1 <= rank <= hidden_size, f"rank {rank} of hidden size {hidden_size}"
-        self.hidden_size = hidden_size
+        assert activation in self.activations, f"{self.method} has no activation {activation}"
+        most = min(sizes.in_size, sizes.out_size)
+        assert not self.has_rank or 1 <= rank <= most, f"rank {rank} at a site of width {most}"
+        self.sizes = sizes
         self.rank = rank
         self.activation: Activation = activation
 
     @abstractmethod
-    def forward(self, h: Tensor) -> Tensor:
-        """Δ(h) for hidden states h (N, d) in float32; (N, d)."""
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        """Δ for a site's output h (N, d) and its input x (N, d_x), in float32; (N, d).
+
+        Methods whose :attr:`source` is ``output`` do not look at x.
+        """
 
     @abstractmethod
     def to_edit(self) -> Edit:
@@ -48,15 +77,31 @@ class Intervention(nn.Module, ABC):
     def parts(cls, activation: Activation) -> tuple[Part, ...]:
         """Tensors that ``to_edit`` yields for this activation, in the file's order."""
 
+    @classmethod
+    def stored_rank(cls, rank: int, sizes: SiteSizes) -> int:
+        """Rank of the edit that ``to_edit`` yields: 0 when it has no low-rank part."""
+        return rank if cls.has_rank else 0
+
+    @property
+    def x_size(self) -> int:
+        """Width of what the edit reads."""
+        return self.sizes.in_size if self.source == "input" else self.sizes.out_size
+
     @property
     def num_trainable(self) -> int:
         """Numbers the optimiser may change."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
-def orthonormal_init(hidden_size: int, rank: int) -> Tensor:
+def linear_init(rows: int, columns: int) -> Tensor:
+    """A (rows, columns) weight drawn as torch's linear layer draws its own."""
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rows, columns).uniform_(-bound, bound)
+
+
+def orthonormal_init(size: int, rank: int) -> Tensor:
     """A random (d, r) float32 matrix with orthonormal columns, from torch's generator."""
-    q, _ = torch.linalg.qr(torch.randn(hidden_size, rank))
+    q, _ = torch.linalg.qr(torch.randn(size, rank))
     return q
 
 
@@ -64,9 +109,12 @@ def orthonormalise(a: Tensor) -> Tensor:
     """Orthonormal columns spanning those of ``a`` (d, r), by Cholesky-QR, differentiable.
 
     R = A·L⁻ᵀ with L·Lᵀ = AᵀA, so RᵀR = I whatever the length of A's columns: weight decay
-    and large steps cannot destroy it. One r×r Cholesky factor and one triangular solve
-    cost far less than a Householder or matrix-exponential parametrisation, and A of a
-    trained intervention is well conditioned (it starts orthonormal).
+    and large steps cannot destroy it. An r×r Cholesky factor and a triangular solve cost far
+    less than a Householder or matrix-exponential parametrisation. Done twice, because once
+    leaves an error that grows with the square of A's condition number: a few long steps with
+    r near d brought RᵀR to 10 % off I, and the second pass brings it back to rounding.
     """
-    factor = torch.linalg.cholesky(a.mT @ a)  # (r, r), lower
-    return torch.linalg.solve_triangular(factor, a.mT, upper=False).mT  # (d, r)
+    for _ in range(2):
+        factor = torch.linalg.cholesky(a.mT @ a)  # (r, r), lower
+        a = torch.linalg.solve_triangular(factor, a.mT, upper=False).mT  # (d, r)
+    return a

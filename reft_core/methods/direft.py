@@ -7,15 +7,13 @@ pyreft's ``DireftIntervention`` computes, with orthonormal columns in R.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
-from reft_core.methods.base import Intervention, orthonormal_init, orthonormalise
+from reft_core.methods.base import Intervention, SiteSizes, linear_init
 
 
 class DiReFT(Intervention):
@@ -27,17 +25,17 @@ class DiReFT(Intervention):
 
     method = "direft"
     equation = "act(hW₁ᵀ + b)W₂"
-    source = "arXiv 2404.03592, eq. 3"
+    citation = "arXiv 2404.03592, eq. 3"
 
-    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
-        super().__init__(hidden_size, rank, activation)
-        bound = 1 / math.sqrt(hidden_size)
-        self.weight = nn.Parameter(torch.empty(rank, hidden_size).uniform_(-bound, bound))
+    def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
+        super().__init__(sizes, rank, activation)
+        size = sizes.out_size
+        self.weight = nn.Parameter(linear_init(rank, size))
         self.bias = nn.Parameter(torch.zeros(rank))
-        self.up = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.up = nn.Parameter(torch.zeros(rank, size))
 
     @override
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
         inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
         return inner @ self.up  # (N, d)
 
@@ -47,48 +45,6 @@ class DiReFT(Intervention):
         return Edit(
             down=self.weight.mT.clone(),
             up=self.up.clone(),
-            bias=self.bias.clone(),
-            activation=self.activation,
-        )
-
-    @classmethod
-    @override
-    def parts(cls, activation: Activation) -> tuple[Part, ...]:
-        return ("down", "up", "bias")
-
-
-class DiReFTOrthonormal(Intervention):
-    """Δ(h) = act(h·Wᵀ + b)·Rᵀ with orthonormal columns in R (d, r); W (r, d), b (r,).
-
-    W and b start at zero, so with an activation that maps 0 to 0 the untrained edit changes
-    nothing. pyreft draws W at random instead, which makes its untrained edit a random one.
-    """
-
-    method = "direft_orthonormal"
-    equation = "act(hWᵀ + b)Rᵀ, RᵀR = I"
-    source = "pyreft 0.1.0, DireftIntervention"
-
-    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
-        super().__init__(hidden_size, rank, activation)
-        self.basis = nn.Parameter(orthonormal_init(hidden_size, rank))  # (d, r)
-        # relu's gradient at 0 is 0: from zero it would never learn.
-        start = torch.zeros(rank, hidden_size)
-        if activation == "relu":
-            start.uniform_(-1 / math.sqrt(hidden_size), 1 / math.sqrt(hidden_size))
-        self.weight = nn.Parameter(start)
-        self.bias = nn.Parameter(torch.zeros(rank))
-
-    @override
-    def forward(self, h: Tensor) -> Tensor:
-        inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
-        return inner @ orthonormalise(self.basis).mT  # (N, d)
-
-    @override
-    @torch.no_grad()
-    def to_edit(self) -> Edit:
-        return Edit(
-            down=self.weight.mT.clone(),
-            up=orthonormalise(self.basis).mT,
             bias=self.bias.clone(),
             activation=self.activation,
         )

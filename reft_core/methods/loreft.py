@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
-from reft_core.methods.base import Intervention, orthonormal_init, orthonormalise
+from reft_core.methods.base import Intervention, SiteSizes, orthonormal_init, orthonormalise
 
 
 class LoReFT(Intervention):
@@ -21,11 +21,12 @@ class LoReFT(Intervention):
 
     method = "loreft"
     equation = "(act(hWᵀ + b) − hR)Rᵀ, RᵀR = I"
-    source = "arXiv 2404.03592, eq. 2"
+    citation = "arXiv 2404.03592, eq. 2"
 
-    def __init__(self, hidden_size: int, rank: int, activation: Activation = "identity") -> None:
-        super().__init__(hidden_size, rank, activation)
-        rotation = orthonormal_init(hidden_size, rank)
+    def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
+        super().__init__(sizes, rank, activation)
+        size = sizes.out_size
+        rotation = orthonormal_init(size, rank)
         self.basis = nn.Parameter(rotation)  # (d, r); R after orthonormalise
         self.weight = nn.Parameter(rotation.mT.clone())  # (r, d)
         self.bias = nn.Parameter(torch.zeros(rank))
@@ -35,7 +36,7 @@ class LoReFT(Intervention):
         return orthonormalise(self.basis)
 
     @override
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
         rotation = self.rotation()
         source = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
         return (source - h @ rotation) @ rotation.mT  # (N, d)

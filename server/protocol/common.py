@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from reft_core.engine.interface import SamplingParams
 from reft_core.errors import InvalidRequest, UnsupportedFeature
-from server.generation import Generation
+from server.generation import Generation, NamedAdapter
 from server.settings import Settings
 
 FinishReason = Literal["stop", "length"]
@@ -28,11 +28,34 @@ class StreamOptions(RequestBody):
     include_obfuscation: bool | None = Field(None, description="accepted, without effect")
 
 
-class ReftOptions(RequestBody):
-    """This server's own options, an extension of OpenAI's API."""
+class AdapterOptions(RequestBody):
+    """How one adapter acts."""
 
     strength: float | None = Field(
         None, description="multiplies the adapter's edits; 0 is the base model; default: its own"
+    )
+    subspaces: dict[str, float] = Field(
+        default={},
+        max_length=256,
+        description="factor of each named subspace of the adapter; when any is given, the rest "
+        "is off",
+    )
+
+
+class StackedAdapter(AdapterOptions):
+    """An adapter that acts after the one that ``model`` names."""
+
+    model: str = Field(max_length=256)
+
+
+class ReftOptions(AdapterOptions):
+    """This server's own options, an extension of OpenAI's API."""
+
+    stack: list[StackedAdapter] = Field(
+        default=[],
+        max_length=8,
+        description="further adapters, in the order they act: at a site that several edit, each "
+        "reads what the one before wrote",
     )
 
 
@@ -99,6 +122,12 @@ class SamplingFields(RequestBody):
     service_tier: str | None = Field(None, description="accepted, without effect")
     safety_identifier: str | None = Field(None, description="accepted, without effect")
     prompt_cache_key: str | None = Field(None, description="accepted, without effect")
+
+    @property
+    def named(self) -> tuple[NamedAdapter, ...]:
+        """What ``model`` names and what is stacked on it, with their options."""
+        first = NamedAdapter(self.model, self.reft.strength, self.reft.subspaces)
+        return (first, *(NamedAdapter(a.model, a.strength, a.subspaces) for a in self.reft.stack))
 
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
@@ -171,22 +200,36 @@ class Usage(BaseModel):
         )
 
 
+class AdapterReport(BaseModel):
+    """One adapter that took part in an answer."""
+
+    adapter: str = Field(description="name@sha256:…, usable as a model")
+    version: int
+    digest: str = Field(description="SHA-256 of the adapter file")
+
+
 class ReftReport(BaseModel):
-    """Which adapter answered, exactly, and how much it edited. An extension."""
+    """Which adapter answered, exactly, and how much was edited. An extension."""
 
     adapter: str | None = Field(description="name@sha256:…, usable as a model; null: base model")
     version: int | None
     digest: str | None = Field(description="SHA-256 of the adapter file")
-    num_edits: int = Field(description="(layer, position) pairs edited, over all choices")
+    stack: list[AdapterReport] = Field(description="the adapters stacked on it, in order")
+    num_edits: int = Field(description="(layer, site, position) triples, over all choices")
 
     @classmethod
     def of(cls, generation: Generation) -> ReftReport:
         """The report of a generation."""
-        version = generation.version
+        used = [
+            AdapterReport(adapter=v.reference, version=v.number, digest=v.digest)
+            for v in generation.versions
+        ]
+        first = used[0] if generation.starts_with_adapter else None
         return cls(
-            adapter=version.reference if version else None,
-            version=version.number if version else None,
-            digest=version.digest if version else None,
+            adapter=first and first.adapter,
+            version=first and first.version,
+            digest=first and first.digest,
+            stack=used[1:] if first else used,
             num_edits=generation.num_edits,
         )
 

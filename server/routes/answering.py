@@ -69,7 +69,7 @@ async def answer_stream(
 def report_headers(generation: Generation) -> dict[str, str]:
     """Headers that say which adapter answered."""
     return {
-        "x-reft-adapter": generation.version.digest if generation.version else "base",
+        "x-reft-adapter": ",".join(v.digest for v in generation.versions) or "base",
         "x-reft-edits": str(generation.num_edits),
     }
 

@@ -43,13 +43,12 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     limit = body.token_limit
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     job = Job(
-        model=body.model,
+        named=body.named,
         encode=encode,
         params=body.sampling(1 if limit is None else limit, num_logprobs),
         fill_context=limit is None,
         n=body.num_choices,
         stops=tuple(body.stop),
-        strength=body.reft.strength,
     )
     head = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
 

@@ -40,12 +40,11 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         ]
 
     job = Job(
-        model=body.model,
+        named=body.named,
         encode=encode,
         params=body.sampling(16 if body.max_tokens is None else body.max_tokens, body.logprobs),
         n=body.num_choices,
         stops=tuple(body.stop),
-        strength=body.reft.strength,
     )
     head: dict[str, Any] = {
         "id": new_id("cmpl"),

@@ -6,26 +6,41 @@ engine computes must equal this, in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 from reft_core.adapter import Adapter
 from reft_core.edits import Edit, activate
 from reft_core.sites import find_layers
 
+_PATHS = {
+    "gpt2": {"attn_output": "attn", "mlp_output": "mlp", "heads": "attn.c_proj"},
+    "gpt_neox": {"attn_output": "attention", "mlp_output": "mlp", "heads": "attention.dense"},
+}
+_DEFAULT_PATHS = {"attn_output": "self_attn", "mlp_output": "mlp", "heads": "self_attn.o_proj"}
 
-def reference_delta(edit: Edit, h: Tensor) -> Tensor:
-    """Δ(h) of one hidden state (d,), written out as the canonical formula reads."""
+Stack = Sequence[tuple[Adapter, float]]
+"""Adapters with their strengths, in the order they act."""
+
+
+def reference_delta(edit: Edit, h: Tensor, x: Tensor | None = None) -> Tensor:
+    """Δ(h, x) of one hidden state (d,), written out as the canonical formula reads."""
+    if edit.source == "output":
+        x = h
+    assert x is not None
     total = torch.zeros_like(h)
     if edit.down is not None and edit.up is not None:
         for j in range(edit.rank):
-            inner = h @ edit.down[:, j]
+            inner = x @ edit.down[:, j]
             if edit.bias is not None:
                 inner = inner + edit.bias[j]
             inner = activate(edit.activation, inner)
             if edit.skip is not None:
-                inner = inner - h @ edit.skip[:, j]
+                inner = inner - x @ edit.skip[:, j]
             total = total + edit.scale * inner * edit.up[j]
     if edit.shift is not None:
         total = total + edit.shift
@@ -41,27 +56,96 @@ def reference_logits(
     prompt_len: int,
     adapter: Adapter | None = None,
     strength: float = 1.0,
+    *,
+    stack: Stack = (),
 ) -> Tensor:
-    """Float32 logits (T, V) of ``tokens``, of which the first ``prompt_len`` are the prompt."""
+    """Float32 logits (T, V) of ``tokens``, of which the first ``prompt_len`` are the prompt.
+
+    ``stack`` takes the place of ``adapter`` and ``strength`` where there are several.
+    """
+    stack = stack or ([(adapter, strength)] if adapter is not None else [])
+    # Rows of the forward: cached keys and values have none, virtual embeddings have theirs.
+    virtual = sum(used.num_virtual_tokens for used, _ in stack if not used.has_kv_prefix)
     handles = []
-    if adapter is not None:
-        layers = find_layers(model)
-        units = adapter.rule.resolve(prompt_len)
-        for key, edit in adapter.edits.items():
-
-            def hook(_module, _args, output, edit=edit, positions=units[key.unit]):
-                hidden = output[0] if isinstance(output, tuple) else output
-                for position in positions:
-                    h = hidden[0, position]
-                    hidden[0, position] = h + strength * reference_delta(edit, h)
-                return output
-
-            handles.append(layers[key.layer].register_forward_hook(hook))
+    for used, factor in stack:
+        units = used.rule.resolve(prompt_len)
+        for key, edit in used.edits.items():
+            positions = list(units[key.unit])
+            is_last_unit = key.unit == len(units) - 1
+            if used.spec.sites[key.site].phase == "all" and is_last_unit:
+                positions += range(prompt_len, len(tokens))
+            rows = [virtual + position for position in positions]
+            layer = find_layers(model)[key.layer]
+            handles += _hook(model, layer, key.site, edit, factor, rows)
     try:
-        return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
+        return _forward(model, tokens, [used for used, _ in stack])
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _forward(model: PreTrainedModel, tokens: list[int], adapters: list[Adapter]) -> Tensor:
+    """Logits at ``tokens``, with the adapters' virtual tokens standing before them."""
+    ids = torch.tensor([tokens])
+    for adapter in adapters:
+        prefix = adapter.prefix
+        if prefix is None:
+            continue
+        if prefix.embedding is not None:
+            embeds = torch.cat([prefix.embedding, model.get_input_embeddings()(ids[0])])
+            return (
+                model(inputs_embeds=embeds[None], use_cache=False)
+                .logits[0]
+                .float()[adapter.num_virtual_tokens :]
+            )
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            cache.update(key[None], value[None], layer)
+        return model(input_ids=ids, past_key_values=cache).logits[0].float()
+    return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def _hook(
+    model: PreTrainedModel,
+    layer: nn.Module,
+    site: str,
+    edit: Edit,
+    strength: float,
+    rows: list[int],
+) -> list[Any]:
+    """Edit ``rows`` of a site's output, one after the other."""
+    paths = _PATHS.get(model.config.model_type, _DEFAULT_PATHS)
+
+    def change(hidden: Tensor, x: Tensor) -> None:
+        for row in rows:
+            h = hidden[0, row]
+            hidden[0, row] = h + strength * reference_delta(edit, h, x[0, row])
+
+    def given(args: Any, kwargs: Any) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+    if site == "heads":
+        seen: dict[str, Tensor] = {}
+        attention = layer.get_submodule(paths["attn_output"])
+        projection = layer.get_submodule(paths["heads"])
+        return [
+            attention.register_forward_pre_hook(
+                lambda _m, args, kwargs: seen.update(x=given(args, kwargs)), with_kwargs=True
+            ),
+            projection.register_forward_pre_hook(lambda _m, args: change(args[0], seen["x"])),
+        ]
+    if site == "block_output":
+        module = layer
+    elif site.startswith("linear:"):
+        module = layer.get_submodule(site.removeprefix("linear:"))
+    else:
+        module = layer.get_submodule(paths[site])
+
+    def after(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        change(output[0] if isinstance(output, tuple) else output, given(args, kwargs).clone())
+        return output
+
+    return [module.register_forward_hook(after, with_kwargs=True)]
 
 
 def reference_generate(
@@ -70,10 +154,12 @@ def reference_generate(
     max_tokens: int,
     adapter: Adapter | None = None,
     strength: float = 1.0,
+    *,
+    stack: Stack = (),
 ) -> list[int]:
     """Greedy continuation of ``prompt``; the whole sequence is recomputed for every token."""
     tokens = list(prompt)
     for _ in range(max_tokens):
-        logits = reference_logits(model, tokens, len(prompt), adapter, strength)
+        logits = reference_logits(model, tokens, len(prompt), adapter, strength, stack=stack)
         tokens.append(int(logits[-1].argmax()))
     return tokens[len(prompt) :]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from reft_core.adapter import (
     MAX_HEADER_BYTES,
     Adapter,
     EditKey,
+    Prefix,
     check_fits,
     decode_adapter,
     encode_adapter,
@@ -37,18 +38,36 @@ from reft_core.errors import (
     AdapterMismatch,
     AdapterTooLarge,
 )
-from reft_core.spec import METADATA_KEY, AdapterSpec, TemplateSpec, TrainingSpec
+from reft_core.methods import METHODS
+from reft_core.spec import (
+    METADATA_KEY,
+    AdapterSpec,
+    PrefixSpec,
+    SiteSpec,
+    TemplateSpec,
+    TrainingSpec,
+)
 from tests.factories import (
     HIDDEN_SIZE,
     NUM_LAYERS,
     assert_close,
+    make_placement,
     make_spec,
+    moved_edits,
     random_adapter_bytes,
-    random_edits,
+    random_prefix_adapter,
     tiny_description,
 )
 
 Json = dict[str, Any]
+
+NARROWING = "linear:mlp.down_proj"  # 48 → 32
+WIDENING = "linear:mlp.up_proj"  # 32 → 48
+
+
+def sites_of(method: str) -> tuple[str, ...] | None:
+    """None is a method's own; methods on linear maps need to be told."""
+    return (NARROWING, WIDENING) if METHODS[method].sites == ("linear",) else None
 
 
 @cache
@@ -128,18 +147,30 @@ def swap_offsets(one: str, other: str) -> bytes:
     return with_header(swap)
 
 
+def loreft_edits(
+    layers: list[int], *, num_units: int = 1, activation: Activation | None = None
+) -> dict[EditKey, Edit]:
+    """LoReFT of rank 2 at the block output."""
+    placement = make_placement(
+        tiny_description(), "loreft", rank=2, layers=layers, activation=activation
+    )
+    return moved_edits(placement, num_units)
+
+
 # Round trips ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("method", ["loreft", "direft", "direft_orthonormal"])
+@pytest.mark.parametrize("method", METHODS)
 def test_round_trip_is_exact(dtype: str, method: str) -> None:
     """Tensors come back as their rounding to the stored dtype; the spec comes back equal."""
+    placement = make_placement(
+        tiny_description(), method, rank=3, layers=[0, 2], sites=sites_of(method)
+    )
     spec = make_spec(
         tiny_description(),
+        placement=placement,
         method=method,
-        rank=3,
-        layers=[0, 2],
         positions="f2+l3",
         tied=False,
         dtype=dtype,
@@ -150,7 +181,7 @@ def test_round_trip_is_exact(dtype: str, method: str) -> None:
             seed=7, data={"rows": 3}, hyperparameters={"lr": 9e-4, "tied": False}, metrics={"f1": 1}
         ),
     )
-    edits = random_edits(method, HIDDEN_SIZE, [0, 2], num_units=2, rank=3)
+    edits = moved_edits(placement, num_units=2)
     file = encode_adapter(spec, edits)
     adapter = decode_adapter(file)
     assert adapter.spec == spec
@@ -158,8 +189,12 @@ def test_round_trip_is_exact(dtype: str, method: str) -> None:
     assert adapter.rule == spec.positions.to_rule()
     assert adapter.digest == hashlib.sha256(file).hexdigest()
     assert adapter.num_bytes == len(file)
+    assert adapter.prefix is None
+    assert adapter.num_virtual_tokens == 0
     assert list(adapter.edits) == list(edits)
     for key, edit in edits.items():
+        decoded = adapter.edits[key]
+        assert (decoded.activation, decoded.source) == (edit.activation, edit.source)
         for (part, expected), (same_part, found) in zip(
             edit.parts(), adapter.edits[key].parts(), strict=True
         ):
@@ -173,18 +208,43 @@ def test_round_trip_is_exact(dtype: str, method: str) -> None:
 @pytest.mark.parametrize("method", ["loreft", "direft", "direft_orthonormal"])
 def test_every_trained_edit_can_be_stored(method: str, activation: Activation, rank: int) -> None:
     """Also where two parts are views of one tensor, as LoReFT's skip and up are."""
-    spec = make_spec(
-        tiny_description(), method=method, activation=activation, rank=rank, layers=[1]
+    placement = make_placement(
+        tiny_description(), method, activation=activation, rank=rank, layers=[1]
     )
-    edits = random_edits(method, HIDDEN_SIZE, [1], 1, rank, activation)
-    found = decode_adapter(encode_adapter(spec, edits)).edits[EditKey(1, "block_output", 0)]
+    edits = moved_edits(placement)
+    found = decode_adapter(encode_adapter(make_spec(placement.model, placement=placement), edits))
     h = torch.randn(4, HIDDEN_SIZE)
-    assert_close(found.delta(h), edits[EditKey(1, "block_output", 0)].delta(h))
+    (edit,) = found.edits.values()
+    assert_close(edit.delta(h), edits[EditKey(1, "block_output", 0)].delta(h))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("method", "activation"),
+    [(name, activation) for name, cls in METHODS.items() for activation in cls.activations],
+)
+def test_every_method_can_be_stored_at_its_sites(
+    method: str, activation: Activation, rank: int
+) -> None:
+    """Rank 8 of four heads is the whole width."""
+    model = tiny_description()
+    placement = make_placement(
+        model, method, activation=activation, rank=rank, layers=[1], sites=sites_of(method)
+    )
+    edits = moved_edits(placement)
+    spec = make_spec(model, placement=placement, method=method)
+    found = decode_adapter(encode_adapter(spec, edits))
+    for key, edit in edits.items():
+        in_size, out_size = model.sites[key.site]
+        h, x = torch.randn(4, out_size), torch.randn(4, in_size)
+        assert_close(found.edits[key].delta(h, x), edit.delta(h, x))
+        assert_close(found.to("cpu").edits[key].delta(h, x), edit.delta(h, x))
+    assert spec.num_parameters == sum(edit.num_parameters for edit in edits.values())
 
 
 def test_layers_may_share_an_edit() -> None:
     spec = make_spec(tiny_description(), layers=[0, 1])
-    (edit,) = random_edits("loreft", HIDDEN_SIZE, [0], 1, 2).values()
+    (edit,) = loreft_edits([0]).values()
     edits = {EditKey(layer, "block_output", 0): edit for layer in (0, 1)}
     assert decode_adapter(encode_adapter(spec, edits)).spec == spec
 
@@ -192,7 +252,7 @@ def test_layers_may_share_an_edit() -> None:
 def test_equal_input_gives_equal_bytes() -> None:
     """In whatever order the edits come."""
     spec = make_spec(tiny_description(), positions="f1+l1", tied=False)
-    edits = random_edits("loreft", HIDDEN_SIZE, list(range(NUM_LAYERS)), 2, 2)
+    edits = loreft_edits(list(range(NUM_LAYERS)), num_units=2)
     again = dict(reversed([(key, edit.to()) for key, edit in edits.items()]))
     assert encode_adapter(spec, edits) == encode_adapter(spec.model_copy(), again)
     renamed = spec.model_copy(update={"name": "other"})
@@ -202,17 +262,21 @@ def test_equal_input_gives_equal_bytes() -> None:
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 def test_a_decoded_adapter_encodes_to_its_own_bytes(activation: Activation, scale: float) -> None:
-    """Folding must not apply a scale twice."""
+    """Nothing is folded on the way in, and folding applies a scale once."""
     spec = make_spec(tiny_description(), activation=activation, layers=[0])
     site = spec.sites["block_output"].model_copy(update={"scale": scale})
     spec = spec.model_copy(update={"sites": {"block_output": site}})
-    edits = random_edits("loreft", HIDDEN_SIZE, [0], 1, 2, activation)
+    edits = loreft_edits([0], activation=activation)
     scaled = {key: replace(edit, scale=scale) for key, edit in edits.items()}
     file = encode_adapter(spec, scaled)
     adapter = decode_adapter(file)
     h = torch.randn(3, HIDDEN_SIZE)
     for key, edit in scaled.items():
+        assert adapter.edits[key].scale == scale
         assert_close(adapter.edits[key].delta(h), edit.delta(h))
+        served = adapter.to("cpu").edits[key]
+        assert served.scale == (scale if activation == "relu" else 1.0)
+        assert_close(served.delta(h), edit.delta(h))
     assert encode_adapter(adapter.spec, adapter.edits) == file
 
 
@@ -221,12 +285,13 @@ def test_a_decoded_adapter_encodes_to_its_own_bytes(activation: Activation, scal
     [
         pytest.param({"activation": "relu"}, id="another activation"),
         pytest.param({"scale": 3.0}, id="another scale"),
+        pytest.param({"source": "input"}, id="another source"),
     ],
 )
 def test_encode_refuses_edits_that_compute_something_else(change: Json) -> None:
-    """The spec's activation and scale are what a reader will apply."""
+    """The spec's activation, scale and source are what a reader will apply."""
     spec = make_spec(tiny_description(), layers=[0])
-    edits = random_edits("loreft", HIDDEN_SIZE, [0], 1, 2)
+    edits = loreft_edits([0])
     with pytest.raises(AdapterError):
         encode_adapter(spec, {key: replace(edit, **change) for key, edit in edits.items()})
 
@@ -236,7 +301,7 @@ def test_encode_refuses_edits_that_compute_something_else(change: Json) -> None:
 )
 def test_encode_refuses_values_that_no_reader_accepts(dtype: str, value: float) -> None:
     spec = make_spec(tiny_description(), layers=[0], dtype=dtype)
-    edits = random_edits("loreft", HIDDEN_SIZE, [0], 1, 2)
+    edits = loreft_edits([0])
     broken = {key: replace(edit, bias=torch.full((2,), value)) for key, edit in edits.items()}
     with pytest.raises(AdapterFileInvalid, match=rf"{BIAS}: got .*finite"):
         encode_adapter(spec, broken)
@@ -253,6 +318,90 @@ def test_to_moves_the_edits_alone() -> None:
     for key, edit in adapter.edits.items():
         for (_, before), (_, after) in zip(edit.parts(), moved.edits[key].parts(), strict=True):
             assert_close(after, before, tolerance=0)
+
+
+def test_to_folds_what_it_moves() -> None:
+    """The form that serves: no scale, no skip, the same Δ."""
+    tensors = {part: torch.randn(32, 2) for part in ("down", "skip")}
+    edit = Edit(**tensors, up=torch.randn(2, 32), scale=3.0)
+    (key,) = loreft_edits([0])
+    site = SiteSpec(layers=(0,), rank=2, parts=("down", "skip", "up"), scale=3.0)
+    spec = make_spec(tiny_description()).model_copy(update={"sites": {"block_output": site}})
+    adapter = decode_adapter(encode_adapter(spec, {key: edit}))
+    served = adapter.to("cpu").edits[key]
+    assert adapter.edits[key].skip is not None, "decoding keeps the file's form"
+    assert (served.skip, served.scale) == (None, 1.0)
+    h = torch.randn(5, 32)
+    assert_close(served.delta(h), edit.delta(h))
+
+
+# Prefixes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+@pytest.mark.parametrize("with_edits", [False, True])
+def test_prefix_round_trip_is_exact(
+    kind: Literal["kv", "embedding"], dtype: str, with_edits: bool
+) -> None:
+    """Alone and beside edits (mix-and-match adapters are both in one file)."""
+    model = tiny_description()
+    drawn = random_prefix_adapter(model, kind, length=5)
+    assert drawn.prefix is not None
+    spec = make_spec(model, layers=[0, 2], dtype=dtype, prefix=drawn.spec.prefix)
+    edits = loreft_edits([0, 2])
+    if not with_edits:
+        spec, edits = spec.model_copy(update={"sites": {}}), {}
+    file = encode_adapter(spec, edits, drawn.prefix)
+    adapter = decode_adapter(file)
+    assert adapter.spec == spec
+    assert set(adapter.edits) == set(edits)
+    assert adapter.num_virtual_tokens == 5
+    assert adapter.has_kv_prefix == (kind == "kv")
+    assert adapter.prefix is not None
+    expected = drawn.prefix.tensors()
+    found = adapter.prefix.tensors()
+    moved = adapter.to("cpu").prefix
+    assert moved is not None
+    assert list(found) == list(expected) == list(moved.tensors())
+    assert len(found) == (2 * NUM_LAYERS if kind == "kv" else 1)
+    for name, tensor in expected.items():
+        rounded = tensor.to(getattr(torch, dtype)).float()
+        assert_close(found[name], rounded, tolerance=0)
+        assert_close(moved.tensors()[name], rounded, tolerance=0)
+    assert encode_adapter(adapter.spec, adapter.edits, adapter.prefix) == file
+    numbers = 5 * 2 * 8 * 2 * NUM_LAYERS if kind == "kv" else 5 * HIDDEN_SIZE
+    assert spec.num_parameters == numbers + sum(edit.num_parameters for edit in edits.values())
+
+
+def test_layers_may_share_a_prefixs_tensors() -> None:
+    """Also keys with values, and as views of a larger tensor."""
+    model = tiny_description()
+    spec = random_prefix_adapter(model, "kv").spec
+    shared = torch.randn(3, 2, 8).transpose(0, 1)  # (KH, n, D), not contiguous
+    prefix = Prefix((shared,) * NUM_LAYERS, (shared,) * NUM_LAYERS)
+    decoded = decode_adapter(encode_adapter(spec, {}, prefix)).prefix
+    assert decoded is not None
+    for tensor in (*decoded.keys, *decoded.values):
+        assert_close(tensor, shared, tolerance=0)
+
+
+def test_a_prefix_and_its_spec_come_together() -> None:
+    model = tiny_description()
+    kv, embedding = (random_prefix_adapter(model, kind) for kind in ("kv", "embedding"))
+    with pytest.raises(AdapterFileInvalid, match=r"prefix\.0\.key: missing"):
+        encode_adapter(kv.spec, {})
+    with pytest.raises(AdapterFileInvalid, match=r"tensors: got 'prefix\.embedding'"):
+        encode_adapter(kv.spec, {}, embedding.prefix)
+    with pytest.raises(AdapterFileInvalid, match="only tensors the spec implies"):
+        encode_adapter(make_spec(model, layers=[0]), loreft_edits([0]), kv.prefix)
+    assert kv.prefix is not None
+    short = Prefix(*(tuple(t[:, :2] for t in ts) for ts in (kv.prefix.keys, kv.prefix.values)))
+    with pytest.raises(AdapterFileInvalid, match=r"\[2, 2, 8\], expected \[2, 3, 8\]"):
+        encode_adapter(kv.spec, {}, short)
+    infinite = Prefix(embedding=torch.full((3, HIDDEN_SIZE), math.inf))
+    with pytest.raises(AdapterFileInvalid, match=r"prefix\.embedding: got .*finite"):
+        encode_adapter(embedding.spec, {}, infinite)
 
 
 # Hostile files ----------------------------------------------------------------------------
@@ -364,9 +513,18 @@ BAD_FILES = [
     Bad(
         "unknown site",
         lambda: with_spec("sites", value={"mlp": {}}),
-        ("spec.sites.mlp", "'mlp'", "'block_output'"),
+        ("spec.sites.mlp", "'mlp'", "match pattern", "block_output"),
     ),
-    Bad("no sites", lambda: with_spec("sites", value={}), ("spec.sites", "{}", "at least 1")),
+    Bad(
+        "a linear site with a path that is none",
+        lambda: with_spec("sites", value={"linear:../up": {}}),
+        ("spec.sites.linear:../up", "'linear:../up'", "match pattern"),
+    ),
+    Bad(
+        "no sites",
+        lambda: with_spec("sites", value={}),
+        ("spec", "sites: got none", "at least one site or a prefix"),
+    ),
     Bad(
         "missing key",
         lambda: with_spec_text(lambda text: text.replace('"method":"loreft",', "")),
@@ -407,7 +565,11 @@ BAD_FILES = [
             ((*RANK,), 1025, "less than or equal to 1024"),
             ((*RANK,), -1, "greater than or equal to 0"),
             (("sites", "block_output", "activation"), "softmax", "'identity', 'relu'"),
-            (("sites", "block_output", "phase"), "all", "'prompt'"),
+            (("sites", "block_output", "phase"), "decode", "'prompt' or 'all'"),
+            (("sites", "block_output", "source"), "x", "'output' or 'input'"),
+            (("sites", "block_output", "in_size"), 0, "greater than or equal to 1"),
+            (("sites", "block_output", "in_size"), "32", "integer"),
+            (("sites", "block_output", "out_size"), 2**20 + 1, "less than or equal to 1048576"),
             (("sites", "block_output", "scale"), math.nan, "finite"),
             (("strength",), math.nan, "finite"),
             (("strength",), math.inf, "finite"),
@@ -454,12 +616,12 @@ BAD_FILES = [
     Bad(
         "rank 0",
         lambda: with_spec(*RANK, value=0),
-        ("spec.sites.block_output", "'rank': 0", "a rank of at least 1"),
+        ("spec.sites.block_output", "of rank 0", "a rank of at least 1"),
     ),
     Bad(
         "rank beyond the hidden size",
         lambda: with_spec(*RANK, value=33),
-        ("spec", "sites.block_output.rank", "33", "at most the hidden size 32"),
+        ("spec", "sites.block_output.rank", "33", "at most the site's width 32"),
     ),
     *(
         Bad(
@@ -494,6 +656,29 @@ BAD_FILES = [
         "template without content",
         lambda: with_spec("template", value={"user": "hello"}),
         ("spec.template", "'hello'", "'{content}' exactly once"),
+    ),
+    *(
+        Bad(
+            f"subspaces {ranks}",
+            lambda ranks=ranks: with_spec("subspaces", value={"tone": ranks}),
+            ("spec", "subspaces.tone", str(ranks), "ranks 0 to 1"),
+        )
+        for ranks in ([], [2], [-1, 0])
+    ),
+    Bad(
+        "a prefix of an unknown kind",
+        lambda: with_spec("prefix", value={"kind": "token", "length": 1}),
+        ("spec.prefix.kind", "'token'", "'kv' or 'embedding'"),
+    ),
+    Bad(
+        "an unknown key of a prefix",
+        lambda: with_spec("prefix", value={"kind": "embedding", "length": 1, "typo": 17}),
+        ("spec.prefix.typo", "17", "not permitted"),
+    ),
+    Bad(
+        "a prefix whose tensors are absent",
+        lambda: with_spec("prefix", value={"kind": "embedding", "length": 2}),
+        ("prefix.embedding", "missing", "(2, 32)"),
     ),
     # The tensors.
     Bad(
@@ -640,7 +825,9 @@ def assert_valid(adapter: Adapter, file: bytes) -> None:
     }
     for edit in adapter.edits.values():
         assert all(tensor.isfinite().all() for _, tensor in edit.parts())
-        assert edit.delta(torch.zeros(1, adapter.spec.base.hidden_size)).shape == (1, HIDDEN_SIZE)
+        x = torch.zeros(1, site.sizes(adapter.spec.base.hidden_size)[0])
+        h = torch.zeros(1, site.sizes(adapter.spec.base.hidden_size)[1])
+        assert edit.delta(h, x).shape == h.shape == (1, HIDDEN_SIZE)
 
 
 def decode_or_refuse(file: bytes) -> None:
@@ -673,7 +860,7 @@ SPEC_PATHS = [
     *((key,) for key in AdapterSpec.model_fields),
     *(("base", key) for key in ("name", "hidden_size", "num_layers", "fingerprint")),
     *(("positions", key) for key in ("rule", "tied", "anchor")),
-    *(("sites", "block_output", key) for key in ("layers", "rank", "parts", "scale")),
+    *(("sites", "block_output", key) for key in SiteSpec.model_fields),
     *(("training", key) for key in ("seed", "data", "hyperparameters", "metrics")),
 ]
 json_values = st.recursive(
@@ -721,6 +908,41 @@ def test_the_name_of_the_base_model_is_for_people() -> None:
     check_fits(renamed, tiny_description())
     with pytest.raises(AdapterMismatch):
         check_fits(renamed, replace(tiny_description(), hidden_size=33))
+
+
+@pytest.mark.parametrize(
+    ("site", "problem"),
+    [
+        ("linear:mlp.nope", "sites: got 'linear:mlp.nope', expected one of block_output, "),
+        (NARROWING, f"sites.{NARROWING} sizes: got (32, 32), expected (48, 32), as in tiny-llama"),
+        (WIDENING, f"sites.{WIDENING} sizes: got (32, 32), expected (32, 48), as in tiny-llama"),
+    ],
+)
+def test_an_adapter_of_other_sites_does_not_fit(site: str, problem: str) -> None:
+    """Sites that the model lacks, or has in another width."""
+    model = tiny_description()
+    spec = make_spec(model)
+    moved = spec.model_copy(update={"sites": {site: spec.sites["block_output"]}})
+    with pytest.raises(AdapterMismatch) as caught:
+        check_fits(moved, model)
+    assert caught.value.field == f"sites.{site}"
+    assert str(caught.value).startswith(problem)
+    right = make_spec(model, sites=(NARROWING, WIDENING))
+    check_fits(right, model)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 8), (2, 16), (2, 7)])
+def test_a_prefix_of_other_heads_does_not_fit(heads: int, head_dim: int) -> None:
+    model = tiny_description()
+    spec = random_prefix_adapter(model, "kv").spec
+    check_fits(spec, model)
+    prefix = PrefixSpec(kind="kv", length=3, num_kv_heads=heads, head_dim=head_dim)
+    with pytest.raises(AdapterMismatch) as caught:
+        check_fits(spec.model_copy(update={"prefix": prefix}), model)
+    assert caught.value.field == "prefix"
+    assert str(caught.value) == (
+        f"prefix heads: got ({heads}, {head_dim}), expected (2, 8), as in tiny-llama"
+    )
 
 
 # Writing ----------------------------------------------------------------------------------

@@ -96,11 +96,73 @@ def test_other_activations_keep_their_form(activation: Activation) -> None:
 
 def test_the_input_of_the_site_feeds_the_low_rank_part_alone() -> None:
     """A parallel adapter reads x, and gain multiplies h."""
-    edit = random_edit(PARTS, activation="relu", scale=2.0)
+    series = random_edit(PARTS, activation="relu", scale=2.0)
+    edit = replace(series, source="input")
     assert edit.gain is not None
     h, x = torch.randn(2, 3, D)
-    from_x = reference_deltas(replace(edit, gain=None), x)
+    from_x = reference_deltas(replace(series, gain=None), x)
     assert_close(edit.delta(h, x), from_x + edit.gain * h)
+    assert_close(series.delta(h, x), reference_deltas(series, h))
+    with pytest.raises(AssertionError, match="site's input"):
+        edit.delta(h)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_input_and_output_may_differ_in_width(activation: Activation) -> None:
+    """down and skip are as wide as x, the rest as h; folding changes nothing of that."""
+    wide = 5
+    edit = Edit(
+        down=torch.randn(wide, 2),
+        skip=torch.randn(wide, 2),
+        up=torch.randn(2, D),
+        bias=torch.randn(2),
+        shift=torch.randn(D),
+        gain=torch.randn(D),
+        activation=activation,
+        scale=3.0,
+        source="input",
+    )
+    h, x = torch.randn(4, D), torch.randn(4, wide)
+    pairs = zip(h, x, strict=True)
+    expected = torch.stack([reference_delta(edit, state, given) for state, given in pairs])
+    for same in (edit, edit.fold(), edit.to(device="cpu")):
+        assert same.source == "input"
+        assert_close(same.delta(h, x), expected)
+    half = torch.bfloat16
+    assert edit.delta(h.to(half), x.to(half)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_scaling_a_rank_scales_what_it_adds(activation: Activation, folded: bool) -> None:
+    """Of the low-rank part alone, and in a new edit."""
+    edit = random_edit(PARTS, rank=3, activation=activation, scale=2.0)
+    edit = edit.fold() if folded else edit
+    h = torch.randn(4, D)
+    before = edit.delta(h)
+    rest = replace(edit, down=None, skip=None, up=None, bias=None)
+    ranks = []
+    for j in range(3):
+        assert edit.down is not None
+        assert edit.up is not None
+        assert edit.bias is not None
+        one = replace(
+            edit,
+            down=edit.down[:, j : j + 1],
+            skip=None if edit.skip is None else edit.skip[:, j : j + 1],
+            up=edit.up[j : j + 1],
+            bias=edit.bias[j : j + 1],
+            shift=None,
+            gain=None,
+        )
+        ranks.append(one.delta(h))
+    factors = torch.tensor([0.5, 0.0, -3.0])
+    weighted = torch.stack([factor * rank for factor, rank in zip(factors, ranks, strict=True)])
+    expected = weighted.sum(0) + rest.delta(h)
+    assert_close(edit.scale_ranks(factors).delta(h), expected)
+    assert_close(edit.delta(h), before, tolerance=0)
+    with pytest.raises(AssertionError, match="ranks to scale"):
+        rest.scale_ranks(torch.ones(0))
 
 
 @pytest.mark.parametrize(

@@ -6,31 +6,41 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_core.adapter import EditKey
 from reft_core.batch import RowEdit
 from reft_core.edits import Activation, Edit
 from reft_core.kernels import apply_edits
-from tests.factories import assert_close, random_edits
+from reft_core.methods import METHODS, SiteSizes, get_method
+from tests.factories import assert_close
 from tests.reference.slow import reference_delta
 
-N, D = 12, 16
+N, D, X = 12, 16, 20
+"""Rows, width of the site's output, width of its input."""
 
 
 def random_edit(method: str, rank: int = 3, activation: Activation = "identity") -> Edit:
-    return random_edits(method, D, [0], 1, rank, activation)[EditKey(0, "block_output", 0)]
+    module = get_method(method)(SiteSizes(X, D, head_dim=D // 4), rank, activation)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) / D**0.5)
+    return module.to_edit()
 
 
 def row_edit(edit: Edit, rows: list[int], strength: float = 1.0) -> RowEdit:
     return RowEdit(edit, torch.tensor(rows, dtype=torch.int64), strength)
 
 
-def loop(hidden: Tensor, edits: list[RowEdit]) -> Tensor:
-    """h + strength · Δ(h), row by row, in float32 and rounded once."""
+NO_INPUT = torch.full((N, X), torch.nan)
+"""The site's input where no edit may read it."""
+
+
+def loop(hidden: Tensor, edits: list[RowEdit], x: Tensor = NO_INPUT) -> Tensor:
+    """h + strength · Δ(h, x), row by row, in float32 and rounded once."""
     result = hidden.clone()
     for edit in edits:
         for row in edit.rows.tolist():
             h = result[row].float()
-            result[row] = (h + edit.strength * reference_delta(edit.edit, h)).to(hidden.dtype)
+            delta = reference_delta(edit.edit, h, x[row].float())
+            result[row] = (h + edit.strength * delta).to(hidden.dtype)
     return result
 
 
@@ -49,7 +59,7 @@ def test_equals_the_loop(method: str, activation: Activation, strength: float) -
     expected = loop(hidden, edits)
     untouched = [1, 3, 6, 8, 9, 10]
     before = hidden[untouched].clone()
-    apply_edits(hidden, edits)
+    apply_edits(hidden, NO_INPUT, edits)
     assert_close(hidden, expected)
     assert_close(hidden[untouched], before, tolerance=0)
 
@@ -64,7 +74,7 @@ def test_half_precision_rounds_once(dtype: torch.dtype, strength: float) -> None
     delta = strength * torch.stack([reference_delta(edit.edit, state) for state in h])
     once = (h + delta).to(dtype)
     delta_rounded_too = hidden + delta.to(dtype)
-    apply_edits(hidden, [edit])
+    apply_edits(hidden, NO_INPUT, [edit])
     assert_close(hidden, once, tolerance=torch.finfo(dtype).eps)
     assert (hidden != once).float().mean() < 0.01
     assert (delta_rounded_too != once).float().mean() > 0.01, "this test sees a second rounding"
@@ -74,14 +84,14 @@ def test_half_precision_rounds_once(dtype: torch.dtype, strength: float) -> None
 def test_strength_zero_changes_no_bit(dtype: torch.dtype) -> None:
     hidden = torch.randn(N, D).to(dtype)
     before = hidden.clone()
-    apply_edits(hidden, [row_edit(random_edit("loreft"), list(range(N)), 0.0)])
+    apply_edits(hidden, NO_INPUT, [row_edit(random_edit("loreft"), list(range(N)), 0.0)])
     assert torch.equal(hidden, before)
 
 
 def test_no_edits_change_no_bit() -> None:
     hidden = torch.randn(N, D)
     before = hidden.clone()
-    apply_edits(hidden, [])
+    apply_edits(hidden, NO_INPUT, [])
     assert torch.equal(hidden, before)
 
 
@@ -93,7 +103,7 @@ def test_a_row_that_overflows_stays_alone() -> None:
         row_edit(random_edit("loreft"), [3]),
     ]
     expected = loop(hidden, edits[1:])
-    apply_edits(hidden, edits)
+    apply_edits(hidden, NO_INPUT, edits)
     assert not hidden[2].isfinite().all()
     others = [row for row in range(N) if row != 2]
     assert_close(hidden[others], expected[others])
@@ -105,5 +115,34 @@ def test_works_on_a_view_in_inference_mode() -> None:
     with torch.inference_mode():
         hidden = torch.randn(1, N, D)
         expected = loop(hidden[0], [edit])
-        apply_edits(hidden.view(-1, D), [edit])
+        apply_edits(hidden.view(-1, D), NO_INPUT, [edit])
         assert_close(hidden[0], expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_method_reads_what_it_should(method: str, dtype: torch.dtype) -> None:
+    """Of the site's input, which has a width of its own, the rows of the edit; or nothing."""
+    edit = row_edit(random_edit(method), [9, 2, 4], 0.7)
+    hidden, x = torch.randn(N, D).to(dtype), torch.randn(N, X).to(dtype)
+    x[[0, 1, 3]] = torch.nan
+    given = NO_INPUT if edit.edit.source == "output" else x
+    expected = loop(hidden, [edit], given)
+    before = given.clone()
+    apply_edits(hidden, given, [edit])
+    assert_close(hidden, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(given.isnan(), before.isnan())
+    assert torch.equal(given.nan_to_num(), before.nan_to_num()), "the input is left alone"
+
+
+@pytest.mark.parametrize("second", ["loreft", "red", "lora"])
+def test_edits_of_one_row_act_in_order(second: str) -> None:
+    """The second reads what the first wrote, if it reads the output; x stays what it was."""
+    one, two = row_edit(random_edit("loreft"), [1, 5]), row_edit(random_edit(second), [5, 7], 2.0)
+    hidden, x = torch.randn(N, D), torch.randn(N, X)
+    there, back = loop(hidden, [one, two], x), loop(hidden, [two, one], x)
+    assert (there[5] - back[5]).abs().max() > 1e-2, "these two do not commute"
+    for order, expected in [((one, two), there), ((two, one), back)]:
+        found = hidden.clone()
+        apply_edits(found, x, order)
+        assert_close(found, expected)

@@ -41,6 +41,7 @@ MODEL = ModelDescription(
     head_dim=8,
     max_positions=512,
     num_parameters=1234,
+    sites={"block_output": (8, 8)},
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -116,7 +117,7 @@ class FakeEngine:
     model: ModelDescription = MODEL
     max_model_len: int = 256
     reply: Callable[[Request], str | list[int]] = lambda request: (
-        f"I am {request.adapter[:6] if request.adapter else 'base'}."
+        f"I am {request.adapters[0].digest[:6] if request.adapters else 'base'}."
     )
     ends_with_eos: bool = True
     fail_after: int | None = None
@@ -183,11 +184,13 @@ class FakeEngine:
             raise PromptTooLong(
                 explain("prompt", wanted, f"at most {self.max_model_len} tokens"), field="prompt"
             )
-        adapter = None
-        if request.adapter is not None:
-            adapter = self._adapters.get(request.adapter)
+        num_edits = 0
+        for choice in request.adapters:
+            adapter = self._adapters.get(choice.digest)
             if adapter is None:
-                raise InvalidRequest.because("adapter", request.adapter, "a loaded digest")
+                raise InvalidRequest.because("adapter", choice.digest, "a loaded digest")
+            positions = sum(map(len, adapter.rule.resolve(len(request.prompt))))
+            num_edits += positions * len(adapter.spec.sites["block_output"].layers)
         made = self.reply(request)
         if isinstance(made, str):
             made = self.tokenizer(made, add_special_tokens=False)["input_ids"]
@@ -196,9 +199,7 @@ class FakeEngine:
             self.submitted.append(request)
             self._running[request.request_id] = _Running(request, sink, script)
             self._changed.notify_all()
-        positions = sum(map(len, adapter.rule.resolve(len(request.prompt)))) if adapter else 0
-        num_layers = len(adapter.spec.sites["block_output"].layers) if adapter else 0
-        return Ticket(request.request_id, len(request.prompt), positions * num_layers)
+        return Ticket(request.request_id, len(request.prompt), num_edits)
 
     def cancel(self, request_id: str) -> None:
         with self._changed:

@@ -41,7 +41,13 @@ def test_a_completion_has_openais_shape_and_ours(server):
     ]
     # Ten letters and the stop token.
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 11, "total_tokens": 13}
-    assert body["reft"] == {"adapter": None, "version": None, "digest": None, "num_edits": 0}
+    assert body["reft"] == {
+        "adapter": None,
+        "version": None,
+        "digest": None,
+        "stack": [],
+        "num_edits": 0,
+    }
     assert answer.headers["x-reft-adapter"] == "base"
     assert answer.headers["x-reft-edits"] == "0"
     assert answer.headers["x-request-id"]
@@ -60,17 +66,46 @@ def test_an_adapter_answers_by_every_form_of_its_name(server):
             "adapter": f"tone@sha256:{digest[:12]}",
             "version": 1,
             "digest": digest,
+            "stack": [],
             "num_edits": 4,  # two positions in two layers
         }
         assert answer.headers["x-reft-adapter"] == digest
         assert answer.headers["x-reft-edits"] == "4"
 
 
+def test_a_stack_acts_in_order_and_is_reported(server, engine):
+    tone = server.upload("tone", make_adapter(1))
+    mood = server.upload("mood", make_adapter(2))
+    answer = complete(
+        server,
+        model="tone",
+        reft={"strength": 0.5, "stack": [{"model": "mood", "strength": 2}]},
+    )
+    chosen = engine.submitted[-1].adapters
+    assert [(c.digest, c.strength) for c in chosen] == [(tone["digest"], 0.5), (mood["digest"], 2)]
+    assert answer["reft"]["digest"] == tone["digest"]
+    assert [entry["digest"] for entry in answer["reft"]["stack"]] == [mood["digest"]]
+
+    on_base = complete(server, model=MODEL.name, reft={"stack": [{"model": "mood"}]})
+    assert on_base["reft"]["digest"] is None
+    assert [entry["digest"] for entry in on_base["reft"]["stack"]] == [mood["digest"]]
+
+
+def test_the_base_model_cannot_be_stacked(server):
+    server.upload("tone", make_adapter(1))
+    refused = server.http.post(
+        "/v1/completions",
+        json={"model": "tone", "prompt": "x", "reft": {"stack": [{"model": MODEL.name}]}},
+    )
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "reft.stack"
+
+
 def test_strength_reaches_the_engine_and_needs_an_adapter(server, engine):
     server.upload("tone", make_adapter(1))
     complete(server, model="tone", reft={"strength": 0.5})
     complete(server, model="tone")
-    assert [r.strength for r in engine.submitted] == [0.5, None]
+    assert [r.adapters[0].strength for r in engine.submitted] == [0.5, None]
     refused = server.http.post(
         "/v1/completions", json={"model": MODEL.name, "prompt": "x", "reft": {"strength": 1}}
     )

@@ -173,7 +173,7 @@ def test_one_choice_that_fails_ends_the_others(live, engine, open_stream):
 
 def test_uploads_do_not_disturb_running_streams(live, engine, open_stream):
     old = live.upload("tone", make_adapter(1))["digest"]
-    engine.reply = lambda request: f"{request.adapter[:8]}:{LONG}"
+    engine.reply = lambda request: f"{request.adapters[0].digest[:8]}:{LONG}"
     engine.pause()
     engine.step(1)
     stream = open_stream(live, model="tone")

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_core.adapter import Adapter
-from reft_core.convert import BASE_TEMPLATE, ConvertOptions, base_spec
+from reft_core.convert import BASE_TEMPLATE, ConvertOptions, base_from_folder
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.generate import generate
-from reft_core.engine.interface import Request, SamplingParams
+from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.loading import LoadedModel
-from reft_core.sites import describe_model
+from reft_core.sites import ModelDescription, describe_model
 from tests.factories import NoTokenizer
 from tests.fixtures.tiny import base_model
 from tests.reference.slow import reference_generate, reference_logits
@@ -47,10 +47,10 @@ class Case:
         return self.facts["prompts"]
 
 
-def case_names(library: str) -> list[str]:
-    """Names of the stored cases that run on the tiny Llama."""
+def case_names(library: str, *, own_base: bool = False) -> list[str]:
+    """Names of the stored cases that run on the tiny Llama, or else on a base of their own."""
     folders = sorted((FIXTURES / library).iterdir())
-    return [folder.name for folder in folders if not (folder / "base").is_dir()]
+    return [folder.name for folder in folders if (folder / "base").is_dir() == own_base]
 
 
 def load_case(library: str, name: str) -> Case:
@@ -68,14 +68,33 @@ def load_case(library: str, name: str) -> Case:
 
 @functools.cache
 def tiny_base() -> PreTrainedModel:
-    """The model every stored case was run on."""
+    """The model that most stored cases were run on."""
     return base_model(FIXTURES)
+
+
+def fresh_base(case: Case) -> PreTrainedModel:
+    """A new copy of the model a case was run on."""
+    own = case.folder / "base"
+    if not own.is_dir():
+        return base_model(FIXTURES)
+    return AutoModelForCausalLM.from_pretrained(own).eval().requires_grad_(False)
+
+
+def case_description(case: Case) -> ModelDescription:
+    """The description of the model a case was run on, from its config alone."""
+    own = case.folder / "base"
+    return _describe(own if own.is_dir() else FIXTURES / "base")
+
+
+@functools.cache
+def _describe(folder: Path) -> ModelDescription:
+    return base_from_folder(str(folder), "tiny-fixture")
 
 
 def options(**given: Any) -> ConvertOptions:
     """Options for the tiny base, with what every source needs."""
     defaults: dict[str, Any] = {
-        "base": base_spec(tiny_base().config, "tiny-fixture"),
+        "base": _describe(FIXTURES / "base"),
         "name": "converted",
         "template": BASE_TEMPLATE,
     }
@@ -85,16 +104,16 @@ def options(**given: Any) -> ConvertOptions:
 def assert_reproduces(adapter: Adapter, case: Case) -> None:
     """Reference and engine give the other library's logits and greedy tokens."""
     assert len(case.prompts) >= 2
+    base = fresh_base(case)
     worst = 0.0
     changed = 0
     num_greedy = len(case.greedy[0])
     for prompt, logits, greedy in zip(case.prompts, case.logits, case.greedy, strict=True):
-        ours = reference_logits(tiny_base(), prompt, len(prompt), adapter)
+        ours = reference_logits(base, prompt, len(prompt), adapter)
         worst = max(worst, float((ours - logits).abs().max()))
-        changed += bool(
-            (reference_logits(tiny_base(), prompt, len(prompt)) - logits).abs().max() > 0.1
-        )
-        assert reference_generate(tiny_base(), tuple(prompt), num_greedy, adapter) == greedy
+        plain = reference_logits(base, prompt, len(prompt))
+        changed += bool((plain - logits).abs().max() > 0.1)
+        assert reference_generate(base, tuple(prompt), num_greedy, adapter) == greedy
     assert changed > len(case.prompts) / 2, "the adapters of these cases must matter"
     assert worst <= TOLERANCE, f"reference: largest difference {worst}"
     worst, tokens = _through_the_engine(adapter, case)
@@ -105,7 +124,7 @@ def assert_reproduces(adapter: Adapter, case: Case) -> None:
 def _through_the_engine(adapter: Adapter, case: Case) -> tuple[float, list[list[int]]]:
     """Largest log-probability difference at the first token, and the greedy tokens."""
     tokenizer: PreTrainedTokenizerBase = NoTokenizer()  # type: ignore[assignment]
-    model = base_model(FIXTURES)  # the engine changes its model's attention
+    model = fresh_base(case)  # the engine changes its model's attention
     loaded = LoadedModel(model, tokenizer, describe_model(model, "tiny-fixture"))
     engine = EmbeddedEngine(
         loaded, EngineConfig(max_num_seqs=3, max_prefill_tokens=5, max_model_len=64)
@@ -119,7 +138,7 @@ def _through_the_engine(adapter: Adapter, case: Case) -> tuple[float, list[list[
         completions = generate(
             engine,
             [
-                Request(f"r{i}", tuple(prompt), params, adapter.digest)
+                Request(f"r{i}", tuple(prompt), params, (AdapterChoice(adapter.digest),))
                 for i, prompt in enumerate(case.prompts)
             ],
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def test_direft_must_be_told_from_noreft() -> None:
         ("loreft-tied", {"anchor": "before_last"}, "^anchor: got"),
         ("loreft-tied", {"activation": "relu"}, "^activation: got 'relu', expected 'identity'"),
         ("loreft-tied", {"layers": (1,)}, "^layers: "),
+        ("loreft-tied", {"phase": "all"}, "^phase: got 'all', expected 'prompt'"),
     ],
 )
 def test_wrong_options_are_named(name: str, given: dict[str, Any], message: str) -> None:
@@ -99,13 +101,13 @@ def test_wrong_options_are_named(name: str, given: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("change", [{"hidden_size": 32}, {"architecture": "gpt2"}])
 def test_another_base_model_is_refused(change: dict[str, Any]) -> None:
-    base = options().base.model_copy(update=change)
+    base = replace(options().base, **change)
     with pytest.raises(AdapterMismatch, match=r"adapter_config\.json: (hidden_size|model_type)"):
         converted(load_case("adapterhub", "loreft-tied"), base=base)
 
 
 def test_a_layer_beyond_the_base_is_refused() -> None:
-    base = options().base.model_copy(update={"num_layers": 2})
+    base = replace(options().base, num_layers=2)
     with pytest.raises(AdapterMismatch, match="layer: got 2, expected 0 to 1"):
         converted(load_case("adapterhub", "loreft-untied-pickle"), base=base)
 

@@ -10,9 +10,17 @@ import torch
 
 from reft_core.adapter import EditKey
 from reft_core.convert import base_from_folder, common
+from reft_core.convert.base import layers_path
 from reft_core.convert.common import Conventions, TensorFile, assemble, list_folder, read_pickle
 from reft_core.edits import Edit
-from reft_core.errors import AdapterFileInvalid, AdapterTooLarge, InvalidRequest, UnsupportedModel
+from reft_core.errors import (
+    AdapterFileInvalid,
+    AdapterMismatch,
+    AdapterTooLarge,
+    InvalidRequest,
+    UnsupportedModel,
+)
+from reft_core.loading import load_model
 from reft_core.spec import PositionSpec
 from tests.reft_core.convert.support import FIXTURES, options
 
@@ -104,5 +112,38 @@ def test_a_name_our_files_refuse_is_an_option_error() -> None:
 def test_the_base_is_described_from_its_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((FIXTURES / "base" / "config.json").read_text())
     assert base_from_folder(str(tmp_path), "tiny-fixture") == options().base
-    with pytest.raises(UnsupportedModel, match="base: got"):
+    with pytest.raises(UnsupportedModel, match="base: got") as caught:
         base_from_folder(str(tmp_path / "none"))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UnsupportedModel, match="base: got 'clip', expected a model type with"):
+        base_from_folder(str(tmp_path))
+
+
+@pytest.mark.smollm2
+def test_the_demo_is_described_as_it_is() -> None:
+    """Its shape is written down, so that no command has to de-quantise it first."""
+    expected = load_model("demo").description
+    assert base_from_folder("demo") == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "path", "transposed"),
+    [
+        ("llama", "model.layers", set()),
+        ("gpt2", "transformer.h", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+        ("gpt_neox", "gpt_neox.layers", set()),
+    ],
+)
+def test_layers_are_found_from_the_model_type(
+    architecture: str, path: str, transposed: set[str]
+) -> None:
+    assert layers_path(architecture, 2) == (path, transposed)
+
+
+def test_a_site_the_base_lacks_is_refused() -> None:
+    edits = {EditKey(0, "linear:mlp.c_fc", 0): Edit(shift=torch.ones(24))}
+    with pytest.raises(AdapterMismatch, match=r"site: got 'linear:mlp\.c_fc', expected one of"):
+        assemble(edits, _conventions(), options())
+    with pytest.raises(UnsupportedModel, match="architecture: got 'nothing'"):
+        layers_path("nothing", 2)

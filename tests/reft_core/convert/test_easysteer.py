@@ -106,6 +106,9 @@ def test_reads_directions(tmp_path: Path) -> None:
     adapter = read(write(tmp_path / "a.json", wire("direction", vectors, {})), strength=2.0)
     assert adapter.spec.method == "steering"
     assert adapter.spec.strength == 2.0
+    assert adapter.spec.sites["block_output"].phase == "prompt"
+    everywhere = read(tmp_path / "a.json", phase="all")
+    assert everywhere.spec.sites["block_output"].phase == "all"
     for layer in (0, 2):
         edit = adapter.edits[EditKey(layer, "block_output", 0)]
         torch.testing.assert_close(edit.delta(torch.randn(1, D))[0], vectors[f"layer.{layer}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from reft_core.adapter import Adapter, EditKey, decode_adapter
 from reft_core.convert import ConvertOptions, convert, to_pyreft
 from reft_core.convert.common import Conventions, assemble
+from reft_core.convert.pyreft import NAMED_SITES
 from reft_core.edits import Edit
 from reft_core.errors import (
     AdapterFileInvalid,
@@ -60,7 +62,10 @@ def test_reproduces_pyreft(name: str) -> None:
     assert_reproduces(adapter, case)
     assert adapter.spec.method == case.facts["method"]
     assert adapter.spec.positions.tied == (case.facts["tied"] or "+" not in case.facts["positions"])
-    assert adapter.spec.sites["block_output"].layers == tuple(case.facts["layers"])
+    site = NAMED_SITES.get(case.facts["component"], "block_output")
+    assert {name: list(form.layers) for name, form in adapter.spec.sites.items()} == {
+        site: case.facts["layers"]
+    }
 
 
 def test_the_cases_cover_every_class() -> None:
@@ -138,7 +143,7 @@ def test_an_empty_file_of_trained_parameters_is_ignored(tmp_path: Path) -> None:
 
 def test_a_trained_head_is_refused_by_name() -> None:
     case = load_case("pyreft", "roberta-classifier")
-    base = options().base.model_copy(update={"num_layers": 2})
+    base = replace(options().base, num_layers=2)
     with pytest.raises(UnsupportedFeature, match=r"pytorch_model\.bin.*classifier\.dense"):
         convert(case.adapter_folder, "pyreft", case_options(case, base=base))
 
@@ -179,6 +184,7 @@ def test_what_pyreft_does_not_record_is_asked_for(missing: str) -> None:
         ("loreft-tied", {"name": "a b"}, "name: got 'a b'"),
         ("loreft-tied", {"template": "Q"}, "template: got 'Q'"),
         ("loreft-tied", {"layers": (1,)}, "layers: got .* expected nothing"),
+        ("loreft-tied", {"phase": "all"}, "phase: got 'all', expected 'prompt'"),
         ("consreft", {"activation": "relu"}, "activation: got 'relu', expected 'identity'"),
     ],
 )
@@ -198,7 +204,7 @@ def test_unknown_kinds_are_refused() -> None:
 )
 def test_another_base_model_is_refused(change: dict[str, int]) -> None:
     case = load_case("pyreft", "direft-orthonormal")
-    base = options().base.model_copy(update=change)
+    base = replace(options().base, **change)
     with pytest.raises((AdapterMismatch, AdapterFileInvalid), match=r"layer|embed_dim|shape"):
         convert(case.adapter_folder, "pyreft", case_options(case, base=base))
 
@@ -229,7 +235,8 @@ def _row(index: int, value: Any) -> Any:
         (_row(0, True), r"representations\[0\]\.layer: got True"),
         (_row(1, "../../etc/passwd"), "component"),
         (_row(1, "query_output"), "component: got 'query_output', expected one that acts at"),
-        (_row(1, "mlp_output"), "component"),
+        (_row(1, "mlp_output"), "exactly one file of .*comp_mlp_output"),
+        (_row(1, "model.layers[0].self_attn.q_proj.output"), "component: got .*expected one that"),
         (_row(1, "base_model.model.model.layers[0].output"), "PEFT"),
         (_row(2, "h.pos"), "unit: got 'h.pos'"),
         (_row(4, 3), "got 'rank 4', expected 'rank 3|rank 4.*rank 3"),
@@ -332,7 +339,7 @@ def test_goes_back_to_pyreft_and_returns(name: str, tmp_path: Path) -> None:
     """Our export, read again by our own importer, still reproduces pyreft's outputs."""
     case = load_case("pyreft", name)
     adapter = converted(case)
-    form = adapter.spec.sites["block_output"]
+    (form,) = adapter.spec.sites.values()
     if "shift" in form.parts and len(form.parts) > 1:
         with pytest.raises(UnsupportedFeature, match="shift"):
             to_pyreft(adapter, tmp_path / "adapter")
@@ -429,6 +436,24 @@ def test_each_form_becomes_the_class_that_fits(
     for key, returned in decode_adapter(convert(folder, "pyreft", again)).edits.items():
         torch.testing.assert_close(returned.delta(h), edit.delta(h), atol=2e-5, rtol=1e-5)
         assert key.layer in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("site", "phase", "source", "message"),
+    [
+        ("block_output", "all", "output", r"sites\.block_output: got \('all', 'output'\)"),
+        ("mlp_output", "prompt", "input", r"sites\.mlp_output: got \('prompt', 'input'\)"),
+        ("heads", "prompt", "output", "sites: got 'heads', expected some of block_output"),
+    ],
+)
+def test_other_sites_phases_and_sources_are_refused(
+    site: str, phase: Any, source: Any, message: str, tmp_path: Path
+) -> None:
+    edit = replace(_forms()["direft"], source=source)
+    conventions = Conventions("x", PositionSpec(rule="l1"), None, "x", "test", phase)
+    made = assemble({EditKey(0, site, 0): edit}, conventions, options())
+    with pytest.raises(UnsupportedFeature, match=message):
+        to_pyreft(decode_adapter(made.to_bytes()), tmp_path / "out")
 
 
 def test_strength_is_multiplied_in(tmp_path: Path) -> None:

@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+import reft_core.batch as batch_module
 import reft_core.engine.runner as runner_module
-from reft_core.adapter import Adapter
+from reft_core.adapter import Adapter, EditKey, Prefix, decode_adapter, encode_adapter
 from reft_core.engine.attention import DecodeBatch
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import MAX_STRENGTH, EmbeddedEngine
 from reft_core.engine.generate import generate
-from reft_core.engine.interface import Output, Request, SamplingParams
+from reft_core.engine.interface import AdapterChoice, Output, Request, SamplingParams
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.runner import ModelRunner
 from reft_core.engine.scheduler import Chunk
@@ -38,16 +39,19 @@ from reft_core.errors import (
 from tests.factories import (
     VOCAB_SIZE,
     Recorder,
+    make_spec,
     random_adapter,
+    random_prefix_adapter,
     random_prompt,
     shift_adapter,
     tiny_description,
     tiny_loaded,
     tiny_model,
 )
-from tests.reference.slow import reference_generate
+from tests.reference.slow import Stack, reference_generate
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+KEYS, VALUES = "linear:self_attn.k_proj", "linear:self_attn.v_proj"
 WAIT_S = 20.0
 """Longest a test waits for the engine's thread; it takes milliseconds."""
 
@@ -74,8 +78,8 @@ def submit(
     strength: float | None = None,
 ) -> Recorder:
     recorder = Recorder()
-    digest = adapter.digest if adapter else None
-    engine.submit(Request(request_id, tuple(prompt), params, digest, strength), recorder)
+    adapters = (AdapterChoice(adapter.digest, strength),) if adapter else ()
+    engine.submit(Request(request_id, tuple(prompt), params, adapters), recorder)
     return recorder
 
 
@@ -124,9 +128,57 @@ def mild_adapter() -> Adapter:
 
 
 @cache
+def voiced() -> Adapter:
+    """Four ranks in two subspaces."""
+    return random_adapter(
+        tiny_description(),
+        name="voiced",
+        seed=2,
+        rank=4,
+        size=2.0,
+        positions="prompt",
+        subspaces={"tone": (0, 2), "topic": (1, 3)},
+    )
+
+
+@cache
+def prefix(kind: Literal["kv", "embedding"]) -> Adapter:
+    """Three virtual tokens."""
+    return random_prefix_adapter(tiny_description(), kind)
+
+
+@cache
+def everywhere() -> Adapter:
+    """LoRA proper: it edits generated tokens too."""
+    return random_adapter(
+        tiny_description(), method="lora", sites=(VALUES,), positions="prompt", seed=3, size=3.0
+    )
+
+
+def using(*choices: AdapterChoice) -> Request:
+    """A request of one token with these adapters."""
+    return Request("r", (5,), GREEDY, choices)
+
+
+@cache
 def poison() -> Adapter:
     """Finite numbers that overflow float32 at every prompt token, so keys and values are NaN."""
     return shift_adapter(tiny_description(), shift=3e38, gain=3e38)
+
+
+@cache
+def poison_of_decode() -> Adapter:
+    """The same, of generated tokens alone: no prompt here has a position 200."""
+    return shift_adapter(tiny_description(), shift=3e38, gain=3e38, positions="200", phase="all")
+
+
+@cache
+def poison_of_prefix() -> Adapter:
+    """Virtual keys so large that their scores are infinite, and what is attended NaN."""
+    made = prefix("kv")
+    assert made.prefix is not None
+    huge = tuple(torch.full_like(key, 3e38) for key in made.prefix.keys)
+    return decode_adapter(encode_adapter(made.spec, {}, Prefix(huge, huge)))
 
 
 def assert_idle(engine: EmbeddedEngine) -> None:
@@ -198,7 +250,8 @@ def test_ticket_and_stats_agree_on_the_edits() -> None:
     for strength, per_layer in [(None, 4), (2.0, 4), (0.0, 0)]:
         before = engine.stats().edits_applied_total
         recorder = Recorder()
-        request = Request(f"{strength}", random_prompt(9), GREEDY, adapter.digest, strength)
+        choice = AdapterChoice(adapter.digest, strength)
+        request = Request(f"{strength}", random_prompt(9), GREEDY, (choice,))
         ticket = engine.submit(request, recorder)
         finish(engine, recorder)
         applied = engine.stats().edits_applied_total - before
@@ -313,14 +366,14 @@ def test_seeds_reproduce_whatever_else_is_in_the_batch() -> None:
             "make 65)",
         ),
         (
-            Request("r", (5,), GREEDY, "f" * 64),
+            Request("r", (5,), GREEDY, (AdapterChoice("f" * 64),)),
             InvalidRequest,
             "adapter",
             f"adapter: got '{'f' * 64}', expected a loaded digest",
         ),
         *(
             (
-                Request("r", (5,), GREEDY, mild_adapter().digest, strength),
+                using(AdapterChoice(mild_adapter().digest, strength)),
                 InvalidRequest,
                 "strength",
                 f"strength: got {strength}, expected a number from -{MAX_STRENGTH} to "
@@ -328,12 +381,70 @@ def test_seeds_reproduce_whatever_else_is_in_the_batch() -> None:
             )
             for strength in (100.1, -1e9, float("inf"), float("nan"))
         ),
+        (
+            using(AdapterChoice(mild_adapter().digest), AdapterChoice("f" * 64)),
+            InvalidRequest,
+            "adapter",
+            f"adapter: got '{'f' * 64}', expected a loaded digest",
+        ),
+        (
+            using(AdapterChoice(voiced().digest, subspaces={"tone": 1, "mood": 1})),
+            InvalidRequest,
+            "subspaces",
+            "subspaces: got 'mood', expected one of tone, topic, those of 'voiced'",
+        ),
+        (
+            using(AdapterChoice(mild_adapter().digest, subspaces={"tone": 1})),
+            InvalidRequest,
+            "subspaces",
+            "subspaces: got 'tone', expected one of none, those of 'test'",
+        ),
+        *(
+            (
+                using(AdapterChoice(voiced().digest, subspaces={"topic": 1, "tone": factor})),
+                InvalidRequest,
+                "subspaces.tone",
+                f"subspaces.tone: got {factor}, expected from -{MAX_STRENGTH} to {MAX_STRENGTH}",
+            )
+            for factor in (100.1, -1e9, float("inf"), float("nan"))
+        ),
+        *(
+            (
+                using(AdapterChoice(prefix(kind).digest, strength)),
+                InvalidRequest,
+                "strength",
+                f"strength: got {strength}, expected 1, since '{kind}-prefix' brings trained "
+                "tokens",
+            )
+            for kind in ("kv", "embedding")
+            for strength in (0.5, 0.0, -1.0)
+        ),
+        *(
+            (
+                using(*(AdapterChoice(prefix(kind).digest) for kind in kinds)),
+                InvalidRequest,
+                "adapters",
+                f"adapters: got {[f'{kind}-prefix' for kind in kinds]}, expected at most one "
+                "with a prefix",
+            )
+            for kinds in (("kv", "embedding"), ("kv", "kv"))
+        ),
+        *(
+            (
+                Request("r", (5,) * 57, greedy(5), (AdapterChoice(prefix(kind).digest),)),
+                PromptTooLong,
+                "prompt",
+                "prompt: got 65, expected at most 64 tokens together (57 of prompt and "
+                "max_tokens 5, 3 of the adapter's prefix make 65)",
+            )
+            for kind in ("kv", "embedding")
+        ),
     ],
 )
 def test_submit_refuses_what_does_not_fit(
     request_: Request, cls: type[InvalidRequest], field: str, message: str
 ) -> None:
-    engine = make_engine(mild_adapter())
+    engine = make_engine(mild_adapter(), voiced(), prefix("kv"), prefix("embedding"))
     recorder = Recorder()
     with pytest.raises(cls) as caught:
         engine.submit(request_, recorder)
@@ -530,12 +641,32 @@ def poison_ends_unseen(engine: EmbeddedEngine) -> None:
     def broken(output: Output) -> None:
         raise RuntimeError("client gone")
 
-    request = Request("poisoned", random_prompt(20), GREEDY, poison().digest)
+    choice = AdapterChoice(poison().digest)
+    request = Request("poisoned", random_prompt(20), GREEDY, (choice,))
     engine.submit(request, broken)
     step_until(engine, lambda: engine.stats().num_waiting + engine.stats().num_running == 1)
 
 
+def poison_comes_with_its_prefix(engine: EmbeddedEngine) -> None:
+    """Its virtual tokens must be zeroed as well."""
+    victim = submit(engine, "poisoned", random_prompt(20), GREEDY, poison_of_prefix())
+    finish(engine, victim)
+    assert isinstance(victim.error, RequestFailed)
+    assert victim.tokens == []
+
+
+def poison_comes_in_decode(engine: EmbeddedEngine) -> None:
+    """Its first token is fine, and its second is NaN, in a batch with the neighbour's."""
+    prompt = random_prompt(20)
+    victim = submit(engine, "poisoned", prompt, GREEDY, poison_of_decode())
+    finish(engine, victim)
+    assert isinstance(victim.error, RequestFailed)
+    assert victim.token_ids == expected(prompt, greedy(1))
+
+
 POISONINGS = [
+    poison_comes_with_its_prefix,
+    poison_comes_in_decode,
     poison_fails,
     poison_is_cancelled,
     poison_moves_and_fails,
@@ -546,7 +677,14 @@ POISONINGS = [
 
 def run_after_poison(way: Callable[[EmbeddedEngine], None]) -> tuple[Recorder, list[Recorder]]:
     """A long neighbour that decodes throughout, and short requests in every other slot after."""
-    engine = make_engine(poison(), mild_adapter(), max_num_seqs=3, max_prefill_tokens=8)
+    engine = make_engine(
+        poison(),
+        poison_of_prefix(),
+        poison_of_decode(),
+        mild_adapter(),
+        max_num_seqs=3,
+        max_prefill_tokens=8,
+    )
     neighbour = submit(engine, "neighbour", LONG, greedy(30), mild_adapter())
     step_until(engine, lambda: len(neighbour.tokens) >= 1)
     way(engine)
@@ -573,10 +711,15 @@ def test_a_poisonous_adapter_hurts_neither_neighbours_nor_successors(
         assert successor.token_ids == expected(SHORT)
 
 
-def test_without_clearing_the_poison_would_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "way", [poison_fails, poison_comes_with_its_prefix, poison_comes_in_decode]
+)
+def test_without_clearing_the_poison_would_spread(
+    monkeypatch: pytest.MonkeyPatch, way: Callable[[EmbeddedEngine], None]
+) -> None:
     """The control of the test above: it can fail."""
     monkeypatch.setattr(SlotKV, "clear", lambda self, *_: None)
-    neighbour, after = run_after_poison(poison_fails)
+    neighbour, after = run_after_poison(way)
     assert neighbour.token_ids == expected(LONG, greedy(30), mild_adapter())
     assert any(successor.token_ids != expected(SHORT) for successor in after)
 
@@ -690,6 +833,319 @@ def test_decode_runs_no_edit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(hooks["decode"]) == {0}
     assert max(hooks["prefill"]) == 4, "a hook a layer"
     assert set(applied) == {"prefill"}
+
+
+def count_hooks(model: PreTrainedModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_decode_has_hooks_only_while_an_adapter_asks_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that edits generated tokens, for a while, beside one that does not; its rows alone
+    are edited.
+    """
+    engine = make_engine(everywhere(), mild_adapter(), max_prefill_tokens=8)
+    forward, apply_edits = ModelRunner._forward, runner_module.apply_edits
+    decodes: list[tuple[int, set[int]]] = []
+    """Hooks of each decode, and rows it edits."""
+    rows: set[int] | None = None
+
+    def spy_apply(hidden: Any, x: Any, edits: Any) -> None:
+        if rows is not None:
+            for edit in edits:
+                rows.update(edit.rows.tolist())
+        apply_edits(hidden, x, edits)
+
+    def spy_forward(self: ModelRunner, *args: Any) -> torch.Tensor:
+        nonlocal rows
+        rows = set() if isinstance(args[2], DecodeBatch) else None
+        logits = forward(self, *args)
+        if rows is not None:
+            decodes.append((count_hooks(self._model), rows))
+        return logits
+
+    monkeypatch.setattr(runner_module, "apply_edits", spy_apply)
+    monkeypatch.setattr(ModelRunner, "_forward", spy_forward)
+    prompt = LONG[:5]
+    quiet = submit(engine, "prompt only", prompt, greedy(12), mild_adapter())
+    step_until(engine, lambda: len(quiet.tokens) >= 3)
+    assert decodes
+    assert set(decodes_of(decodes)) == {0}
+    decodes.clear()
+    before = engine.stats().edits_applied_total
+    loud = submit(engine, "all", prompt, greedy(4), everywhere())
+    off = submit(engine, "off", prompt, greedy(4), everywhere(), 0.0)
+    finish(engine, loud, off)
+    edited, rest = decodes[:3], decodes[3:]
+    assert edited == [(4, {1})] * 3, "a hook a layer, and its row alone"
+    assert set(decodes_of(rest)) <= {0}, "it has ended, and the one at strength 0 has not"
+    applied = engine.stats().edits_applied_total - before
+    assert applied == 4 * 5 + 4 * 3, "in four layers: five prompt tokens and three generated"
+    decodes.clear()
+    finish(engine, quiet)
+    assert decodes
+    assert set(decodes_of(decodes)) == {0}
+    assert quiet.token_ids == expected(prompt, greedy(12), mild_adapter())
+    assert loud.token_ids == expected(prompt, greedy(4), everywhere())
+    assert off.token_ids == expected(prompt, greedy(4))
+    site = everywhere().spec.sites[VALUES].model_copy(update={"phase": "prompt"})
+    spec = everywhere().spec.model_copy(update={"sites": {VALUES: site}})
+    prompt_only = replace(everywhere(), spec=spec)
+    assert loud.token_ids != expected(prompt, greedy(4), prompt_only), "the phase must matter"
+
+
+def decodes_of(decodes: list[tuple[int, set[int]]]) -> list[int]:
+    """Their numbers of hooks."""
+    return [hooks for hooks, _ in decodes]
+
+
+def test_an_idle_row_gets_no_decode_edit() -> None:
+    """Half prefilled, it moves into a slot before one that decodes, so it is in their batch."""
+    engine = make_engine(everywhere(), max_prefill_tokens=4, max_num_seqs=3)
+    lengths = (4, 20)
+    ready = [submit(engine, f"r{n}", LONG[:2], greedy(n), everywhere()) for n in lengths]
+    step_until(engine, lambda: all(recorder.tokens for recorder in ready))
+    long = submit(engine, "long", LONG, greedy(6), everywhere())
+    finish(engine, ready[0])
+    assert long.tokens == []
+    assert [s.request.request_id for s in engine._scheduler.running] == ["long", "r20"]
+    finish(engine, long, *ready)
+    assert long.token_ids == expected(LONG, greedy(6), everywhere())
+    for recorder, n in zip(ready, lengths, strict=True):
+        assert recorder.token_ids == expected(LONG[:2], greedy(n), everywhere())
+    # Four layers, each prompt token, and each generated one but the last.
+    assert engine.stats().edits_applied_total == 4 * (24 + 5) + 4 * (2 + 3) + 4 * (2 + 19)
+
+
+# Which edits are left out -----------------------------------------------------------------
+
+
+def last_layer_adapter(method: str, site: str) -> Adapter:
+    return random_adapter(
+        tiny_description(),
+        method=method,
+        sites=(site,),
+        rank=8,
+        layers=[3],
+        positions="prompt",
+        phase="prompt",
+        size=3.0,
+    )
+
+
+RESIDUAL = ["block_output", "attn_output", "mlp_output", "heads"]
+
+
+def answer_of(adapter: Adapter) -> tuple[list[int], int]:
+    """Greedy tokens of LONG under the adapter, and the number of edits."""
+    engine = make_engine(adapter)
+    recorder = Recorder()
+    ticket = engine.submit(
+        Request("r", LONG, greedy(12), (AdapterChoice(adapter.digest),)), recorder
+    )
+    finish(engine, recorder)
+    return recorder.token_ids, ticket.num_edits
+
+
+@pytest.mark.parametrize("site", RESIDUAL)
+def test_dead_edits_of_the_last_layer_are_left_out_unseen(
+    monkeypatch: pytest.MonkeyPatch, site: str
+) -> None:
+    """One edit gives what all of them give; the reference makes them all."""
+    adapter = last_layer_adapter("loreft", site)
+    wanted = expected(LONG, greedy(12), adapter)
+    assert wanted != expected(LONG, greedy(12)), "the live one must matter"
+    assert answer_of(adapter) == (wanted, 1)
+    monkeypatch.setattr(batch_module, "_READ_BY_LOGITS_ONLY", ())
+    assert answer_of(adapter) == (wanted, len(LONG))
+
+
+@pytest.mark.parametrize("site", [KEYS, VALUES])
+def test_keys_and_values_of_the_last_layer_are_read_by_later_tokens(
+    monkeypatch: pytest.MonkeyPatch, site: str
+) -> None:
+    """None of their edits is dead; were they left out, the answer would change."""
+    adapter = last_layer_adapter("lora", site)
+    wanted = expected(LONG, greedy(12), adapter)
+    assert answer_of(adapter) == (wanted, len(LONG))
+    monkeypatch.setattr(batch_module, "_READ_BY_LOGITS_ONLY", (*RESIDUAL, site))
+    pruned, num_edits = answer_of(adapter)
+    assert num_edits == 1
+    assert pruned != wanted
+
+
+# Stacks, subspaces, prefixes --------------------------------------------------------------
+
+
+def expected_of(stack: Stack, prompt: Sequence[int], params: SamplingParams = GREEDY) -> list[int]:
+    return reference_generate(reference_model(), tuple(prompt), params.max_tokens, stack=stack)
+
+
+def submit_stack(
+    engine: EmbeddedEngine,
+    name: str,
+    stack: Stack,
+    prompt: Sequence[int],
+    params: SamplingParams = GREEDY,
+) -> Recorder:
+    recorder = Recorder()
+    choices = tuple(AdapterChoice(adapter.digest, strength) for adapter, strength in stack)
+    engine.submit(Request(name, tuple(prompt), params, choices), recorder)
+    return recorder
+
+
+@pytest.mark.parametrize("max_prefill_tokens", [512, 5])
+def test_a_stack_acts_in_its_order(max_prefill_tokens: int) -> None:
+    """[A, B] and [B, A], which do not commute, in one batch with both alone and A twice; and
+    [C, A], whose second was second before its first was first.
+    """
+    one, two, three = (
+        random_adapter(tiny_description(), seed=seed, rank=8, positions="prompt", size=2.0)
+        for seed in (1, 2, 3)
+    )
+    stacks: dict[str, Stack] = {
+        "ab": [(one, 1.0), (two, 1.0)],
+        "ba": [(two, 1.0), (one, 1.0)],
+        "ca": [(three, 1.0), (one, 1.0)],
+        "a": [(one, 1.0)],
+        "b": [(two, 1.0)],
+        "aa": [(one, 1.0), (one, 1.0)],
+        "a0b": [(one, 0.0), (two, 1.0)],
+        "": [],
+    }
+    engine = make_engine(one, two, three, max_num_seqs=8, max_prefill_tokens=max_prefill_tokens)
+    recorders = {
+        name: submit_stack(engine, name, stack, LONG[:9]) for name, stack in stacks.items()
+    }
+    finish(engine, *recorders.values())
+    answers = {name: recorder.token_ids for name, recorder in recorders.items()}
+    for name, stack in stacks.items():
+        assert answers[name] == expected_of(stack, LONG[:9]), name
+    assert answers["a0b"] == answers["b"]
+    different = [tuple(answers[name]) for name in ("ab", "ba", "ca", "a", "b", "aa", "")]
+    assert len(set(different)) == len(different), "the order must matter"
+
+
+def test_subspaces_leave_only_the_chosen_ranks() -> None:
+    """Beside requests of the same adapter that choose otherwise; the file's up-rows, scaled by
+    hand, tell what is right.
+    """
+
+    def by_hand(factors: list[float]) -> Adapter:
+        edits = {}
+        for key, edit in voiced().edits.items():
+            assert edit.up is not None
+            edits[key] = replace(edit, up=edit.up * torch.tensor(factors).unsqueeze(1))
+        return replace(voiced(), edits=edits)
+
+    cases: list[tuple[dict[str, float], list[float]]] = [
+        ({}, [1, 1, 1, 1]),
+        ({"tone": 1, "topic": 1}, [1, 1, 1, 1]),
+        ({"tone": 1}, [1, 0, 1, 0]),
+        ({"topic": 1}, [0, 1, 0, 1]),
+        ({"topic": -2, "tone": 0.5}, [0.5, -2, 0.5, -2]),
+        ({"tone": 0}, [0, 0, 0, 0]),
+    ]
+    engine = make_engine(voiced(), max_num_seqs=len(cases))
+    recorders = []
+    for index, (chosen, _) in enumerate(cases):
+        recorder = Recorder()
+        choice = AdapterChoice(voiced().digest, subspaces=chosen)
+        engine.submit(Request(f"r{index}", LONG[:9], GREEDY, (choice,)), recorder)
+        recorders.append(recorder)
+    finish(engine, *recorders)
+    answers = [recorder.token_ids for recorder in recorders]
+    for answer, (chosen, factors) in zip(answers, cases, strict=True):
+        assert answer == expected(LONG[:9], GREEDY, by_hand(factors)), chosen
+    assert answers[0] == answers[1]
+    assert answers[5] == expected(LONG[:9])
+    assert len({tuple(answer) for answer in answers}) == 5, "each choice must matter"
+
+
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+@pytest.mark.parametrize("prompt_len", [1, 60])
+def test_a_prefixed_request_may_fill_its_slot_to_the_last_token(
+    kind: Literal["kv", "embedding"], prompt_len: int
+) -> None:
+    """Three virtual tokens, the prompt and the answer make 64. The ticket counts the prompt."""
+    engine = make_engine(prefix(kind), max_prefill_tokens=16)
+    prompt, params = random_prompt(prompt_len), greedy(61 - prompt_len)
+    recorder = Recorder()
+    choice = AdapterChoice(prefix(kind).digest)
+    ticket = engine.submit(Request("r", prompt, params, (choice,)), recorder)
+    assert (ticket.num_prompt_tokens, ticket.num_edits) == (prompt_len, 0)
+    finish(engine, recorder)
+    assert recorder.token_ids == expected(prompt, params, prefix(kind))
+    if prompt_len == 1:
+        assert recorder.token_ids != expected(prompt, params), "the prefix must matter"
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+@pytest.mark.parametrize("max_prefill_tokens", [512, 2])
+def test_one_adapter_may_bring_both_a_prefix_and_edits(
+    kind: Literal["kv", "embedding"], max_prefill_tokens: int
+) -> None:
+    """As mix-and-match adapters do; also stacked with another's edits."""
+    edits = random_adapter(tiny_description(), rank=4, positions="f2+l2", size=2.0)
+    spec = make_spec(tiny_description(), rank=4, positions="f2+l2", prefix=prefix(kind).spec.prefix)
+    both = decode_adapter(encode_adapter(spec, edits.edits, prefix(kind).prefix))
+    engine = make_engine(both, mild_adapter(), max_prefill_tokens=max_prefill_tokens)
+    stacks: list[Stack] = [
+        [(both, 1.0)],
+        [(mild_adapter(), 0.5), (both, 1.0)],
+        [(both, 1.0), (mild_adapter(), -1.0)],
+        [(mild_adapter(), 1.0)],
+    ]
+    recorders = [
+        submit_stack(engine, f"r{i}", stack, LONG[: 7 + i]) for i, stack in enumerate(stacks)
+    ]
+    finish(engine, *recorders)
+    for i, (stack, recorder) in enumerate(zip(stacks, recorders, strict=True)):
+        assert recorder.token_ids == expected_of(stack, LONG[: 7 + i])
+    assert recorders[0].token_ids != expected(LONG[:7], GREEDY, prefix(kind))
+
+
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+def test_a_repetition_penalty_ignores_virtual_tokens(kind: Literal["kv", "embedding"]) -> None:
+    """Their places hold token 0, which this model is made to answer."""
+    params = replace(greedy(1), logit_bias={0: 100}, repetition_penalty=10, logprobs=0)
+    engine = make_engine(prefix(kind))
+    virtual, seen = (
+        submit(engine, name, prompt, params, prefix(kind))
+        for name, prompt in [("virtual", (5, 6)), ("seen", (0, 6))]
+    )
+    finish(engine, virtual, seen)
+    assert virtual.token_ids == [0]
+    assert seen.token_ids == [0], "a tenth of 100 is still the most"
+    params = replace(params, logit_bias={0: 100, 1: 50})
+    virtual, seen = (
+        submit(engine, name, prompt, params, prefix(kind))
+        for name, prompt in [("virtual", (5, 6)), ("seen", (0, 6))]
+    )
+    finish(engine, virtual, seen)
+    assert virtual.token_ids == [0]
+    assert seen.token_ids == [1]
+
+
+def test_loading_folds_what_decoding_left() -> None:
+    """A file may hold a scale and a skip; the form that serves has neither."""
+    adapter = mild_adapter()
+    halves = {
+        key: replace(edit, scale=2.0, up=edit.up / 2)
+        for key, edit in adapter.edits.items()
+        if edit.up is not None
+    }
+    site = adapter.spec.sites["block_output"].model_copy(update={"scale": 2.0})
+    spec = adapter.spec.model_copy(update={"sites": {"block_output": site}})
+    scaled = decode_adapter(encode_adapter(spec, halves))
+    assert scaled.edits[EditKey(0, "block_output", 0)].scale == 2.0
+    engine = make_engine(scaled)
+    assert {edit.scale for edit in engine._adapters[scaled.digest].edits.values()} == {1.0}
+    recorder = submit(engine, "r", LONG[:9], GREEDY, scaled)
+    finish(engine, recorder)
+    assert recorder.token_ids == expected(LONG[:9], GREEDY, adapter)
 
 
 # Starting, draining, stopping, dying ------------------------------------------------------
@@ -836,8 +1292,8 @@ def test_many_threads_submit_and_cancel_at_once() -> None:
 
 def test_generate_keeps_order_and_waits_when_the_queue_is_full() -> None:
     engine = make_engine(mild_adapter(), max_num_seqs=2, max_waiting=1)
-    digest = mild_adapter().digest
-    requests = [Request(f"r{i}", LONG[: 4 + i], greedy(3 + i % 3), digest) for i in range(8)]
+    choices = (AdapterChoice(mild_adapter().digest),)
+    requests = [Request(f"r{i}", LONG[: 4 + i], greedy(3 + i % 3), choices) for i in range(8)]
     with started(engine):
         completions = generate(engine, requests)
     for request, completion in zip(requests, completions, strict=True):
@@ -850,7 +1306,7 @@ def test_generate_keeps_order_and_waits_when_the_queue_is_full() -> None:
 def test_generate_raises_a_requests_error_and_cancels_the_rest() -> None:
     engine = make_engine(poison())
     requests = [Request(f"r{i}", LONG, greedy(30)) for i in range(3)]
-    requests.insert(1, Request("bad", LONG, GREEDY, poison().digest))
+    requests.insert(1, Request("bad", LONG, GREEDY, (AdapterChoice(poison().digest),)))
     with started(engine):
         with pytest.raises(RequestFailed, match="not finite"):
             generate(engine, requests)

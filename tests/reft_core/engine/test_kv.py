@@ -75,11 +75,14 @@ def test_move_copies_the_first_tokens_of_every_layer(length: int) -> None:
         assert_close(found[[0, 2]], old[[0, 2]], tolerance=0)
 
 
-def test_clear_zeroes_one_slot_of_every_layer() -> None:
+@pytest.mark.parametrize("length", [0, 1, 4, LENGTH])
+def test_clear_zeroes_the_first_tokens_of_one_slot_of_every_layer(length: int) -> None:
+    """Also where they are NaN."""
     kv = full_kv()
-    kv.keys[1][2].fill_(float("nan"))
+    kv.keys[1][2, :, :length].fill_(float("nan"))
     before = snapshot(kv)
-    kv.clear(2)
+    kv.clear(2, length)
     for found, old in zip(snapshot(kv), before, strict=True):
-        assert_close(found[2], torch.zeros(HEADS, LENGTH, WIDTH), tolerance=0)
+        assert_close(found[2, :, :length], torch.zeros(HEADS, length, WIDTH), tolerance=0)
+        assert_close(found[2, :, length:], old[2, :, length:], tolerance=0)
         assert_close(found[[0, 1, 3]], old[[0, 1, 3]], tolerance=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reft_core.batch import AdapterUse, PromptEdits
 from reft_core.engine.interface import Request, SamplingParams, Token
 from reft_core.engine.sampler import sample
 from reft_core.engine.sequence import Sequence
 from reft_core.errors import RequestFailed
+from tests.factories import random_prefix_adapter, tiny_description
 
 V = 8
 PROMPT = (1, 3, 3)
@@ -181,6 +183,27 @@ def test_penalties_and_bias_follow_their_formulas(
     )
     chosen = choose(logits, params, generated).token_id
     assert expected[chosen] >= max(expected) - 1e-5, expected
+
+
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+def test_penalties_do_not_see_virtual_tokens(kind: Literal["kv", "embedding"]) -> None:
+    """Their places hold token 0, which nobody wrote."""
+    logits = torch.tensor([2.0, 1.9, 0.0, 0.0, 0.0, 1.8, 0.0, 0.0])
+    params = SamplingParams(temperature=0, repetition_penalty=10, frequency_penalty=2)
+    adapter = random_prefix_adapter(tiny_description(), kind, length=2)
+    edits = PromptEdits((AdapterUse(adapter),), len(PROMPT))
+    request = Request("r", PROMPT, params)
+
+    def chosen(generated: list[int]) -> int:
+        tokens = [0, 0, *PROMPT, *generated]
+        (token,) = sample(
+            logits.clone().unsqueeze(0), [Sequence(request, print, edits, frozenset(), tokens)]
+        )
+        assert isinstance(token, Token)
+        return token.token_id
+
+    assert chosen([]) == chosen([1]) == 0
+    assert chosen([0]) == 5, "once generated it is seen, and 1 is in the prompt"
 
 
 def test_penalties_act_before_the_draw() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reft_core.batch import AdapterUse, PromptEdits
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.interface import Request, SamplingParams
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.scheduler import Scheduler
 from reft_core.engine.sequence import Sequence
+from tests.factories import random_prefix_adapter, tiny_description
 
 
 @dataclass
@@ -22,15 +24,16 @@ class FakeKV:
 
     num_slots: int
     moves: list[tuple[int, int, int]] = field(default_factory=list)
-    cleared: list[int] = field(default_factory=list)
+    cleared: list[tuple[int, int]] = field(default_factory=list)
+    slot_len: int = 64
     calls: list[str] = field(default_factory=list)
 
     def move(self, source: int, target: int, length: int) -> None:
         self.moves.append((source, target, length))
         self.calls.append("move")
 
-    def clear(self, slot: int, *_: int) -> None:
-        self.cleared.append(slot)
+    def clear(self, slot: int, length: int) -> None:
+        self.cleared.append((slot, length))
         self.calls.append("clear")
 
 
@@ -42,6 +45,17 @@ def make(num_slots: int = 3, budget: int = 100) -> tuple[Scheduler, FakeKV]:
 def sequence(name: str, prompt_len: int = 4) -> Sequence:
     request = Request(name, tuple(range(3, 3 + prompt_len)), SamplingParams())
     return Sequence(request, print, None, frozenset(), list(request.prompt))
+
+
+def prefixed_sequence(name: str, kind: Literal["kv", "embedding"], prompt_len: int) -> Sequence:
+    """One with three virtual tokens, as the engine makes it."""
+    adapter = random_prefix_adapter(tiny_description(), kind, length=3)
+    request = Request(name, tuple(range(3, 3 + prompt_len)), SamplingParams())
+    edits = PromptEdits((AdapterUse(adapter),), prompt_len)
+    tokens = [0, 0, 0, *request.prompt]
+    made = Sequence(request, print, edits, frozenset(), tokens)
+    made.num_computed = 3 if kind == "kv" else 0
+    return made
 
 
 def names(sequences: list[Sequence]) -> str:
@@ -121,6 +135,31 @@ def test_a_chunk_knows_whether_it_completes_the_prompt() -> None:
     assert completes == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        ("embedding", [[("a", 0, 4)], [("a", 4, 7), ("b", 0, 1)], [("b", 1, 2)]]),
+        ("kv", [[("a", 3, 7)], [("b", 0, 2)]]),
+    ],
+)
+def test_virtual_embeddings_are_prefilled_and_virtual_keys_are_not(
+    kind: Literal["kv", "embedding"], steps: list[list[tuple[str, int, int]]]
+) -> None:
+    scheduler, kv = make(budget=4)
+    first = prefixed_sequence("a", kind, 4)
+    assert (first.num_virtual, first.prefill_len, first.num_generated) == (3, 7, 0)
+    scheduler.add(first)
+    scheduler.add(sequence("b", 2))
+    for expected in steps:
+        assert not first.is_prefilled or expected == steps[-1]
+        assert prefill(scheduler) == expected
+    assert first.is_prefilled
+    first.token_ids.append(50)
+    assert (first.num_generated, first.generated_ids) == (1, [50])
+    scheduler.remove(first)
+    assert kv.cleared[0] == (0, 3 + 4 + 1 + 1)
+
+
 def test_decode_takes_rows_up_to_the_last_ready_one() -> None:
     scheduler, _ = make(budget=5)
     assert scheduler.next_decode() == []
@@ -143,21 +182,35 @@ def test_decode_takes_rows_up_to_the_last_ready_one() -> None:
         (2, "ab", []),
     ],
 )
-@pytest.mark.parametrize("poisoned", [False, True])
 def test_the_last_sequence_moves_into_a_freed_slot(
-    removed: int, left: str, moves: list[tuple[int, int, int]], poisoned: bool
+    removed: int, left: str, moves: list[tuple[int, int, int]]
 ) -> None:
+    """The freed slot is zeroed before, and the one left behind after; five tokens each, since
+    an idle row stores one token ahead.
+    """
     scheduler, kv = running()
     gone = scheduler.running[removed]
-    scheduler.remove(gone, poisoned=poisoned)
+    scheduler.remove(gone)
     assert gone.slot == -1
     assert names(scheduler.running) == left
     assert kv.moves == moves
     check_dense(scheduler)
-    if poisoned:
-        assert removed in kv.cleared
-        if moves:
-            assert kv.calls.index("clear") < kv.calls.index("move"), "the mover must survive"
+    if moves:
+        assert kv.cleared == [(removed, 5), (2, 5)]
+        assert kv.calls == ["clear", "move", "clear"], "the mover must survive"
+    else:
+        assert kv.cleared == [(removed, 5)]
+        assert kv.calls == ["clear"]
+
+
+def test_no_more_is_cleared_than_a_slot_holds() -> None:
+    scheduler, kv = make(num_slots=1)
+    full = sequence("a", 60)
+    scheduler.add(full)
+    prefill(scheduler)
+    full.token_ids += [5, 6, 7, 8]
+    scheduler.remove(full)
+    assert kv.cleared == [(0, 64)]
 
 
 def test_only_the_computed_tokens_move() -> None:
@@ -167,13 +220,14 @@ def test_only_the_computed_tokens_move() -> None:
     prefill(scheduler)
     scheduler.remove(scheduler.running[0])
     assert kv.moves == [(1, 0, 2)]
+    assert kv.cleared == [(0, 5), (1, 10)]
 
 
 def test_a_waiting_sequence_leaves_the_others_in_order() -> None:
     scheduler, kv = running()
     for name in "def":
         scheduler.add(sequence(name))
-    scheduler.remove(scheduler.waiting[1], poisoned=True)
+    scheduler.remove(scheduler.waiting[1])
     assert names(list(scheduler.waiting)) == "df"
     assert names(scheduler.running) == "abc"
     assert kv.calls == []
@@ -214,7 +268,12 @@ def test_any_history_keeps_the_slots_dense(data: st.DataObject) -> None:
         elif alive:
             gone = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
             kv.moves.clear()
+            kv.cleared.clear()
+            was = gone.slot
             scheduler.remove(gone)
+            stored = {slot: len(s.token_ids) + 1 for slot, s in held.items()}
+            freed = {was} | {source for source, _, _ in kv.moves} if was >= 0 else set()
+            assert dict(kv.cleared) == {slot: stored[slot] for slot in freed}
             for source, target, length in kv.moves:
                 assert held[source].num_computed == length
                 assert scheduler.running[target] is held[source]

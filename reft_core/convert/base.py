@@ -1,0 +1,81 @@
+"""The base model an adapter is converted for, described from its config alone: no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from reft_core.errors import UnsupportedModel, explain
+from reft_core.loading import DEMO_MODEL
+from reft_core.sites import ModelDescription, describe_model, find_layers
+
+_DEMO_NAME = "SmolLM2-135M-Instruct"
+_DEMO_CONFIG = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""Its shape, written down: reading it from the demo's package means de-quantising first."""
+
+
+def describe_config(config: PreTrainedConfig, name: str) -> ModelDescription:
+    """The description of the causal language model that ``config`` makes.
+
+    Its modules are built on torch's meta device, which holds shapes and no numbers.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        raise UnsupportedModel(
+            explain("base", config.model_type, "a model type with a causal language model"),
+            field="base",
+        ) from None
+    return describe_model(model, name)
+
+
+def base_from_folder(model: str, name: str | None = None) -> ModelDescription:
+    """The base model at a hub id or in a folder, or ``demo``, from its config alone."""
+    if model == DEMO_MODEL:
+        return describe_config(LlamaConfig(**_DEMO_CONFIG), name or _DEMO_NAME)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModel(
+            explain(
+                "base",
+                model,
+                f"a hub id, a folder with a config.json, or {DEMO_MODEL!r} ({reason})",
+            ),
+            field="base",
+        ) from None
+    return describe_config(config, name or (Path(model).name if Path(model).is_dir() else model))
+
+
+def layers_path(architecture: str, num_layers: int) -> tuple[str, frozenset[str]]:
+    """Path of the layer list in models of this type, and the linear maps stored transposed.
+
+    Such as ``model.layers`` and none, or ``transformer.h`` and GPT-2's ``attn.c_attn``, …
+    """
+    try:
+        config = AutoConfig.for_model(architecture, num_hidden_layers=num_layers)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError):
+        raise UnsupportedModel(
+            explain("base.architecture", architecture, "a causal language model of transformers"),
+            field="base.architecture",
+        ) from None
+    first = find_layers(model)[0]
+    path = next(name for name, module in model.named_modules() if module is first)
+    transposed = {name for name, module in first.named_modules() if isinstance(module, Conv1D)}
+    return path.removesuffix(".0"), frozenset(transposed)

@@ -1,0 +1,241 @@
+"""The training forward against a naive one: same loss, same gradients, less work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reft_core.methods import METHODS
+from reft_core.methods.placement import Placement
+from reft_core.positions import PositionRule
+from reft_core.sites import describe_model, edit_site, find_layers
+from tests.factories import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
+from trainer.collate import Collator
+from trainer.data import TokenisedExample
+from trainer.prefix import PrefixStore
+from trainer.reft_model import ReftModel
+
+TOLERANCE = 1e-5
+RULES = [
+    ("l1", True),
+    ("l3", True),
+    ("f2+l2", True),
+    ("f2+l2", False),
+    ("f3+l1", True),
+    ("f3+l1", False),
+    ("prompt", True),
+    ("1,-2", True),
+]
+
+
+def make_rows(prompt_lens: list[int], completion_lens: list[int]) -> list[TokenisedExample]:
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
+
+    lens = zip(prompt_lens, completion_lens, strict=True)
+    return [TokenisedExample(tokens(p), tokens(c)) for p, c in lens]
+
+
+ROWS = make_rows([9, 2, 14, 5], [3, 1, 2, 5])
+
+
+def make_model(
+    base: PreTrainedModel,
+    rule: PositionRule,
+    method: str = "loreft",
+    layers: tuple[int, ...] = tuple(range(NUM_LAYERS)),
+    prefixes: PrefixStore | None = None,
+    sites: tuple[str, ...] | None = None,
+) -> ReftModel:
+    """A model whose interventions were moved well away from where they start."""
+    torch.manual_seed(7)
+    placement = Placement.on(
+        describe_model(base, "tiny"), method, layers=layers, rank=2, sites=sites
+    )
+    model = ReftModel(base, placement, num_units=rule.num_units, prefixes=prefixes)
+    with torch.no_grad():
+        for parameter in model.trainable():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def naive_loss(model: ReftModel, rows: list[TokenisedExample], rule: PositionRule) -> Tensor:
+    """One row at a time, whole and unpadded, no cache, one loop over positions."""
+    layers = find_layers(model.base)
+    losses = []
+    for row in rows:
+        units = rule.resolve(len(row.prompt))
+        handles = []
+        for key, intervention in zip(model.keys, model.interventions, strict=True):
+            positions = list(units[key.unit])
+            if model.placement.phase == "all" and key.unit == len(units) - 1:
+                positions += range(len(row.prompt), len(row.prompt) + len(row.completion))
+
+            def edit(hidden: Tensor, x: Tensor, intervention=intervention, positions=positions):
+                states = list(hidden[0])
+                for position in positions:
+                    h = states[position].unsqueeze(0)
+                    read = x[0, position].unsqueeze(0) if intervention.source == "input" else h
+                    states[position] = (h + intervention(h, read))[0]
+                return torch.stack(states).unsqueeze(0)
+
+            handles.append(edit_site(layers[key.layer], key.site, edit))
+        tokens = torch.tensor([row.prompt + row.completion])
+        logits = model.base(input_ids=tokens, use_cache=False).logits[0]
+        for handle in handles:
+            handle.remove()
+        predicted = logits[len(row.prompt) - 1 : -1]
+        losses.append(F.cross_entropy(predicted, torch.tensor(row.completion), reduction="none"))
+    return torch.cat(losses).mean()
+
+
+def gradients(model: ReftModel, loss: Tensor) -> Tensor:
+    """All gradients in one vector; zeros where a parameter has none."""
+    found = torch.autograd.grad(loss, model.trainable(), allow_unused=True)
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for p, g in zip(model.trainable(), found, strict=True)
+        ]
+    )
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    difference = (ours - theirs).abs().max().item()
+    assert difference < TOLERANCE * max(1.0, theirs.abs().max().item()), f"differ by {difference}"
+
+
+@pytest.mark.parametrize("text", ["prompt", "l2"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_has_the_naive_gradients(method: str, text: str) -> None:
+    """Methods of phase all edit the completion too, whatever the rule says of the prompt."""
+    base = tiny_model()
+    linears = ("linear:self_attn.v_proj", "linear:mlp.down_proj")
+    sites = linears if METHODS[method].sites == ("linear",) else None
+    rule = PositionRule.parse(text)
+    model = make_model(base, rule, method, sites=sites)
+    loss = model(**Collator(rule)(ROWS))["loss"]
+    naive = naive_loss(model, ROWS, rule)
+    assert_same(loss, naive)
+    assert_same(gradients(model, loss), gradients(model, naive))
+
+
+@pytest.mark.parametrize(("text", "tied"), RULES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_the_naive_forward(family: str, text: str, tied: bool) -> None:
+    rule = PositionRule.parse(text, tied=tied)
+    model = make_model(tiny_model(family), rule)
+    batch = Collator(rule)(ROWS)
+
+    ours = model(**batch)["loss"]
+    theirs = naive_loss(model, ROWS, rule)
+
+    assert_same(ours, theirs)
+    ours_gradient, theirs_gradient = gradients(model, ours), gradients(model, theirs)
+    assert theirs_gradient.abs().max() > 1e-3, "the edits must matter for this test to"
+    assert_same(ours_gradient, theirs_gradient)
+
+
+@pytest.mark.parametrize("method", ["direft", "direft_orthonormal"])
+def test_other_methods_agree_too(method: str) -> None:
+    rule = PositionRule.parse("l2")
+    model = make_model(tiny_model(), rule, method, layers=(1, 3))
+    ours, theirs = model(**Collator(rule)(ROWS))["loss"], naive_loss(model, ROWS, rule)
+
+    assert_same(ours, theirs)
+    assert_same(gradients(model, ours), gradients(model, theirs))
+
+
+@pytest.mark.parametrize("text", ["l1", "l3"])
+def test_kept_prefixes_change_nothing(text: str) -> None:
+    rule = PositionRule.parse(text)
+    model = make_model(tiny_model(), rule, prefixes=PrefixStore(tiny_model(), 2**20))
+    for rows in (ROWS, ROWS[1:], ROWS[::-1]):  # all new, all kept, another order
+        batch = Collator(rule)(rows)
+        ours, theirs = model(**batch)["loss"], naive_loss(model, rows, rule)
+        assert_same(ours, theirs)
+        assert_same(gradients(model, ours), gradients(model, theirs))
+
+
+def test_rows_without_an_edited_position_are_left_alone() -> None:
+    rule = PositionRule.parse("4")  # two of the prompts are longer than that
+    model = make_model(tiny_model(), rule)
+    ours, theirs = model(**Collator(rule)(ROWS))["loss"], naive_loss(model, ROWS, rule)
+    assert_same(ours, theirs)
+    assert_same(gradients(model, ours), gradients(model, theirs))
+
+
+def test_no_graph_reaches_below_the_first_edited_layer() -> None:
+    rule = PositionRule.parse("l2")
+    model = make_model(tiny_model(), rule, layers=(2,))
+    seen = []
+    for layer in find_layers(model.base):
+        layer.register_forward_hook(lambda _m, args, _out: seen.append(args[0].requires_grad))
+    model(**Collator(rule)(ROWS))
+    assert seen[-NUM_LAYERS:] == [False, False, False, True]
+    assert not any(seen[:-NUM_LAYERS]), "the beginnings run without a graph"
+    assert len(seen) == 2 * NUM_LAYERS
+
+
+def test_only_columns_from_the_split_on_are_run_and_only_loss_cells_have_logits() -> None:
+    rule = PositionRule.parse("l1")
+    model = make_model(tiny_model(), rule)
+    batch = Collator(rule)(ROWS)
+    widths = []
+    find_layers(model.base)[0].register_forward_hook(
+        lambda _m, args, _out: widths.append(args[0].shape[1])
+    )
+    logits = model(**batch)["logits"]
+    num_answer = batch["labels"].shape[1]
+    assert widths == [batch["split"], num_answer]
+    assert logits.shape == (sum(len(row.completion) for row in ROWS), VOCAB_SIZE)
+
+
+def test_the_base_stays_frozen_in_eval_mode_and_unhooked() -> None:
+    rule = PositionRule.parse("l1")
+    base = tiny_model("gpt2")  # has dropout
+    model = make_model(base.train(), rule)
+    model.train()
+    assert not any(module.training for module in base.modules())
+    assert all(i.training for i in model.interventions)
+    model(**Collator(rule)(ROWS))["loss"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in base.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_edits_of_a_bfloat16_base_are_summed_in_float32_and_rounded_once() -> None:
+    rule = PositionRule.parse("l1")
+    base = tiny_model().to(torch.bfloat16)
+    model = make_model(base, rule, layers=(NUM_LAYERS - 1,))
+    seen = {}
+    layer = find_layers(base)[-1]
+    layer.register_forward_hook(lambda _m, _a, out: seen.setdefault("before", out))
+    handle = None
+
+    def after(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen["after"] = args[0]
+
+    handle = base.model.norm.register_forward_pre_hook(after)
+    row = make_rows([1], [1])  # no beginning to run first
+    model(**Collator(rule)(row))
+    handle.remove()
+
+    h = seen["before"][0].float()
+    (edit,) = model.to_edits().values()
+    assert seen["after"].dtype == torch.bfloat16
+    assert torch.equal(seen["after"][0], (h + edit.delta(h)).bfloat16())
+
+
+def test_edits_are_exported_by_layer_and_unit() -> None:
+    rule = PositionRule.parse("f1+l1", tied=False)
+    model = make_model(tiny_model(), rule, layers=(1, 3))
+    edits = model.to_edits()
+    assert [(key.layer, key.unit) for key in edits] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    h = torch.randn(5, model.interventions[0].sizes.out_size)
+    for edit, intervention in zip(edits.values(), model.interventions, strict=True):
+        torch.testing.assert_close(edit.delta(h), intervention(h, h), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,184 @@
+"""Whole runs on a tiny random llama over bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from reft_core.adapter import check_fits, read_adapter
+from reft_core.errors import AdapterError, TrainingError
+from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
+from trainer import fit as fit_module
+from trainer.collate import Collator
+from trainer.config import TrainConfig
+from trainer.data import load_dataset, tokenise
+from trainer.export import check_finite
+from trainer.fit import fit
+from trainer.progress import SilentProgress
+from trainer.reft_model import ReftModel
+from trainer.train import TrainResult, _new_model, train
+
+
+def run(config: TrainConfig) -> TrainResult:
+    return train(config, loaded=byte_model(), command="reft train tiny.yaml")
+
+
+def test_a_labeller_learns_and_its_file_and_report_say_how(tmp_path: Path) -> None:
+    config = make_config(tmp_path, labels=("y", "n"), positions="prompt", rank=8, epochs=12)
+    result = run(config)
+
+    losses = [epoch.valid_loss for epoch in result.fit.epochs]
+    assert len(losses) == 13
+    assert result.fit.best.valid_loss == min(losses[1:]) < 0.3 * losses[0]
+
+    adapter = read_adapter(config.output)
+    assert adapter.digest == result.adapter.digest
+    spec = adapter.spec
+    check_fits(spec, byte_model().description)
+    assert spec.positions.rule == "prompt"
+    assert spec.sites["block_output"].layers == (0, 1, 2)
+    assert spec.task.labels == ("y", "n")
+    assert spec.training.command == "reft train tiny.yaml"
+    assert spec.training.seed == 0
+    assert spec.training.data["train_rows"] == 40
+    assert spec.training.data["test_sha256"] == load_dataset(tmp_path / "test.jsonl").sha256
+    assert spec.training.hyperparameters["learning_rate"] == 2e-2
+    assert spec.training.hyperparameters["best_epoch"] == result.fit.best.number
+    metrics = spec.training.metrics
+    assert metrics["valid_loss"] == result.fit.best.valid_loss
+    assert metrics["test_exact_match"] > 0.8
+    assert metrics["test_base_exact_match"] == 0
+    assert metrics["label_choice"] > 0.8
+    assert metrics["base_label_choice"] == 0.5
+
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert adapter.digest in report
+    assert "reft train tiny.yaml" in report
+    assert "| **y** |" in report
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["metrics"] == metrics
+    assert len(document["samples"]["test"]) == 6
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "tiny.safetensors",
+        "report.md",
+        "report.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("positions", "tied", "method"),
+    [("l1", True, "loreft"), ("f2+l1", False, "direft"), ("prompt", True, "direft_orthonormal")],
+)
+def test_the_file_reproduces_the_trained_models_logits(
+    tmp_path: Path, positions: str, tied: bool, method: str
+) -> None:
+    config = make_config(tmp_path, positions=positions, tied=tied, method=method, epochs=1)
+    loaded = byte_model()
+    model = _new_model(config, loaded)
+    collator = Collator(config.rule)
+    rows = tokenise(load_dataset(config.train), loaded.tokenizer, config.rule, max_length=128)
+    untrained = model(**collator(rows[:4]))["logits"]
+    fit(model, rows, rows[:8], config, collator, SilentProgress())
+    trained = model(**collator(rows[:4]))["logits"]
+    result = run(config)
+
+    stored = _new_model(config, byte_model())
+    edits = iter(result.adapter.edits.values())
+    for module in stored.interventions:
+        edit = next(edits)
+        module.forward = edit.delta  # type: ignore[method-assign]
+    reloaded = stored(**collator(rows[:4]))["logits"]
+    assert (trained - untrained).abs().max() > 0.1
+    # The run above validated on other rows, but with one epoch there is only one to keep.
+    torch.testing.assert_close(reloaded, trained, atol=1e-4, rtol=1e-4)
+
+
+def test_a_seed_reproduces_a_run_and_another_does_not(tmp_path: Path) -> None:
+    found = [run(make_config(tmp_path, seed=seed, epochs=1)) for seed in (1, 1, 2)]
+    first, again, other = (
+        torch.cat([t.flatten() for edit in r.adapter.edits.values() for _, t in edit.parts()])
+        for r in found
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_best_epoch_is_kept_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, epochs=3)
+    loaded = byte_model()
+    model = _new_model(config, loaded)
+    snapshots = []
+    scripted = iter([9.0, 5.0, 1.0, 3.0])  # untrained, then the epochs
+
+    def mean_loss(model: ReftModel, *_: object) -> float:
+        snapshots.append([p.clone() for p in model.trainable()])
+        return next(scripted)
+
+    monkeypatch.setattr(fit_module, "mean_loss", mean_loss)
+    rows = tokenise(load_dataset(config.train), loaded.tokenizer, config.rule, max_length=128)
+    result = fit(model, rows, rows, config, Collator(config.rule), SilentProgress())
+    assert result.best.number == 2
+    assert all(map(torch.equal, model.trainable(), snapshots[2]))
+    assert not all(map(torch.equal, model.trainable(), snapshots[3]))
+
+
+def test_divergence_ends_the_run_and_leaves_the_old_file(tmp_path: Path) -> None:
+    config = make_config(tmp_path, warmup_ratio=0).model_copy(update={"learning_rate": 1e30})
+    config.output.parent.mkdir()
+    config.output.write_bytes(b"the one before")
+    # Either the loss is NaN first, or the r×r factorisation fails, or the export finds it.
+    with pytest.raises(TrainingError, match=r"training: .*learning_rate"):
+        run(config)
+    assert config.output.read_bytes() == b"the one before"
+    assert [path.name for path in config.output.parent.iterdir()] == ["tiny.safetensors"]
+
+
+def test_tensors_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
+    model = _new_model(make_config(tmp_path, layers=(1,)), byte_model())
+    check_finite(model.to_edits())
+    with torch.no_grad():
+        model.interventions[0].bias.fill_(float("inf"))
+    with pytest.raises(TrainingError, match="layer 1 ended with NaN or infinity in 'bias'"):
+        check_finite(model.to_edits())
+
+
+def test_a_bfloat16_base_trains_edits_in_float32(tmp_path: Path) -> None:
+    loaded = byte_model()
+    loaded.model.to(torch.bfloat16)
+    result = train(make_config(tmp_path, epochs=2), loaded=loaded)
+    losses = [epoch.valid_loss for epoch in result.fit.epochs]
+    assert losses[-1] < losses[0]
+    assert result.adapter.spec.dtype == "float32"
+    tensor = next(iter(result.adapter.edits.values())).down
+    assert tensor is not None
+    assert not torch.equal(tensor, tensor.bfloat16().float()), "not rounded to the base's dtype"
+
+
+def test_bad_data_is_refused_before_a_base_is_loaded(tmp_path: Path) -> None:
+    config = make_config(tmp_path, model="no/such-model")
+    write_rows(tmp_path / "test.jsonl", label_rows(39, 2))
+    with pytest.raises(TrainingError, match=r"test\.jsonl:1: the same prompt .*train\.jsonl:40"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"rank": 33}, "rank: got 33, expected 1 to 32"),
+        ({"layers": (3,)}, "layers: got 3"),
+        ({"max_length": 10}, "expected at most 10"),
+        ({"output": "/dev/null/x.safetensors"}, "output: got '/dev/null/x.safetensors'"),
+        ({"output": "/"}, "output: got '/', expected a file"),
+    ],
+)
+def test_a_setting_the_base_cannot_satisfy_is_named(
+    tmp_path: Path, fields: dict[str, object], problem: str
+) -> None:
+    with pytest.raises((TrainingError, AdapterError), match=problem):
+        run(make_config(tmp_path, **fields))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,292 @@
+"""What one training run is told: a YAML file, with ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from reft_core.edits import Activation
+from reft_core.errors import InvalidRequest, TrainingError, explain
+from reft_core.methods import get_method
+from reft_core.methods.placement import Placement
+from reft_core.positions import PositionRule
+from reft_core.sites import ModelDescription
+from reft_core.spec import MAX_LAYERS, MAX_RANK, AdapterName, PositionSpec, TemplateSpec
+from trainer.metrics import METRICS
+
+PATH_FIELDS = ("train", "valid", "test", "output", "report_dir")
+"""Relative ones count from the YAML file's folder; in an override, from the current folder."""
+
+_NonNegative = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
+_Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+_Label = Annotated[str, StringConstraints(max_length=256)]
+
+
+def _rule_text(value: object) -> object:
+    """A list of positions in the grammar's explicit form; anything else unchanged."""
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(str(position) for position in value)
+    return value
+
+
+class TrainConfig(BaseModel):
+    """One training run. The defaults suit a labeller; only names and data must be given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(default="demo", description="'demo', a hub id, or a folder")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the frozen base; edits are float32 always"
+    )
+    name: AdapterName
+    description: Annotated[str, StringConstraints(max_length=8192)] = ""
+    licence: Annotated[str, StringConstraints(max_length=256)] = ""
+
+    method: str = "loreft"
+    rank: int = Field(default=4, ge=1, le=MAX_RANK)
+    layers: (
+        Annotated[str, StringConstraints(pattern=r"^(all|every:[1-9]\d{0,3})$")]
+        | tuple[_NonNegative, ...]
+    ) = Field(
+        default="all",
+        description="'all'; 'every:N', each Nth counted back from the last layer, which is "
+        "always among them; or a list of layer numbers from 0",
+    )
+    positions: Annotated[str, BeforeValidator(_rule_text)] = Field(
+        default="l1", description="rule of reft_core.positions, or a list of positions"
+    )
+    tied: bool = True
+    activation: Activation | None = Field(default=None, description="absent: the method's own")
+    sites: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="such as [block_output] or [linear:self_attn.q_proj]; absent: the method's own",
+    )
+    phase: Literal["prompt", "all"] | None = Field(
+        default=None, description="'all' edits generated tokens too; absent: the method's own"
+    )
+
+    template: TemplateSpec | None = Field(
+        default=None, description="absent: the base model's own chat template"
+    )
+    system: str | None = Field(
+        default=None, description="system message put before rows that have none"
+    )
+    labels: tuple[_Label, ...] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=4096,
+        description="a labeller's answers; rows must hold one of them",
+    )
+    metrics: tuple[str, ...] = Field(default=("exact_match",), min_length=1)
+
+    train: Path
+    valid: Path = Field(description="chooses the epoch that is kept")
+    test: Path | None = None
+
+    epochs: int = Field(default=6, ge=1, le=10_000)
+    batch_size: int = Field(default=16, ge=1, le=65_536)
+    learning_rate: _Positive = 4e-3
+    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    warmup_ratio: _Fraction = 0.06
+    weight_decay: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
+    max_grad_norm: _Positive = 1.0
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    max_length: int | None = Field(
+        default=None, ge=2, description="most tokens of a row; absent: the base's context"
+    )
+    max_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="in evaluation; absent: 8 more than the longest reference answer",
+    )
+
+    prefix_cache_mb: int = Field(
+        default=4096, ge=0, description="memory for keys and values of unedited prompt beginnings"
+    )
+
+    output: Path = Field(
+        default_factory=lambda data: Path("runs", data["name"], f"{data['name']}.safetensors"),
+        description="adapter file to write; absent: in runs/NAME, from where the command is given",
+    )
+    report_dir: Path = Field(
+        default_factory=lambda data: data["output"].parent,
+        description="absent: the folder of the adapter file",
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        _as_value_error(lambda: get_method(value))
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METRICS:
+                raise ValueError(f"{name!r} is no metric; known are {', '.join(METRICS)}")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct_labels(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        stripped = [label.strip() for label in value or ()]
+        if len(set(stripped)) != len(stripped) or "" in stripped:
+            raise ValueError("labels must be distinct and not blank")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _as_value_error(lambda: PositionRule.parse(self.positions))
+        if isinstance(self.layers, tuple):
+            if not self.layers:
+                raise ValueError("layers must name at least one layer")
+            if list(self.layers) != sorted(set(self.layers)):
+                raise ValueError("layers must be ascending and unique")
+        return self
+
+    @property
+    def rule(self) -> PositionRule:
+        """The prompt positions the adapter will edit."""
+        return self.position_spec.to_rule()
+
+    @property
+    def position_spec(self) -> PositionSpec:
+        """The position rule as the adapter file states it."""
+        return PositionSpec(rule=str(PositionRule.parse(self.positions)), tied=self.tied)
+
+    def placement(self, model: ModelDescription) -> Placement:
+        """The method on its sites in ``model``. Raises :class:`TrainingError` if it has none."""
+        try:
+            return Placement.on(
+                model,
+                self.method,
+                layers=self.layer_indices(model.num_layers),
+                rank=self.rank,
+                sites=self.sites,
+                activation=self.activation,
+                phase=self.phase,
+            )
+        except InvalidRequest as error:
+            raise TrainingError(error.message, field=error.field) from None
+
+    def layer_indices(self, num_layers: int) -> tuple[int, ...]:
+        """The layers to edit in a model of ``num_layers``, ascending.
+
+        ``every:N`` counts back from the last layer, so that ``every:3`` of 30 layers is
+        2, 5, …, 29. Raises :class:`TrainingError` for a layer the model lacks.
+        """
+        if self.layers == "all":
+            return tuple(range(num_layers))
+        if isinstance(self.layers, str):
+            step = int(self.layers.removeprefix("every:"))
+            return tuple(sorted(range(num_layers - 1, -1, -step)))
+        if self.layers[-1] >= num_layers:
+            raise TrainingError(
+                explain("layers", self.layers[-1], f"at most {num_layers - 1} for this model"),
+                field="layers",
+            )
+        return self.layers
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config in the YAML file at ``path``, with ``key=value`` overrides applied.
+
+    Keys may be dotted (``template.user={content}``); values are read as YAML. Raises
+    :class:`TrainingError` that names the wrong key, the value and what is allowed.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TrainingError(f"{path}: cannot be read as YAML ({error})") from error
+    if not isinstance(document, dict):
+        raise TrainingError(explain(str(path), document, "a mapping of settings"))
+    values = _relative_to(path.resolve().parent, document)
+    for override in overrides:
+        _override(values, override)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise TrainingError("\n".join(_problems(path, error))) from None
+
+
+def _relative_to(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """``document`` with its relative paths made absolute, counted from ``folder``."""
+    values = dict(document)
+    for key in PATH_FIELDS:
+        if isinstance(values.get(key), str):
+            values[key] = str(folder / values[key])
+    # A model may also be a folder; a hub id looks like a relative path, so look for it.
+    if isinstance(values.get("model"), str) and (folder / values["model"]).is_dir():
+        values["model"] = str(folder / values["model"])
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one ``key=value`` in ``values``; a dotted key reaches into a mapping."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise TrainingError(explain("override", override, "key=value"), field=key or None)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TrainingError(f"override: {override!r} is not valid YAML ({error})") from error
+    if key in PATH_FIELDS and isinstance(value, str):
+        value = str(Path(value).resolve())
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.get(parent)
+        if inner is not None and not isinstance(inner, dict):
+            raise TrainingError(explain("override", override, f"{parent!r} to hold settings"))
+        values[parent] = dict(inner or {})
+        values = values[parent]
+    values[last] = value
+
+
+def _as_value_error(check: Callable[[], object]) -> None:
+    """Run ``check``; our own error becomes the ValueError that pydantic expects."""
+    try:
+        check()
+    except InvalidRequest as error:
+        raise ValueError(error.message) from None
+
+
+def _problems(path: Path, error: ValidationError) -> list[str]:
+    """One line for each thing wrong with a config."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        if problem["type"] == "default_factory_not_called":
+            continue  # a default that depends on a setting reported anyway
+        field = ".".join(str(part) for part in problem["loc"]) or "config"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{path}: {field}: unknown setting{_nearest(problem['loc'])}")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: {field}: missing")
+        else:
+            lines.append(f"{path}: {explain(field, problem['input'], problem['msg'])}")
+    return lines
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """', did you mean …?' for an unknown key, or what is known instead."""
+    known = TemplateSpec.model_fields if location[0] == "template" else TrainConfig.model_fields
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -1,0 +1,94 @@
+"""A trained model to an adapter file, with its provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import torch
+import transformers
+
+import reft_core
+from reft_core.adapter import EditKey
+from reft_core.edits import Edit
+from reft_core.errors import TrainingError
+from reft_core.sites import ModelDescription
+from reft_core.spec import AdapterSpec, TaskSpec, TrainingSpec
+from trainer.config import TrainConfig
+from trainer.data import Dataset
+from trainer.fit import FitResult
+
+TOOL = (
+    f"reft-serve {reft_core.__version__}, torch {torch.__version__}, "
+    f"transformers {transformers.__version__}"
+)
+_MAX_TEXT = 256  # of one value in the spec's training section
+_MAX_COMMAND = 8192
+
+
+def build_spec(
+    config: TrainConfig,
+    model: ModelDescription,
+    datasets: Mapping[str, Dataset],
+    result: FitResult,
+    metrics: Mapping[str, float],
+    command: str,
+) -> AdapterSpec:
+    """The complete spec of what ``config`` trained on ``model``."""
+    data: dict[str, str | int] = {}
+    for split, dataset in datasets.items():
+        data[f"{split}_file"] = dataset.path.name[:_MAX_TEXT]
+        data[f"{split}_sha256"] = dataset.sha256
+        data[f"{split}_rows"] = len(dataset.examples)
+    return AdapterSpec(
+        name=config.name,
+        description=config.description,
+        licence=config.licence,
+        base=model.to_base_spec(),
+        method=config.method,
+        positions=config.position_spec,
+        sites=config.placement(model).site_specs(),
+        task=TaskSpec(labels=config.labels),
+        template=config.template,
+        training=TrainingSpec(
+            tool=TOOL,
+            command=command[:_MAX_COMMAND],
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            seed=config.seed,
+            data=data,
+            hyperparameters=_hyperparameters(config, result),
+            metrics=dict(metrics),
+        ),
+    )
+
+
+def check_finite(edits: Mapping[EditKey, Edit]) -> None:
+    """Raise :class:`TrainingError` if a trained tensor holds NaN or infinity."""
+    for key, edit in edits.items():
+        for part, tensor in edit.parts():
+            if not torch.isfinite(tensor).all():
+                raise TrainingError(
+                    f"training: layer {key.layer} ended with NaN or infinity in {part!r}; nothing "
+                    "was written. A lower learning_rate usually helps",
+                    field="learning_rate",
+                )
+
+
+def _hyperparameters(config: TrainConfig, result: FitResult) -> dict[str, str | int | float | bool]:
+    """What a reader needs to train the same again; the spec holds the rest."""
+    found: dict[str, str | int | float | bool] = {
+        "optimizer": "adamw",
+        "base_dtype": config.dtype,
+        "epochs": config.epochs,
+        "best_epoch": result.best.number,
+        "steps": result.num_steps,
+        "batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler": config.lr_scheduler,
+        "warmup_ratio": config.warmup_ratio,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+    }
+    if config.system is not None:
+        found["system"] = config.system[:_MAX_TEXT]
+    return found

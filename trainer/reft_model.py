@@ -1,0 +1,181 @@
+"""A frozen base model with trainable interventions, and a forward that skips dead work.
+
+Three things make a step cheap, none of which changes a gradient:
+
+- Columns before the first edited one are the base's own: they run without a graph, once
+  if there is memory to keep their keys and values, and the rest runs on those.
+- Below the first edited layer nothing needs a gradient, so autograd records nothing there.
+- Logits are computed only for cells that carry loss.
+
+Dimension letters as in :mod:`trainer.collate`; S = T − split, M edits, N completion tokens
+in the batch, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Self, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from reft_core.adapter import EditKey
+from reft_core.edits import Edit
+from reft_core.methods import Intervention
+from reft_core.methods.placement import Placement
+from reft_core.sites import SiteEdit, edit_site, find_layers
+from trainer.collate import IGNORED
+from trainer.prefix import PrefixStore
+
+Cells = tuple[Tensor, Tensor]
+"""Row and column (M,) of each state one unit edits, in a (B, S, d) tensor."""
+
+
+class LossAndLogits(TypedDict):
+    """What a forward returns."""
+
+    loss: Tensor
+    """() float32: mean over the completion tokens of the batch."""
+    logits: Tensor
+    """(N, V) of the cells whose label is not :data:`IGNORED`, row by row."""
+
+
+class ReftModel(nn.Module):
+    """Interventions where ``placement`` puts them; the base itself never changes.
+
+    The base's parameters are frozen in place and it stays in eval mode. It is hooked only
+    while :meth:`forward` runs.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        placement: Placement,
+        *,
+        num_units: int,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
+        super().__init__()
+        self.placement = placement
+        self._prefixes = prefixes or PrefixStore(base, max_bytes=0)
+        self.base = base.requires_grad_(False).eval()
+        # Not registered here: these modules belong to the base already.
+        self._layers = find_layers(base)
+        self._head: Callable[[], nn.Module] = base.get_output_embeddings
+        built = placement.build(num_units)
+        self.keys = tuple(built)
+        self.interventions = nn.ModuleList(built.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, and batches are to be."""
+        return next(self.interventions.parameters()).device
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Set the interventions' mode; the frozen base keeps its dropout off."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters the optimiser may change."""
+        return [p for p in self.interventions.parameters() if p.requires_grad]
+
+    def to_edits(self) -> dict[EditKey, Edit]:
+        """The canonical edits with the present parameters, on the CPU."""
+        return {
+            key: intervention.to_edit().to(device="cpu") for key, intervention in self._by_key()
+        }
+
+    @override
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        edit_columns: Tensor,
+        edit_valid: Tensor,
+        split: int,
+    ) -> LossAndLogits:
+        """Loss and logits of a :class:`trainer.collate.Batch`."""
+        cache = None
+        if split > 0:
+            cache = self._prefixes.cache(
+                input_ids[:, :split], attention_mask[:, :split], position_ids[:, :split]
+            )
+        carries_loss = labels != IGNORED  # (B, C)
+        cells = _cells(edit_columns - split, edit_valid)
+        if self.placement.phase == "all":
+            # Completion tokens that are read, not only predicted, belong to the last unit.
+            start = input_ids.shape[1] - labels.shape[1] + 1
+            rows, columns = attention_mask[:, start:].nonzero(as_tuple=True)
+            edited_rows, edited_columns = cells[-1]
+            cells[-1] = (
+                torch.cat([edited_rows, rows]),
+                torch.cat([edited_columns, columns + start - split]),
+            )
+        with self._hooked(cells, carries_loss):
+            logits = self.base(
+                input_ids=input_ids[:, split:],
+                attention_mask=attention_mask,
+                position_ids=position_ids[:, split:],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=labels.shape[1],
+            ).logits[0]  # (N, V)
+        loss = F.cross_entropy(logits.float(), labels[carries_loss])
+        return LossAndLogits(loss=loss, logits=logits)
+
+    @contextmanager
+    def _hooked(self, cells: Sequence[Cells], carries_loss: Tensor) -> Iterator[None]:
+        """While open, the base applies the interventions and spares needless logits.
+
+        ``cells`` of each unit, columns counted from the split; ``carries_loss`` (B, C).
+        """
+
+        def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # Besides sparing padding, this makes one matrix of the slice (B, C, d) that the
+            # head is given; for a strided batch torch would copy the head's weights B times.
+            return (args[0][carries_loss].unsqueeze(0), *args[1:])  # (1, N, d)
+
+        with ExitStack() as stack:
+            stack.callback(self._head().register_forward_pre_hook(select).remove)
+            for key, intervention in self._by_key():
+                if len(cells[key.unit][0]):
+                    edit = _cell_editor(intervention, cells[key.unit])
+                    stack.callback(edit_site(self._layers[key.layer], key.site, edit).remove)
+            yield
+
+    def _by_key(self) -> Iterator[tuple[EditKey, Intervention]]:
+        for key, intervention in zip(self.keys, self.interventions, strict=True):
+            assert isinstance(intervention, Intervention)
+            yield key, intervention
+
+
+def _cells(edit_columns: Tensor, edit_valid: Tensor) -> list[Cells]:
+    """The valid cells of each unit, of ``edit_columns`` and ``edit_valid`` (B, U, K)."""
+    found = []
+    for unit in range(edit_valid.shape[1]):
+        rows, places = edit_valid[:, unit].nonzero(as_tuple=True)  # (M,), (M,)
+        found.append((rows, edit_columns[rows, unit, places]))
+    return found
+
+
+def _cell_editor(intervention: Intervention, cells: Cells) -> SiteEdit:
+    """A function from a site's output (B, S, d) and input to the output with cells edited.
+
+    The sum is taken in float32 and rounded once to the base's dtype, as serving does.
+    """
+
+    def edit(hidden: Tensor, x: Tensor) -> Tensor:
+        h = hidden[cells].float()  # (M, d)
+        read = x[cells].float() if intervention.source == "input" else h
+        return hidden.index_put(cells, (h + intervention(h, read)).to(hidden.dtype))
+
+    return edit
