@@ -247,6 +247,11 @@ class AdapterSpec(_Document):
             if not ranks or not all(0 <= rank < lowest for rank in ranks):
                 allowed = f"ranks 0 to {lowest - 1}" if lowest else "none: a site has no ranks"
                 raise ValueError(f"subspaces.{subspace}: got {list(ranks)}, expected {allowed}")
+        owned = [rank for ranks in (self.subspaces or {}).values() for rank in ranks]
+        if len(set(owned)) != len(owned):
+            raise ValueError(f"subspaces: got ranks {owned}, expected each rank at most once")
+        if self.prefix is not None and self.strength != 1:
+            raise ValueError(f"strength: got {self.strength}, expected 1 with a prefix")
         return self
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

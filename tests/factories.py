@@ -94,6 +94,7 @@ def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     """
     torch.manual_seed(seed)
     model = _BUILDERS[family]().eval().requires_grad_(False)
+    model.set_attn_implementation("eager")  # the model's own definition of attention
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, 0.6 if "embed" in name or "wte" in name else 0.25)

@@ -233,8 +233,8 @@ class EmbeddedEngine:
         known = adapter.spec.subspaces or {}
         for name, factor in choice.subspaces.items():
             if name not in known:
-                allowed = f"one of {', '.join(known) or 'none'}, those of {adapter.spec.name!r}"
-                raise InvalidRequest.because("subspaces", name, allowed)
+                allowed = f"one of {', '.join(known)}" if known else "nothing: it has no subspaces"
+                raise InvalidRequest.because(f"subspaces of {adapter.spec.name!r}", name, allowed)
             if not abs(factor) <= MAX_STRENGTH:
                 raise InvalidRequest.because(
                     f"subspaces.{name}", factor, f"from -{MAX_STRENGTH} to {MAX_STRENGTH}"
