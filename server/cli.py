@@ -11,6 +11,7 @@ from rich.panel import Panel
 
 from server.cli_adapters import adapters_app
 from server.cli_errors import console, one_line_errors
+from server.cli_methods import methods
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapters_app, name="adapter")
+app.command()(methods)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``reft adapter``: look at adapter files, and manage those of a running server."""
+"""``reft adapter``: its commands on files, and those that manage a running server's adapters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from reft_core.errors import ReftError
+from server.cli_convert import convert, export
 from server.cli_errors import one_line_errors
+from server.cli_inspect import diff, inspect
 
-adapters_app = typer.Typer(help="Inspect, upload, list and delete adapters.", no_args_is_help=True)
+adapters_app = typer.Typer(
+    help="Inspect, convert, upload, list and delete adapters.", no_args_is_help=True
+)
 
 Url = Annotated[str, typer.Option(envvar="REFT_URL", help="The server")]
 Key = Annotated[str, typer.Option(envvar="REFT_ADMIN_KEY", help="Its admin key")]
@@ -25,40 +28,10 @@ _LOCAL = "http://127.0.0.1:8000"
 _TIMEOUT_S = 60
 
 
-@adapters_app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="An adapter file")]) -> None:
-    """Show what an adapter file says about itself. Checks all of it; runs none of it."""
-    with one_line_errors():
-        from reft_core.adapter import read_adapter
-
-        adapter = read_adapter(file)
-        spec = adapter.spec
-        share = f"{spec.num_parameters:,}"
-        sites = "; ".join(
-            f"{name}: rank {site.rank}, layers {','.join(map(str, site.layers))}"
-            for name, site in spec.sites.items()
-        )
-        rows = {
-            "name": spec.name,
-            "description": spec.description,
-            "licence": spec.licence,
-            "digest": adapter.digest,
-            "bytes": f"{adapter.num_bytes:,}",
-            "parameters": share,
-            "base model": f"{spec.base.name} ({spec.base.architecture}, "
-            f"{spec.base.num_layers} layers of {spec.base.hidden_size})",
-            "method": spec.method,
-            "positions": f"{spec.positions.rule} ({'tied' if spec.positions.tied else 'untied'})",
-            "sites": sites,
-            "strength": str(spec.strength),
-            "template": "its own" if spec.template else "the base model's",
-            "metrics": ", ".join(f"{k} {v:.4g}" for k, v in spec.training.metrics.items()),
-        }
-        table = Table.grid(padding=(0, 2))
-        for key, value in rows.items():
-            if value:
-                table.add_row(key, escape(_printable(value)))
-        Console().print(table)
+adapters_app.command()(inspect)
+adapters_app.command()(diff)
+adapters_app.command()(convert)
+adapters_app.command()(export)
 
 
 @adapters_app.command()
@@ -131,8 +104,3 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return str(json.load(error)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"{error.url}: HTTP {error.code}"
-
-
-def _printable(text: str) -> str:
-    """``text`` from a stranger's file without characters that steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

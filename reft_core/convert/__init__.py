@@ -51,6 +51,8 @@ def convert(source: Path, kind: str, options: ConvertOptions) -> bytes:
     """
     if kind not in CONVERTERS:
         raise InvalidRequest.because("kind", kind, "one of " + ", ".join(CONVERTERS))
+    if options.phase not in (None, "prompt", "all"):
+        raise InvalidRequest.because("phase", options.phase, "'prompt' or 'all'")
     return CONVERTERS[kind](source, options).to_bytes()
 
 

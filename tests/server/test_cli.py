@@ -35,7 +35,7 @@ def test_version():
 
 def test_help_names_every_command():
     shown = run("--help").output
-    for command in ("serve", "adapter", "train", "version"):
+    for command in ("serve", "adapter", "methods", "train", "version"):
         assert command in shown
 
 

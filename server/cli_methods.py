@@ -1,0 +1,164 @@
+"""``reft methods``: every method in one table, for a terminal or for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from server.cli_errors import one_line_errors
+
+if TYPE_CHECKING:
+    from reft_core.methods import Intervention
+    from reft_core.sites import ModelDescription
+
+_RANK = 8
+_VIRTUAL_TOKENS = 8
+_HEADER = f"""\
+# Methods
+
+Made by `reft methods --markdown > docs/methods.md`; a test keeps it up to date.
+
+Row vectors: h is what a site puts out, x what goes in, and Δ is added to h. *Phase* `prompt`
+edits prompt tokens only, so that decode runs the plain base model; `all` edits generated tokens
+too. A method may be put on any site of a layer (`block_output`, `attn_output`, `mlp_output`,
+`heads`, `linear:<path>`), with either phase; listed are those it is meant for, its own first.
+
+Parameters are what training may change on SmolLM2-135M, in all 30 layers, with one unit and rank
+{_RANK}, at the first site named; LoRA on `q_proj` and `v_proj`, BitFit on all linear maps, and
+{_VIRTUAL_TOKENS} virtual tokens for the last two. *Import* names the kinds of source that
+`reft adapter convert` reads it from.
+"""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One method, as text."""
+
+    name: str
+    equation: str
+    phase: str
+    sites: str
+    reads: str
+    parameters: str
+    importable: str
+    source: str
+
+    def cells(self) -> tuple[str, ...]:
+        """In the order of :data:`_COLUMNS`."""
+        return (
+            self.name,
+            self.equation,
+            self.phase,
+            self.sites,
+            self.reads,
+            self.parameters,
+            self.importable,
+            self.source,
+        )
+
+
+_COLUMNS = ("method", "Δ", "phase", "sites", "reads", "parameters", "import", "source")
+_VIRTUAL = (
+    # name, what it adds, kind of PrefixSpec, source
+    ("prefix_tuning", "l keys and values a layer, before the prompt", "kv", "arXiv 2101.00190"),
+    ("prompt_tuning", "l embeddings, before the prompt", "embedding", "arXiv 2104.08691"),
+)
+
+
+def methods(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/methods.md instead of a table")
+    ] = False,
+) -> None:
+    """List the methods: equation, phase, sites, size, origin, and where they import from."""
+    with one_line_errors():
+        rows = list(_rows())
+        if markdown:
+            typer.echo(_HEADER)
+            typer.echo("| " + " | ".join(_COLUMNS) + " |")
+            typer.echo("|" + " --- |" * len(_COLUMNS))
+            for row in rows:
+                typer.echo("| " + " | ".join(c.replace("|", "\\|") for c in row.cells()) + " |")
+            return
+        table = Table(*_COLUMNS)
+        for row in rows:
+            table.add_row(*(escape(cell.replace("`", "")) for cell in row.cells()))
+        Console().print(table)
+
+
+def _rows() -> Iterable[_Row]:
+    """The trainable methods as they are registered, then those made of virtual tokens."""
+    from reft_core.convert import base_from_folder
+    from reft_core.loading import DEMO_MODEL
+    from reft_core.methods import METHODS
+
+    model = base_from_folder(DEMO_MODEL)
+    for name, method in METHODS.items():
+        yield _Row(
+            name=f"`{name}`",
+            equation=method.equation,
+            phase=method.phase,
+            sites=", ".join(f"`{site}`" for site in method.sites),
+            reads=_reads(method),
+            parameters=_share(_num_trainable(method, model), model),
+            importable=_importable(name),
+            source=method.citation,
+        )
+    for name, equation, kind, source in _VIRTUAL:
+        yield _Row(
+            name=f"`{name}`",
+            equation=equation,
+            phase="all",
+            sites="every layer's attention" if kind == "kv" else "the input",
+            reads="",
+            parameters=_share(_num_virtual(kind, model), model),
+            importable=_importable(name),
+            source=source,
+        )
+
+
+def _num_trainable(method: type[Intervention], model: ModelDescription) -> int:
+    """Trainable numbers of one unit in every layer, at the method's first site."""
+    from reft_core.methods.placement import Placement
+
+    sites = None
+    if method.sites == ("linear",):
+        linear = tuple(site for site in model.sites if site.startswith("linear:"))
+        attention = ("linear:self_attn.q_proj", "linear:self_attn.v_proj")
+        sites = attention if method.has_rank else linear
+    placement = Placement.on(
+        model, method.method, layers=tuple(range(model.num_layers)), rank=_RANK, sites=sites
+    )
+    return sum(module.num_trainable for module in placement.build(1).values())
+
+
+def _reads(method: type[Intervention]) -> str:
+    """The state that Δ depends on, if it does."""
+    if method.parts(method.activations[0]) == ("shift",):
+        return ""
+    return "h" if method.source == "output" else "x"
+
+
+def _num_virtual(kind: str, model: ModelDescription) -> int:
+    """Numbers of :data:`_VIRTUAL_TOKENS` virtual tokens."""
+    per_token = model.hidden_size
+    if kind == "kv":
+        per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    return _VIRTUAL_TOKENS * per_token
+
+
+def _share(count: int, model: ModelDescription) -> str:
+    return f"{count:,} ({100 * count / model.num_parameters:.3f} %)"
+
+
+def _importable(name: str) -> str:
+    """The kinds of source that can hold a method."""
+    from reft_core.convert import METHODS_IN
+
+    return ", ".join(kind for kind, names in METHODS_IN.items() if name in names) or "—"
