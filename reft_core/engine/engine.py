@@ -233,8 +233,8 @@ class EmbeddedEngine:
         known = adapter.spec.subspaces or {}
         for name, factor in choice.subspaces.items():
             if name not in known:
-                allowed = f"one of {', '.join(known)}" if known else "nothing: it has no subspaces"
-                raise InvalidRequest.because(f"subspaces of {adapter.spec.name!r}", name, allowed)
+                named = f"one of {', '.join(known)}, those" if known else "nothing, as there are none"
+                raise InvalidRequest.because("subspaces", name, f"{named} of {adapter.spec.name!r}")
             if not abs(factor) <= MAX_STRENGTH:
                 raise InvalidRequest.because(
                     f"subspaces.{name}", factor, f"from -{MAX_STRENGTH} to {MAX_STRENGTH}"

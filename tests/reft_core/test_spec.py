@@ -48,7 +48,6 @@ def full_spec() -> AdapterSpec:
         dtype="bfloat16",
         task=TaskSpec(labels=("yes", "no")),
         template=TemplateSpec(system="{content} ", user="U {content}", generation="A"),
-        strength=-0.1,
         prefix=PrefixSpec(kind="kv", length=7, num_kv_heads=2, head_dim=8),
         subspaces={"tone": (0, 2), "topic": (1,)},
         training=TrainingSpec(
@@ -68,7 +67,13 @@ def narrow_spec() -> AdapterSpec:
 
     Named in the order in which sorted keys bring them back.
     """
-    return make_spec(tiny_description(), method="lora", sites=(NARROWING, WIDENING), layers=[2])
+    return make_spec(
+        tiny_description(),
+        method="lora",
+        sites=(NARROWING, WIDENING),
+        layers=[2],
+        strength=-0.1,  # which a prefix, as in full_spec, does not take
+    )
 
 
 @pytest.mark.parametrize("make", [full_spec, narrow_spec, lambda: make_spec(tiny_description())])
@@ -322,6 +327,14 @@ def test_refused(cls: type[BaseModel], fields: dict[str, Any], field: str, reaso
         (
             {"subspaces": {"a": (0,)}, "method": "red"},
             "subspaces.a: got [0], expected none: a site has no ranks",
+        ),
+        (
+            {"subspaces": {"a": (0,), "b": (1, 0)}},
+            "subspaces: got ranks [0, 1, 0], expected each rank at most once",
+        ),
+        (
+            {"prefix": PrefixSpec(kind="embedding", length=2), "strength": 0.5},
+            "strength: got 0.5, expected 1 with a prefix",
         ),
         ({"name": ""}, "match pattern"),
         ({"name": "-x"}, "match pattern"),
