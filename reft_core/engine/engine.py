@@ -233,8 +233,11 @@ class EmbeddedEngine:
         known = adapter.spec.subspaces or {}
         for name, factor in choice.subspaces.items():
             if name not in known:
-                named = f"one of {', '.join(known)}, those" if known else "nothing, as there are none"
-                raise InvalidRequest.because("subspaces", name, f"{named} of {adapter.spec.name!r}")
+                named = (
+                    f"one of {', '.join(known)}, those" if known else "nothing, as there are none"
+                )
+                allowed = f"{named} of {adapter.spec.name!r}"
+                raise InvalidRequest.because("subspaces", name, allowed)
             if not abs(factor) <= MAX_STRENGTH:
                 raise InvalidRequest.because(
                     f"subspaces.{name}", factor, f"from -{MAX_STRENGTH} to {MAX_STRENGTH}"

@@ -112,9 +112,7 @@ def test_mixed_batch_equals_each_request_alone(
             smollm2.model, request.prompt, len(completion.token_ids), adapter
         )
         assert completion.token_ids == alone
-        logits = reference_logits(
-            smollm2.model, list(request.prompt), len(request.prompt), adapter
-        )
+        logits = reference_logits(smollm2.model, list(request.prompt), len(request.prompt), adapter)
         expected = logits[-1].log_softmax(dim=-1)
         worst = max(
             abs(entry.logprob - float(expected[entry.token_id]))
