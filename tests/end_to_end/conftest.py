@@ -32,6 +32,12 @@ test_rows.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The model as transformers runs it, touched by no engine; for reference results."""
+    return load_model(DEMO_MODEL)
+
+
+@pytest.fixture(scope="session")
 def served() -> LoadedModel:
     """The model that the engine takes over; ``smollm2`` stays untouched for references."""
     return load_model(DEMO_MODEL)
