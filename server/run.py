@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -15,14 +16,16 @@ from server.settings import Settings
 
 _CLOSE_TIMEOUT_S = 5
 """Time for last bytes to leave, once every request has its answer."""
+_SAME_SIGNAL_S = 1.0
+"""Signals this close together are one: a terminal or make may deliver it twice."""
 
 
 class DrainingServer(uvicorn.Server):
     """Ends in order on SIGTERM or SIGINT.
 
     ``/readyz`` turns 503 while the port stays open, requests in flight finish within the
-    drain timeout, then the server closes and the process exits with 0. A second signal
-    ends it at once.
+    drain timeout, then the server closes and the process exits with 0. A second signal,
+    sent a second later or more, ends it at once.
     """
 
     def __init__(self, app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> None:
@@ -41,7 +44,7 @@ class DrainingServer(uvicorn.Server):
         )
         self._app = app
         self._on_ready = on_ready
-        self._end_requested = False
+        self._end_requested_at: float | None = None
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -60,13 +63,15 @@ class DrainingServer(uvicorn.Server):
         """Begin to end; on a second signal, end now."""
         # Not handed to uvicorn, which would raise the signal again after its shutdown and
         # so turn an orderly end into death by signal.
-        if self._end_requested:
+        now = time.monotonic()
+        if self._end_requested_at is None:
+            self._end_requested_at = now
+        elif now - self._end_requested_at > _SAME_SIGNAL_S:
             self.should_exit = self.force_exit = True
-        self._end_requested = True
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: move the end along, if it has begun."""
-        if self._end_requested and self._draining is None:
+        if self._end_requested_at is not None and self._draining is None:
             lifecycle: Lifecycle = self._app.state.services.lifecycle
             self._draining = asyncio.create_task(lifecycle.drain())
         if self._draining is not None and self._draining.done():

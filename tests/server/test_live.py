@@ -278,7 +278,17 @@ def test_what_outlasts_the_drain_timeout_gets_an_error(on_socket, engine, open_s
         assert time.monotonic() - began_at < 5
 
 
-def test_a_second_signal_ends_at_once(on_socket, engine):
+def test_a_signal_delivered_twice_is_one(on_socket, engine):
+    with on_socket() as server:
+        server.uvicorn.handle_exit(signal.SIGTERM, None)
+        server.uvicorn.handle_exit(signal.SIGTERM, None)
+        assert not server.uvicorn.force_exit
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+
+
+def test_a_later_signal_ends_at_once(on_socket, engine, monkeypatch):
+    monkeypatch.setattr("server.run._SAME_SIGNAL_S", 0)
     with on_socket(drain_timeout_s=60) as server:
         server.uvicorn.handle_exit(signal.SIGINT, None)
         server.uvicorn.handle_exit(signal.SIGINT, None)
