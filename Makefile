@@ -2,7 +2,7 @@
 BIN := .venv/bin
 MODEL ?= demo
 
-.PHONY: help demo demo-train test lint format check test-oldest clean
+.PHONY: help demo demo-train test lint format check test-oldest bench-tax clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -36,6 +36,11 @@ check: lint test  ## everything CI asks
 test-oldest:  ## the core tests on the oldest transformers we promise
 	@VENV=.venv-oldest CONSTRAINT='transformers==5.16.*' scripts/install test
 	@OMP_NUM_THREADS=2 .venv-oldest/bin/python -m pytest tests/reft_core
+
+bench-tax:  ## what adapters cost in throughput, against the same requests without any
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.adapter_tax --dtype float32
+	@$(BIN)/python -m benchmarks.adapter_tax --dtype bfloat16
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
