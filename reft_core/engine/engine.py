@@ -38,6 +38,7 @@ from reft_core.errors import (
 )
 from reft_core.loading import LoadedModel
 from reft_core.sites import ModelDescription
+from reft_core.threads import run_in_own_thread
 
 MAX_STRENGTH = 100.0
 """Largest magnitude by which a request may multiply an adapter's edits."""
@@ -69,7 +70,7 @@ class EmbeddedEngine:
             dtype=parameter.dtype,
             device=self._device,
         )
-        self._runner = ModelRunner(loaded, self._kv)
+        self._runner = run_in_own_thread(lambda: ModelRunner(loaded, self._kv))
         self._scheduler = Scheduler(config, self._kv)
 
         self._changed = threading.Condition()

@@ -16,6 +16,7 @@ from reft_core.adapter import check_fits, decode_adapter
 from reft_core.errors import AdapterConflict, AdapterNotFound, InvalidRequest, explain
 from reft_core.sites import ModelDescription
 from reft_core.spec import NAME_PATTERN
+from reft_core.threads import run_in_own_thread
 from server.registry.blobs import BlobStore
 from server.registry.catalog import Catalog, Version
 
@@ -82,7 +83,7 @@ class Registry:
             raise AdapterConflict(
                 explain("name", name, "a name other than the base model's"), field="name"
             )
-        adapter = decode_adapter(data, max_bytes=self._max_bytes)
+        adapter = run_in_own_thread(lambda: decode_adapter(data, max_bytes=self._max_bytes))
         check_fits(adapter.spec, self._model)
         with self._changing:
             digest = self._blobs.put(data)

@@ -1,0 +1,36 @@
+"""Keeps the engine's thread the only one that holds an OpenMP pool."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def run_in_own_thread(function: Callable[[], T]) -> T:
+    """What ``function`` returns or raises, run in a thread that ends with it.
+
+    For heavy torch work outside of the engine's thread, such as loading a model. libgomp
+    keeps a pool of workers for every thread that ever ran a parallel region, for as long as
+    that thread lives, and once all pools together have more threads than there are cores it
+    stops spinning between regions. Every small product of a decode step then waits for a
+    wake-up, and on few cores a step takes about half as long again. A thread that ends takes
+    its pool along.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="reft-once")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
