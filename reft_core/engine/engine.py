@@ -63,14 +63,7 @@ class EmbeddedEngine:
         self._max_model_len = min(config.max_model_len, loaded.description.max_positions)
         parameter = next(loaded.model.parameters())
         self._device = parameter.device
-        self._kv = SlotKV(
-            loaded.description,
-            config.max_num_seqs,
-            self._max_model_len,
-            dtype=parameter.dtype,
-            device=self._device,
-        )
-        self._runner = run_in_own_thread(lambda: ModelRunner(loaded, self._kv))
+        self._kv, self._runner = run_in_own_thread(lambda: self._build(parameter.dtype))
         self._scheduler = Scheduler(config, self._kv)
 
         self._changed = threading.Condition()
@@ -86,6 +79,17 @@ class EmbeddedEngine:
         self._generated_tokens = 0
         self._prefill_steps = 0
         self._decode_steps = 0
+
+    def _build(self, dtype: torch.dtype) -> tuple[SlotKV, ModelRunner]:
+        """The KV store and the runner; both touch enough memory to start OpenMP workers."""
+        kv = SlotKV(
+            self._loaded.description,
+            self._config.max_num_seqs,
+            self._max_model_len,
+            dtype=dtype,
+            device=self._device,
+        )
+        return kv, ModelRunner(self._loaded, kv)
 
     # Called from any thread ---------------------------------------------------------------
 
