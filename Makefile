@@ -11,7 +11,7 @@ demo:  ## install, start the server with the example adapters, print curl lines 
 	@scripts/install demo
 	@$(BIN)/reft demo --model $(MODEL)
 
-demo-train:  ## train the sentiment example from scratch, then load the result in an engine
+demo-train:  ## train and evaluate the sentiment example from scratch, then inspect the result
 	@scripts/install demo train
 	@$(BIN)/reft train examples/sentiment/config.yaml output=runs/demo-train/sentiment.safetensors
 	@$(BIN)/reft adapter inspect runs/demo-train/sentiment.safetensors
