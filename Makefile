@@ -24,7 +24,7 @@ lint:  ## ruff and mypy
 	@scripts/install test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy reft_core server trainer
+	@$(BIN)/mypy reft_core server trainer benchmarks
 
 format:  ## rewrite the sources in the project's format
 	@scripts/install test
