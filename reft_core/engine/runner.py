@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from reft_core.engine.kv import SlotKV
 from reft_core.engine.scheduler import Chunk
 from reft_core.engine.sequence import Sequence as EngineSequence
 from reft_core.errors import UnsupportedModel
-from reft_core.kernels import apply_edits
+from reft_core.kernels import edited
 from reft_core.loading import LoadedModel
-from reft_core.sites import edit_site, find_layers
+from reft_core.sites import find_layers
 
 _CHECK_TOKENS = 12
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -71,7 +71,7 @@ class ModelRunner:
             if chunk.completes_prompt:
                 last_rows.append(len(tokens) - 1)
         plan = build_plan(packed, self._device)
-        with self._edited(plan), self._embedded(virtual):
+        with edited(self._layers, plan), self._embedded(virtual):
             logits = self._forward(
                 torch.tensor([tokens], device=self._device),
                 torch.tensor([positions], device=self._device),
@@ -97,7 +97,7 @@ class ModelRunner:
         if any(sequence.edits and sequence.edits.edits_decode for sequence in running):
             edits = [s.edits if ok else None for s, ok in zip(running, ready, strict=True)]
             plan = build_decode_plan(edits, self._device)
-        with self._edited(plan):
+        with edited(self._layers, plan):
             logits = self._forward(
                 torch.tensor(tokens, device=self._device).unsqueeze(1),
                 position_ids.unsqueeze(1),
@@ -129,20 +129,6 @@ class ModelRunner:
         pairs = zip(adapter.prefix.keys, adapter.prefix.values, strict=True)
         for layer, (key, value) in enumerate(pairs):
             self._kv.append(layer, sequence.slot, 0, key, value)
-
-    @contextmanager
-    def _edited(self, plan: EditPlan) -> Iterator[None]:
-        """The model with ``plan``'s edits hooked in, for one forward."""
-        with ExitStack() as stack:
-            for (layer, site), edits in plan.places.items():
-
-                def edit(hidden: Tensor, x: Tensor, edits: Any = edits) -> Tensor:
-                    rows = hidden.view(-1, hidden.shape[-1])
-                    apply_edits(rows, x.reshape(len(rows), -1), edits)
-                    return hidden
-
-                stack.callback(edit_site(self._layers[layer], site, edit).remove)
-            yield
 
     @contextmanager
     def _embedded(self, virtual: list[tuple[int, Tensor]]) -> Iterator[None]:
