@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 import reft_core.batch as batch_module
-import reft_core.engine.runner as runner_module
+import reft_core.kernels as kernels_module
 from reft_core.adapter import Adapter, EditKey, Prefix, decode_adapter, encode_adapter
 from reft_core.engine.attention import DecodeBatch
 from reft_core.engine.config import EngineConfig
@@ -808,7 +808,7 @@ def test_unloading_does_not_disturb_who_runs(steps: int) -> None:
 
 def test_decode_runs_no_edit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hook on any module and no call of apply_edits; while prefill has both."""
-    apply_edits, forward = runner_module.apply_edits, ModelRunner._forward
+    apply_edits, forward = kernels_module.apply_edits, ModelRunner._forward
     hooks: dict[str, list[int]] = {"prefill": [], "decode": []}
     applied: list[str] = []
     phase = ""
@@ -825,7 +825,7 @@ def test_decode_runs_no_edit_code(monkeypatch: pytest.MonkeyPatch) -> None:
         return forward(self, *args)
 
     engine = make_engine(mild_adapter(), max_prefill_tokens=8)
-    monkeypatch.setattr(runner_module, "apply_edits", spy_apply)
+    monkeypatch.setattr(kernels_module, "apply_edits", spy_apply)
     monkeypatch.setattr(ModelRunner, "_forward", spy_forward)
     recorders = [submit(engine, f"r{i}", LONG[: 5 + i], GREEDY, mild_adapter()) for i in range(3)]
     finish(engine, *recorders)
@@ -846,7 +846,7 @@ def test_decode_has_hooks_only_while_an_adapter_asks_for_them(
     are edited.
     """
     engine = make_engine(everywhere(), mild_adapter(), max_prefill_tokens=8)
-    forward, apply_edits = ModelRunner._forward, runner_module.apply_edits
+    forward, apply_edits = ModelRunner._forward, kernels_module.apply_edits
     decodes: list[tuple[int, set[int]]] = []
     """Hooks of each decode, and rows it edits."""
     rows: set[int] | None = None
@@ -865,7 +865,7 @@ def test_decode_has_hooks_only_while_an_adapter_asks_for_them(
             decodes.append((count_hooks(self._model), rows))
         return logits
 
-    monkeypatch.setattr(runner_module, "apply_edits", spy_apply)
+    monkeypatch.setattr(kernels_module, "apply_edits", spy_apply)
     monkeypatch.setattr(ModelRunner, "_forward", spy_forward)
     prompt = LONG[:5]
     quiet = submit(engine, "prompt only", prompt, greedy(12), mild_adapter())
