@@ -22,7 +22,7 @@ from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.registry import Registry
 from server.residency import Residency
-from server.routes import admin, chat, completions, models, ops
+from server.routes import admin, chat, classify, completions, models, ops
 from server.services import Services
 from server.settings import Settings
 
@@ -59,7 +59,7 @@ def create_app(
     )
     app.add_middleware(RequestContext, metrics=metrics)
     install_handlers(app)
-    for module in (completions, chat, models, ops):
+    for module in (completions, chat, classify, models, ops):
         app.include_router(module.router)
     if settings.admin_key is not None:
         app.include_router(admin.router)

@@ -25,6 +25,9 @@ from server.registry import Registry, Version
 from server.residency import Residency
 from server.vocabulary import Vocabulary
 
+Complete = Callable[[PreTrainedTokenizerBase, Version | None], list[tuple[int, ...]]]
+"""Completions to score, in tokens, given the adapter that ``model`` names if it names one."""
+
 Encode = Callable[[PreTrainedTokenizerBase, TemplateSpec | None], list[list[int]]]
 """Renders and tokenises a request's prompts, given the adapter's own template if it has one."""
 
@@ -53,6 +56,8 @@ class Job:
     """Let answers grow to the end of the context instead of ``params.max_tokens``."""
     n: int = 1
     stops: tuple[str, ...] = ()
+    complete: Complete | None = None
+    """Score these completions, one a choice, instead of generating ``n``."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ class Generator:
         Raises what makes a request unacceptable; then nothing is left behind.
         """
         arrived_at = time.perf_counter()
-        versions, prompts = await asyncio.to_thread(self._prepare, job)
-        generation = Generation(self, job, prompts, arrived_at)
+        versions, prompts, completions = await asyncio.to_thread(self._prepare, job)
+        generation = Generation(self, job, prompts, completions, arrived_at)
         try:
             for version in versions:
                 if version is not None:
@@ -125,8 +130,12 @@ class Generator:
             raise
         return generation
 
-    def _prepare(self, job: Job) -> tuple[list[Version | None], list[list[int]]]:
-        """The adapter versions and the prompts' tokens; blocks on the catalog and tokenizer.
+    def _prepare(
+        self, job: Job
+    ) -> tuple[list[Version | None], list[list[int]], list[tuple[int, ...]]]:
+        """The adapter versions, and the tokens of the prompts and of each choice's completion.
+
+        Blocks on the catalog and tokenizer. A completion that is to be generated is empty.
 
         The prompt is rendered with the template of what ``model`` names. None stands for the
         base model, which has no options and cannot be stacked on something.
@@ -143,7 +152,10 @@ class Generator:
                         f"reft.{option}", value, "nothing, since the base model has no edits"
                     )
         template = versions[0].spec.template if versions[0] else None
-        return versions, job.encode(self._tokenizer, template)
+        completions: list[tuple[int, ...]] = [()] * job.n
+        if job.complete is not None:
+            completions = job.complete(self._tokenizer, versions[0])
+        return versions, job.encode(self._tokenizer, template), completions
 
 
 def _choices(job: Job, versions: Sequence[Version | None]) -> tuple[AdapterChoice, ...]:
@@ -166,15 +178,17 @@ class Generation:
         generator: Generator,
         job: Job,
         prompts: list[list[int]],
+        completions: list[tuple[int, ...]],
         arrived_at: float,
     ) -> None:
         self.versions: list[Version] = []
         """The adapters it holds, in the order they act."""
         self.prompts = prompts
-        self.n = job.n
+        self.n = len(completions)
         self.num_edits = 0
         """(layer, site, position) triples the adapters change, over all sub-requests."""
         self._job = job
+        self._completions = completions
         self._owner = generator
         self._arrived_at = arrived_at
         self._loop = asyncio.get_running_loop()
@@ -201,7 +215,7 @@ class Generation:
         """Submit every choice of every prompt; choice i of prompt p has index p·n + i."""
         owner, job = self._owner, self._job
         for prompt in self.prompts:
-            for i in range(job.n):
+            for i, completion in enumerate(self._completions):
                 index = len(self._choices)
                 choice = _Choice(
                     uuid.uuid4().hex,
@@ -212,6 +226,7 @@ class Generation:
                     tuple(prompt),
                     self._params(len(prompt), i),
                     adapters,
+                    completion,
                 )
                 ticket = owner._engine.submit(request, self._sink(index, choice))
                 self._choices.append(choice)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,7 @@ from reft_core.engine.interface import (
     Output,
     OutputSink,
     Request,
+    SamplingParams,
     Ticket,
     Token,
 )
@@ -111,6 +113,7 @@ class EmbeddedEngine:
     def submit(self, request: Request, sink: OutputSink) -> Ticket:
         """Accept a request; see :meth:`interface.Engine.submit`."""
         self._check_tokens(request)
+        request = _as_scored(request)
         with self._changed:
             sequence = self._new_sequence(request, sink)
             if self._draining or not self.healthy:
@@ -200,6 +203,7 @@ class EmbeddedEngine:
         vocab_size, params = self.model.vocab_size, request.params
         groups = {
             "prompt": request.prompt,
+            "completion": request.completion,
             "logit_bias": params.logit_bias,
             "stop_token_ids": params.stop_token_ids,
         }
@@ -272,7 +276,7 @@ class EmbeddedEngine:
         self._check_length(request, edits)
         params = request.params
         stop_ids = params.stop_token_ids
-        if not params.ignore_eos:
+        if not params.ignore_eos and not request.completion:
             stop_ids = stop_ids | self._loaded.eos_token_ids
         generator = None
         if params.seed is not None:
@@ -423,3 +427,13 @@ class EmbeddedEngine:
             sequences = list(self._open.values())
         for sequence in sequences:
             self._close(sequence, None, "error", error)
+
+
+def _as_scored(request: Request) -> Request:
+    """A request whose completion is given, with the parameters that follow from that."""
+    if not request.completion:
+        return request
+    params = SamplingParams(
+        max_tokens=len(request.completion), temperature=0, logprobs=request.params.logprobs or 0
+    )
+    return replace(request, params=params)

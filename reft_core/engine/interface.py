@@ -111,6 +111,9 @@ class Request:
     params: SamplingParams = SamplingParams()
     adapters: tuple[AdapterChoice, ...] = ()
     """Applied in order: at a site that several edit, each reads what the one before wrote."""
+    completion: tuple[int, ...] = ()
+    """Tokens to take in turn instead of choosing any, to learn their log-probabilities.
+    Stop tokens among them end nothing, and of ``params`` only ``logprobs`` counts."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ def _adjusts(params: SamplingParams) -> bool:
 def _sample_row(logits: Tensor, sequence: Sequence) -> Token:
     """One sequence's token from its logits (V,)."""
     params = sequence.request.params
+    if sequence.request.completion:
+        given = sequence.request.completion[sequence.num_generated]
+        return _with_logprobs(logits, given, params.logprobs or 0)
     model_logits = logits
     if _adjusts(params):
         logits = _adjust(logits.clone(), sequence).clamp_(max=_MAX_LOGIT)

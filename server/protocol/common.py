@@ -88,16 +88,28 @@ LogitBias = Annotated[
 ]
 
 
-class SamplingFields(RequestBody):
-    """What both APIs let a caller say about sampling, and about the request as a whole."""
-
-    UNSUPPORTED: ClassVar[tuple[str, ...]] = ()
-    """Fields known to OpenAI's API that have no meaning here, refused when used."""
+class AdapterRequest(RequestBody):
+    """A body that says which adapters answer, and how they act."""
 
     model: str = Field(
         max_length=256,
         description="base model or adapter: name, name@version or name@sha256:<hex digits>",
     )
+    reft: ReftOptions = Field(default=ReftOptions(), description="extension")
+
+    @property
+    def named(self) -> tuple[NamedAdapter, ...]:
+        """What ``model`` names and what is stacked on it, with their options."""
+        first = NamedAdapter(self.model, self.reft.strength, self.reft.subspaces)
+        return (first, *(NamedAdapter(a.model, a.strength, a.subspaces) for a in self.reft.stack))
+
+
+class SamplingFields(AdapterRequest):
+    """What both APIs let a caller say about sampling, and about the request as a whole."""
+
+    UNSUPPORTED: ClassVar[tuple[str, ...]] = ()
+    """Fields known to OpenAI's API that have no meaning here, refused when used."""
+
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(1, ge=1, description="choices a prompt")
@@ -114,7 +126,6 @@ class SamplingFields(RequestBody):
     repetition_penalty: float | None = Field(None, description="extension")
     stop_token_ids: list[int] = Field(default=[], max_length=128, description="extension")
     ignore_eos: bool = Field(False, description="extension; generate up to max_tokens")
-    reft: ReftOptions = Field(default=ReftOptions(), description="extension")
 
     user: str | None = Field(None, description="accepted, without effect")
     metadata: dict[str, Any] | None = Field(None, description="accepted, without effect")
@@ -122,12 +133,6 @@ class SamplingFields(RequestBody):
     service_tier: str | None = Field(None, description="accepted, without effect")
     safety_identifier: str | None = Field(None, description="accepted, without effect")
     prompt_cache_key: str | None = Field(None, description="accepted, without effect")
-
-    @property
-    def named(self) -> tuple[NamedAdapter, ...]:
-        """What ``model`` names and what is stacked on it, with their options."""
-        first = NamedAdapter(self.model, self.reft.strength, self.reft.subspaces)
-        return (first, *(NamedAdapter(a.model, a.strength, a.subspaces) for a in self.reft.stack))
 
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""

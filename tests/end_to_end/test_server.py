@@ -170,3 +170,23 @@ def test_seeded_sampling_repeats(client: openai.OpenAI) -> None:
 
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_classify_chooses_the_likeliest_label(url: str) -> None:
+    body = {"model": "sentiment", "input": [COMPLAINT, "What a lovely evening, thank you!"]}
+    answer = httpx.post(f"{url}/v1/classify", json=body, timeout=60).json()
+    assert [row["label"] for row in answer["data"]] == ["negative", "positive"]
+    for row in answer["data"]:
+        assert row["num_classes"] == len(row["probs"])
+        assert abs(sum(row["probs"]) - 1) < 1e-6
+        assert max(row["probs"]) > 0.5
+    assert answer["reft"]["adapter"] == "sentiment"
+    assert answer["reft"]["num_edits"] > 0
+
+    given = body | {"labels": ["negative", "banana"]}
+    rows = httpx.post(f"{url}/v1/classify", json=given, timeout=60).json()["data"]
+    assert [label["label"] for label in rows[0]["labels"]] == ["negative", "banana"]
+    assert rows[0]["label"] == "negative"
+    # The label's own probability does not depend on what else was on offer.
+    shared = next(x for x in answer["data"][0]["labels"] if x["label"] == "negative")
+    assert rows[0]["labels"][0]["logprob"] == pytest.approx(shared["logprob"], abs=1e-3)
