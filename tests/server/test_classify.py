@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import math
-
 import pytest
-import torch
 
-from tests.server.fakes import MODEL, make_adapter
+from tests.server.fakes import MODEL
 
 
 def classify(server, **body):
