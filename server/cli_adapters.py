@@ -16,7 +16,7 @@ from rich.table import Table
 from reft_core.errors import ReftError
 from server.cli_convert import convert, export
 from server.cli_errors import one_line_errors
-from server.cli_inspect import diff, inspect
+from server.cli_inspect import describe, diff, inspect
 
 adapters_app = typer.Typer(
     help="Inspect, convert, upload, list and delete adapters.", no_args_is_help=True
@@ -29,6 +29,7 @@ _TIMEOUT_S = 60
 
 
 adapters_app.command()(inspect)
+adapters_app.command()(describe)
 adapters_app.command()(diff)
 adapters_app.command()(convert)
 adapters_app.command()(export)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.cli_errors import one_line_errors
+from server.cli_methods import describe_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,17 @@ def inspect(
         if tokens is not None:
             for drawn in _drawn(tokens, adapter):
                 console.print(drawn)
+
+
+def describe(file: Annotated[Path, typer.Argument(help="An adapter file")]) -> None:
+    """Describe an adapter on the axes of the unified view (arXiv 2110.04366, table 1)."""
+    with one_line_errors():
+        from reft_core.adapter import read_adapter
+        from reft_core.describe import describe_adapter
+
+        spec = read_adapter(file).spec
+        typer.echo(f"{spec.name}: {spec.method} at positions {spec.positions.rule}\n")
+        typer.echo("\n\n".join(describe_text(*where) for where in describe_adapter(spec)))
 
 
 def diff(

@@ -14,6 +14,7 @@ from rich.table import Table
 from server.cli_errors import one_line_errors
 
 if TYPE_CHECKING:
+    from reft_core.describe import Axes
     from reft_core.methods import Intervention
     from reft_core.sites import ModelDescription
 
@@ -72,12 +73,24 @@ _VIRTUAL = (
 
 
 def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One method, 'prefix_tuning', 'prompt_tuning' or 'mam'")
+    ] = None,
+    *,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print docs/methods.md instead of a table")
     ] = False,
 ) -> None:
-    """List the methods: equation, phase, sites, size, origin, and where they import from."""
+    """List the methods: equation, phase, sites, size, origin, and where they import from.
+
+    With a name, describe that one on the axes of the unified view (arXiv 2110.04366, table 1).
+    """
     with one_line_errors():
+        if name is not None:
+            from reft_core.describe import describe_method
+
+            typer.echo("\n\n".join(describe_text(name, axes) for axes in describe_method(name)))
+            return
         rows = list(_rows())
         if markdown:
             typer.echo(_HEADER)
@@ -90,6 +103,11 @@ def methods(
         for row in rows:
             table.add_row(*(escape(cell.replace("`", "")) for cell in row.cells()))
         Console().print(table)
+
+
+def describe_text(heading: str, axes: Axes) -> str:
+    """A heading and one line for each axis."""
+    return "\n".join([heading, *(f"  {label + ':':<25} {text}" for label, text in axes.lines())])
 
 
 def _rows() -> Iterable[_Row]:

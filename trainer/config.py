@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -73,6 +74,17 @@ class TrainConfig(BaseModel):
         default="l1", description="rule of reft_core.positions, or a list of positions"
     )
     tied: bool = True
+    scale: _Positive | None = Field(
+        default=None,
+        description="fixed factor s of methods that have one; absent: the method's own",
+    )
+    alpha: _Positive | None = Field(
+        default=None, description="LoRA's way to state the scale: alpha over rank"
+    )
+    scaling: Literal["rank", "sqrt_rank"] = Field(
+        default="rank",
+        description="what alpha is divided by; 'sqrt_rank' is rank-stabilised (arXiv 2312.03732)",
+    )
     activation: Activation | None = Field(default=None, description="absent: the method's own")
     sites: tuple[str, ...] | None = Field(
         default=None,
@@ -156,6 +168,10 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _as_value_error(lambda: PositionRule.parse(self.positions))
+        if self.scale is not None and self.alpha is not None:
+            raise ValueError("scale and alpha say the same thing; give one of them")
+        if self.alpha is None and self.scaling != "rank":
+            raise ValueError("scaling says what alpha is divided by, and there is no alpha")
         if isinstance(self.layers, tuple):
             if not self.layers:
                 raise ValueError("layers must name at least one layer")
@@ -173,6 +189,13 @@ class TrainConfig(BaseModel):
         """The position rule as the adapter file states it."""
         return PositionSpec(rule=str(PositionRule.parse(self.positions)), tied=self.tied)
 
+    @property
+    def fixed_scale(self) -> float | None:
+        """s of Δ as ``scale`` or ``alpha`` give it; None leaves it to the method."""
+        if self.alpha is None:
+            return self.scale
+        return self.alpha / (self.rank if self.scaling == "rank" else math.sqrt(self.rank))
+
     def placement(self, model: ModelDescription) -> Placement:
         """The method on its sites in ``model``. Raises :class:`TrainingError` if it has none."""
         try:
@@ -184,6 +207,7 @@ class TrainConfig(BaseModel):
                 sites=self.sites,
                 activation=self.activation,
                 phase=self.phase,
+                scale=self.fixed_scale,
             )
         except InvalidRequest as error:
             raise TrainingError(error.message, field=error.field) from None

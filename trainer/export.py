@@ -89,6 +89,8 @@ def _hyperparameters(config: TrainConfig, result: FitResult) -> dict[str, str | 
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
     }
+    if config.fixed_scale is not None:
+        found["scale"] = config.fixed_scale
     if config.system is not None:
         found["system"] = config.system[:_MAX_TEXT]
     return found

@@ -51,6 +51,8 @@ class Intervention(nn.Module, ABC):
     """Whether it edits generated tokens too, unless a config says otherwise."""
     has_rank: ClassVar[bool] = True
     """Whether its rank is a choice."""
+    has_scale: ClassVar[bool] = False
+    """Whether Δ has a fixed factor s that is a choice, held in ``scale``."""
 
     def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
         super().__init__()
@@ -60,6 +62,7 @@ class Intervention(nn.Module, ABC):
         self.sizes = sizes
         self.rank = rank
         self.activation: Activation = activation
+        self.scale = 1.0
 
     @abstractmethod
     def forward(self, h: Tensor, x: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ class Bottleneck(Intervention):
         self.down_bias = nn.Parameter(torch.zeros(rank))
         self.up = nn.Parameter(torch.zeros(sizes.out_size, rank))
         self.up_bias = nn.Parameter(torch.zeros(sizes.out_size))
-        self.scale = 1.0
 
     @override
     def forward(self, h: Tensor, x: Tensor) -> Tensor:

@@ -27,13 +27,13 @@ class LoRA(Intervention):
     sites = ("linear",)
     source = "input"
     phase = "all"
+    has_scale = True
 
     def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
         super().__init__(sizes, rank, activation)
         self.down = nn.Parameter(torch.empty(rank, self.x_size))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self.up = nn.Parameter(torch.zeros(sizes.out_size, rank))
-        self.scale = 1.0
 
     @override
     def forward(self, h: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from reft_core.adapter import EditKey
 from reft_core.edits import Activation
 from reft_core.errors import InvalidRequest
-from reft_core.methods import Intervention, SiteSizes, get_method
+from reft_core.methods import METHODS, Intervention, SiteSizes, get_method
 from reft_core.methods.base import Phase
 from reft_core.sites import ModelDescription
 from reft_core.spec import MAX_RANK, SiteSpec
@@ -24,6 +24,8 @@ class Placement:
     rank: int
     activation: Activation
     phase: Phase
+    scale: float | None = None
+    """s of Δ, for methods that have one; None is the method's own."""
 
     @classmethod
     def on(
@@ -36,13 +38,15 @@ class Placement:
         sites: tuple[str, ...] | None = None,
         activation: Activation | None = None,
         phase: Phase | None = None,
+        scale: float | None = None,
     ) -> Placement:
         """The placement, with the method's own defaults for what is left out.
 
         Raises :class:`InvalidRequest` naming the option for an unknown method, a site the
         model does not have or the method cannot take, an activation the method does not
-        take, or a rank or layer out of range. Methods on linear maps have no default site:
-        which maps is a choice. Methods without a rank ignore ``rank``.
+        take, a rank or layer out of range, or a scale where the method has none. Methods on
+        linear maps have no default site: which maps is a choice. Methods without a rank
+        ignore ``rank``.
         """
         kind = get_method(method)
         chosen = sites if sites is not None else kind.sites[:1]
@@ -63,7 +67,10 @@ class Placement:
             raise InvalidRequest.because(
                 "layers", list(layers), f"some of 0 to {model.num_layers - 1}, ascending, each once"
             )
-        placement = cls(kind, model, chosen, layers, rank, act, phase or kind.phase)
+        if scale is not None and not kind.has_scale:
+            scaled = ", ".join(name for name, other in METHODS.items() if other.has_scale)
+            raise InvalidRequest.because("scale", scale, f"none; methods with one are {scaled}")
+        placement = cls(kind, model, chosen, layers, rank, act, phase or kind.phase, scale)
         most = min(placement._most_rank(site) for site in chosen)
         if kind.has_rank and not 1 <= rank <= most:
             raise InvalidRequest.because("rank", rank, f"1 to {most}")
@@ -72,7 +79,7 @@ class Placement:
     def build(self, num_units: int) -> dict[EditKey, Intervention]:
         """Freshly initialised interventions, one a layer, site and unit."""
         return {
-            EditKey(layer, site, unit): self.method(self._sizes(site), self.rank, self.activation)
+            EditKey(layer, site, unit): self._intervention(site)
             for site in self.sites
             for layer in self.layers
             for unit in range(num_units)
@@ -95,6 +102,13 @@ class Placement:
                 out_size=None if sizes.out_size == hidden else sizes.out_size,
             )
         return specs
+
+    def _intervention(self, site: str) -> Intervention:
+        """One freshly initialised intervention."""
+        built = self.method(self._sizes(site), self.rank, self.activation)
+        if self.scale is not None:
+            built.scale = self.scale
+        return built
 
     def _most_rank(self, site: str) -> int:
         """Largest rank at a site: what is stored must fit its widths and the file format."""

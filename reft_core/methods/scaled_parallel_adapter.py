@@ -14,6 +14,7 @@ class ScaledParallelAdapter(Bottleneck):
     equation = "s·(act(xW_down + b)W_up + b'), s = 4"
     citation = "arXiv 2110.04366, §4.6"
     source = "input"
+    has_scale = True
 
     def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "relu") -> None:
         super().__init__(sizes, rank, activation)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from reft_core.adapter import EditKey, check_fits, decode_adapter, encode_adapter
 from reft_core.errors import InvalidRequest
@@ -293,3 +294,21 @@ def test_every_method_fits_every_site_of_every_family(family: str) -> None:
         adapter = decode_adapter(encode_adapter(spec, moved_edits(placement)))
         check_fits(adapter.spec, model)
         assert len(adapter.edits) == NUM_LAYERS * len(sites)
+
+
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.has_scale])
+def test_the_scale_multiplies_what_is_served(method: str) -> None:
+    """Trained and served Δ agree, and twice the scale is twice the Δ."""
+    sites = ("linear:self_attn.q_proj",) if method == "lora" else None
+    deltas = []
+    for scale in (0.75, 1.5):
+        torch.manual_seed(0)
+        placement = Placement.on(
+            tiny_description(), method, layers=(0,), rank=2, sites=sites, scale=scale
+        )
+        (module,) = placement.build(1).values()
+        torch.nn.init.normal_(module.up)
+        x, h = torch.randn(3, module.x_size), torch.randn(3, module.sizes.out_size)
+        torch.testing.assert_close(module.to_edit().delta(h, x), module(h, x).detach())
+        deltas.append(module.to_edit().delta(h, x))
+    torch.testing.assert_close(deltas[1], 2 * deltas[0])

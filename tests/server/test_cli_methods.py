@@ -64,3 +64,25 @@ def test_the_table_for_a_terminal():
     for name, method in METHODS.items():
         assert name in result.output
         assert method.equation in result.output
+
+
+def test_one_method_on_the_papers_axes():
+    result = runner.invoke(app, ["methods", "mam"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("composition function:") == 2
+    assert "insertion form:           parallel" in result.output
+
+
+def test_an_unknown_method_ends_in_one_line():
+    result = runner.invoke(app, ["methods", "ia3"])
+    assert result.exit_code == 1
+    assert "method: got 'ia3'" in result.output
+
+
+def test_an_adapter_on_the_papers_axes():
+    file = DOCS.parents[1] / "examples" / "sentiment" / "sentiment.safetensors"
+    result = runner.invoke(app, ["adapter", "describe", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "sentiment: loreft at positions l1" in result.output
+    assert "(h·down + bias)·up [rank 4]" in result.output
+    assert "insertion form:           sequential" in result.output

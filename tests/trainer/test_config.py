@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from reft_core.errors import TrainingError
+from tests.factories import tiny_description
 from trainer.config import TrainConfig, load_config
 
 MINIMAL = "name: x\ntrain: train.jsonl\nvalid: sub/valid.jsonl\n"
@@ -145,3 +146,45 @@ def test_a_list_of_positions_becomes_a_rule() -> None:
 def test_configs_survive_json(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL + "layers: [1]\nlabels: [a, b]\ntemplate: {}\n"))
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, None),
+        ({"scale": 2.5}, 2.5),
+        ({"alpha": 16, "rank": 4}, 4.0),
+        ({"alpha": 16, "rank": 4, "scaling": "sqrt_rank"}, 8.0),
+    ],
+)
+def test_the_scale_of_lora(settings: dict, scale: float | None) -> None:
+    config = TrainConfig(
+        name="a",
+        train="t",
+        valid="v",
+        method="lora",
+        sites=("linear:self_attn.q_proj",),
+        **settings,
+    )
+    assert config.fixed_scale == scale
+    built = config.placement(tiny_description()).build(1)
+    assert {module.scale for module in built.values()} == {scale or 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": 1, "alpha": 1}, "give one of them"),
+        ({"scaling": "sqrt_rank"}, "there is no alpha"),
+        ({"alpha": 0}, "greater than 0"),
+    ],
+)
+def test_scales_that_make_no_sense_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(name="a", train="t", valid="v", method="lora", **settings)
+
+
+def test_a_method_without_a_scale_refuses_one() -> None:
+    config = TrainConfig(name="a", train="t", valid="v", alpha=16)
+    with pytest.raises(TrainingError, match=r"scale: got 4.0.*methods with one are .*lora"):
+        config.placement(tiny_description())
