@@ -2,7 +2,7 @@
 BIN := .venv/bin
 MODEL ?= demo
 
-.PHONY: help demo demo-train test lint format check test-oldest bench-tax clean
+.PHONY: help demo demo-train test lint format check test-oldest bench-tax bench-kernel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -41,6 +41,10 @@ bench-tax:  ## what adapters cost in throughput, against the same requests witho
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.adapter_tax --dtype float32
 	@$(BIN)/python -m benchmarks.adapter_tax --dtype bfloat16
+
+bench-kernel:  ## ways to apply edits against each other, and their share of a prefill
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.kernel
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
