@@ -1,10 +1,11 @@
-"""Three ways to apply a place's edits, and how much of a prefill edits take.
+"""Ways to apply a place's edits, and how much of a prefill edits take.
 
 Ways, for A adapters of rank r with 14 rows each (f7+l7) in a packed (N, d) tensor:
 
-- loop: the served kernel, two thin products an adapter on its own rows;
+- loop: two thin products an adapter on its own rows;
 - stacked: one bmm over (A, 14, d) rows and (A, d, r) stacks, which are made once and not timed;
-- restacked: the same with the stacks made by each call, as a plan that is used once needs;
+- served: what the server runs. It stacks within each call, as a plan is used once a layer, from
+  three adapters on, and loops below;
 - gather: each row multiplied with its own copy of the weights, (14·A, d, r).
 
 All read and write the same rows and must agree. Every repeat runs each way in turn. The share
@@ -21,6 +22,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -56,19 +58,17 @@ def ways_of(
     state = hidden.clone()
     owner = torch.arange(num_adapters, device=device).repeat_interleave(ROWS)
 
+    together = [replace(edit, depth=0) for edit in edits]
+
     def loop() -> None:
         kernels.apply_edits(state, state, edits)
+
+    def served() -> None:
+        kernels.apply_edits(state, state, together)
 
     def stacked() -> None:
         h = state.index_select(0, order).float().view(num_adapters, ROWS, size)
         edited = torch.baddbmm(h, torch.baddbmm(bias, h, down), up)
-        state.index_copy_(0, order, edited.view(-1, size).to(state.dtype))
-
-    def restacked() -> None:
-        h = state.index_select(0, order).float().view(num_adapters, ROWS, size)
-        inner = torch.bmm(h, torch.stack([edit.edit.down for edit in edits]))
-        inner += torch.stack([edit.edit.bias for edit in edits]).unsqueeze(1)
-        edited = torch.baddbmm(h, inner, torch.stack([edit.edit.up for edit in edits]))
         state.index_copy_(0, order, edited.view(-1, size).to(state.dtype))
 
     def gather() -> None:
@@ -81,7 +81,7 @@ def ways_of(
         state.copy_(hidden)
         return result
 
-    ways = {"loop": loop, "stacked": stacked, "restacked": restacked}
+    ways = {"loop": loop, "stacked": stacked, "served": served}
     if len(hidden) * size * rank * 4 * 2 <= MAX_GATHER_BYTES:
         ways["gather"] = gather
     return ways, read

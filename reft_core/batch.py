@@ -140,6 +140,9 @@ class RowEdit:
     rows: Tensor
     """(K,) int64, unique, on the engine's device."""
     strength: float
+    depth: int | None = None
+    """Place in its request's stack. Edits of one depth change different rows, so they may be
+    applied in any order, or together. None: nothing is known of its neighbours."""
 
 
 Place = tuple[int, str]
@@ -177,11 +180,11 @@ class _PlanBuilder:
         """The plan. Layers of one adapter mostly share their rows, so also the index tensor."""
         tensors: dict[tuple[int, ...], Tensor] = {}
         places: dict[Place, list[RowEdit]] = defaultdict(list)
-        for (_, use, key), rows in sorted(self._rows.items(), key=lambda item: item[0][0]):
+        for (depth, use, key), rows in sorted(self._rows.items(), key=lambda item: item[0][0]):
             index = tuple(rows)
             if index not in tensors:
                 tensors[index] = torch.tensor(rows, dtype=torch.int64, device=device)
-            row_edit = RowEdit(use.edits[key], tensors[index], use.strength)
+            row_edit = RowEdit(use.edits[key], tensors[index], use.strength, depth)
             places[key.layer, key.site].append(row_edit)
         return EditPlan(dict(places))
 

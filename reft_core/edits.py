@@ -13,7 +13,7 @@ Dimension letters: N tokens, d width of h (mostly the hidden size), r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -116,6 +116,7 @@ class Edit:
         h (N, d) is the site's output, x (N, d_x) its input; x is needed, and read, only when
         ``source`` is "input". Both may be of any float dtype. The arithmetic is float32:
         bfloat16 has 8 bits of mantissa, and LoReFT's difference is of nearly equal numbers.
+        Of a stack of A edits (:func:`stack_edits`), h, x and Δ have A in front.
         """
         h = h.float()
         if self.source == "input":
@@ -125,7 +126,11 @@ class Edit:
             x = h
         out: Tensor | None = None
         if self.down is not None and self.up is not None:
-            inner = x @ self.down if self.bias is None else torch.addmm(self.bias, x, self.down)
+            if self.bias is None:
+                inner = x @ self.down
+            else:
+                product = torch.addmm if x.dim() == 2 else torch.baddbmm
+                inner = product(self.bias, x, self.down)
             inner = activate(self.activation, inner)  # (N, r)
             if self.skip is not None:
                 inner = inner - x @ self.skip
@@ -133,7 +138,21 @@ class Edit:
             if self.scale != 1.0:
                 out = out * self.scale
         if self.shift is not None:
-            out = self.shift.repeat(len(h), 1) if out is None else out + self.shift
+            out = self.shift.expand_as(h).clone() if out is None else out + self.shift
         if self.gain is not None:
             out = self.gain * h if out is None else torch.addcmul(out, self.gain, h)
         return torch.zeros_like(h) if out is None else out
+
+
+def stack_edits(edits: Sequence[Edit]) -> Edit:
+    """One edit whose :meth:`Edit.delta` applies each of ``edits`` to its own (N, d) rows.
+
+    They must be alike in rank, parts, activation, scale and source. Matrices get A in front,
+    vectors become (A, 1, ·), so that all of them broadcast over N.
+    """
+    first = edits[0]
+    parts: dict[str, Tensor] = {}
+    for part, tensor in first.parts():
+        stack = torch.stack([getattr(edit, part) for edit in edits])
+        parts[part] = stack.unsqueeze(1) if tensor.dim() == 1 else stack
+    return replace(first, **parts)  # type: ignore[arg-type]

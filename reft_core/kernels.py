@@ -2,29 +2,73 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reft_core.batch import EditPlan, RowEdit
+from reft_core.edits import stack_edits
 from reft_core.sites import edit_site
+
+LEAST_STACK = 3
+"""Fewest edits that are worth stacking, by benchmarks/kernel.py: the copies that make a stack
+cost less than the launches it saves, from three adapters on, at ranks 1 to 64."""
 
 
 def apply_edits(hidden: Tensor, x: Tensor, edits: Iterable[RowEdit]) -> None:
     """Change rows of ``hidden`` (N, d) in place, in order: h ← h + strength · Δ(h, x).
 
     ``x`` (N, d_x) is the site's input. The sum is taken in float32 and rounded once to
-    ``hidden``'s dtype. A loop over adapters, each two thin products on its gathered rows;
-    the weights are never copied.
+    ``hidden``'s dtype. Edits of one depth that are alike in shape go through one batched
+    product; the others one by one, each two thin products on its gathered rows.
     """
-    for row_edit in edits:
-        edit, rows = row_edit.edit, row_edit.rows
-        h = hidden.index_select(0, rows).float()  # (K, d)
-        delta = edit.delta(h, x.index_select(0, rows) if edit.source == "input" else None)
-        edited = h.add(delta, alpha=row_edit.strength)
-        hidden.index_copy_(0, rows, edited.to(hidden.dtype))
+    for group in _alike(edits):
+        if len(group) < LEAST_STACK:
+            for row_edit in group:
+                _apply(hidden, x, row_edit)
+        else:
+            _apply_stacked(hidden, x, group)
+
+
+def _alike(edits: Iterable[RowEdit]) -> Iterable[list[RowEdit]]:
+    """The edits in groups that may be stacked, none moved before one of another depth."""
+    groups: dict[tuple[object, ...], list[RowEdit]] = defaultdict(list)
+    for place, row_edit in enumerate(edits):
+        edit = row_edit.edit
+        key: tuple[object, ...] = (None, place)
+        if row_edit.depth is not None:
+            shapes = tuple((part, tensor.shape) for part, tensor in edit.parts())
+            rows = len(row_edit.rows)
+            key = (row_edit.depth, rows, shapes, edit.activation, edit.scale, edit.source)
+        groups[key].append(row_edit)
+    return groups.values()
+
+
+def _apply(hidden: Tensor, x: Tensor, row_edit: RowEdit) -> None:
+    """Apply one edit to its rows."""
+    edit, rows = row_edit.edit, row_edit.rows
+    h = hidden.index_select(0, rows).float()  # (K, d)
+    delta = edit.delta(h, x.index_select(0, rows) if edit.source == "input" else None)
+    edited = h.add(delta, alpha=row_edit.strength)
+    hidden.index_copy_(0, rows, edited.to(hidden.dtype))
+
+
+def _apply_stacked(hidden: Tensor, x: Tensor, group: list[RowEdit]) -> None:
+    """Apply A alike edits, each to its own K rows, in one batched product."""
+    edit = stack_edits([row_edit.edit for row_edit in group])
+    rows = torch.cat([row_edit.rows for row_edit in group])  # (A·K,)
+    shape = (len(group), len(group[0].rows))
+    h = hidden.index_select(0, rows).float().view(*shape, -1)  # (A, K, d)
+    read = x.index_select(0, rows).view(*shape, -1) if edit.source == "input" else None
+    delta = edit.delta(h, read)
+    strengths = [row_edit.strength for row_edit in group]
+    if any(strength != 1 for strength in strengths):
+        delta = delta * h.new_tensor(strengths).view(-1, 1, 1)
+    hidden.index_copy_(0, rows, (h + delta).view(len(rows), -1).to(hidden.dtype))
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -146,3 +148,36 @@ def test_edits_of_one_row_act_in_order(second: str) -> None:
         found = hidden.clone()
         apply_edits(found, x, order)
         assert_close(found, expected)
+
+
+def at_depth(edit: RowEdit, depth: int) -> RowEdit:
+    return replace(edit, depth=depth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stack_of_alike_edits_equals_the_loop(method: str, dtype: torch.dtype) -> None:
+    """Alike edits between others of another rank or row count, each with its own strength."""
+    rows = [[3, 0], [7, 5], [1, 11], [10, 2], [4], [8, 9]]
+    ranks = [3, 3, 3, 3, 3, 2]
+    edits = [
+        at_depth(row_edit(random_edit(method, rank), own, 0.5 + 0.25 * i), 0)
+        for i, (rank, own) in enumerate(zip(ranks, rows, strict=True))
+    ]
+    hidden, x = torch.randn(N, D).to(dtype), torch.randn(N, X).to(dtype)
+    expected = loop(hidden, edits, x)
+    apply_edits(hidden, x, edits)
+    assert_close(hidden.float(), expected.float(), 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_depths_are_applied_in_order() -> None:
+    """Three stacks of two, alike throughout, on the same rows: depth 0 before depth 1."""
+    rows = [[0, 1], [2, 3], [4, 5]]
+    first = [at_depth(row_edit(random_edit("loreft"), own), 0) for own in rows]
+    second = [at_depth(row_edit(random_edit("loreft"), own), 1) for own in rows]
+    hidden = torch.randn(N, D)
+    expected = loop(hidden, [*first, *second])
+    swapped = loop(hidden, [*second, *first])
+    assert (expected - swapped).abs().max() > 1e-2, "the order matters here"
+    apply_edits(hidden, NO_INPUT, [*first, *second])
+    assert_close(hidden, expected)
