@@ -26,7 +26,7 @@ from tests.fixtures.tiny import base_model
 from tests.reference.slow import reference_generate, reference_logits
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of the largest logit: float32 rounds otherwise on another CPU
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,11 @@ def assert_reproduces(adapter: Adapter, case: Case) -> None:
         changed += bool((plain - logits).abs().max() > 0.1)
         assert reference_generate(base, tuple(prompt), num_greedy, adapter) == greedy
     assert changed > len(case.prompts) / 2, "the adapters of these cases must matter"
-    assert worst <= TOLERANCE, f"reference: largest difference {worst}"
+    allowed = TOLERANCE * max(float(logits.abs().max()) for logits in case.logits)
+    assert worst <= allowed, f"reference: largest difference {worst}, allowed {allowed}"
     worst, tokens = _through_the_engine(adapter, case)
     assert tokens == case.greedy
-    assert worst <= TOLERANCE, f"engine: largest difference {worst}"
+    assert worst <= allowed, f"engine: largest difference {worst}, allowed {allowed}"
 
 
 def _through_the_engine(adapter: Adapter, case: Case) -> tuple[float, list[list[int]]]:
