@@ -17,9 +17,10 @@ from reft_core.errors import ReftError
 from server.cli_convert import convert, export
 from server.cli_errors import one_line_errors
 from server.cli_inspect import describe, diff, inspect
+from server.cli_mix import mix
 
 adapters_app = typer.Typer(
-    help="Inspect, convert, upload, list and delete adapters.", no_args_is_help=True
+    help="Inspect, convert, mix, upload, list and delete adapters.", no_args_is_help=True
 )
 
 Url = Annotated[str, typer.Option(envvar="REFT_URL", help="The server")]
@@ -33,6 +34,7 @@ adapters_app.command()(describe)
 adapters_app.command()(diff)
 adapters_app.command()(convert)
 adapters_app.command()(export)
+adapters_app.command()(mix)
 
 
 @adapters_app.command()

@@ -26,7 +26,7 @@ MAX_TOKENS = 5
 RULES = ("l1", "f2+l3", "prompt", "f1+l2", "0,2,-1")
 
 
-def one_adapter_a_method(model: ModelDescription) -> list[Adapter]:
+def one_adapter_a_method(model: ModelDescription, size: float = 0.7) -> list[Adapter]:
     """Every method at its own site and phase; linear methods on the last linear of a layer."""
     linears = tuple(name for name in model.sites if name.startswith("linear:"))
     found = []
@@ -37,7 +37,7 @@ def one_adapter_a_method(model: ModelDescription) -> list[Adapter]:
             random_adapter(
                 model,
                 seed=index,
-                size=0.7,
+                size=size,
                 method=name,
                 name=name,
                 sites=sites,
@@ -48,9 +48,9 @@ def one_adapter_a_method(model: ModelDescription) -> list[Adapter]:
     return found
 
 
-def stacks(model: ModelDescription) -> list[Stack]:
+def stacks(model: ModelDescription, size: float = 0.7) -> list[Stack]:
     """Base, each method alone, prompt-only LoRA, prefixes, and stacks of two and three."""
-    alone = one_adapter_a_method(model)
+    alone = one_adapter_a_method(model, size)
     linear = next(name for name in model.sites if name.startswith("linear:"))
     prompt_lora = random_adapter(
         model, seed=40, method="lora", sites=(linear,), positions="prompt", phase="prompt"

@@ -1,0 +1,274 @@
+"""Pre-mixing: one adapter file that does what a stack of several would.
+
+A stack applies its adapters in order, each with its strength, so at a site that two of them
+edit, the second reads what the first wrote. Where that composition is itself a canonical edit
+it is computed here exactly, once, instead of in every request:
+
+- edits of the site's output with the identity activation are affine maps, which compose:
+  ranks add up, and gains multiply;
+- edits of the site's input do not read each other, so they add up, also with a non-linear
+  activation if it is the same one;
+- an edit alone at its place takes its strength into ``up``, ``shift`` and ``gain``.
+
+Anything else is refused, never approximated: such adapters can still be stacked per request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from reft_core.adapter import Adapter, EditKey, encode_adapter
+from reft_core.edits import PARTS, Edit, Part
+from reft_core.errors import InvalidRequest
+from reft_core.spec import AdapterSpec, SiteSpec, TrainingSpec
+
+MIXED = "mixed"
+"""The method of an adapter mixed from several methods."""
+
+_LOW_RANK: tuple[Part, ...] = ("down", "skip", "up", "bias")
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """An adapter and the strength it is mixed in with."""
+
+    adapter: Adapter
+    strength: float
+
+
+def mix(ingredients: Sequence[Ingredient], name: str) -> bytes:
+    """The file of one adapter that equals ``ingredients`` stacked in this order.
+
+    Base, positions, template and task must be the same in all of them. Subspaces are not kept:
+    their ranks are no longer separate. Raises :class:`InvalidRequest` naming what cannot be
+    mixed, or :class:`AdapterFileInvalid` if the result is not a valid adapter.
+    """
+    adapters = [ingredient.adapter for ingredient in ingredients]
+    if len(adapters) < 2:
+        raise InvalidRequest.because("adapters", len(adapters), "at least 2 to mix")
+    for ingredient in ingredients:
+        if not math.isfinite(ingredient.strength):
+            raise InvalidRequest.because("strength", ingredient.strength, "a finite number")
+    specs = [adapter.spec for adapter in adapters]
+    first = specs[0]
+    _same("base", [spec.base.fingerprint for spec in specs])
+    _same("positions", [spec.positions for spec in specs])
+    _same("template", [spec.template for spec in specs])
+    _same("task", [spec.task for spec in specs])
+    sites = {site: _mixed_site(site, specs) for spec in specs for site in spec.sites}
+    edits = {
+        key: _padded(edit, sites[key.site], first.base.hidden_size)
+        for key, edit in _mixed_edits(ingredients).items()
+    }
+    methods = {spec.method for spec in specs}
+    mixed = first.model_copy(
+        update={
+            "name": name,
+            "description": "Mixed from "
+            + ", ".join(f"{part.adapter.spec.name} at {part.strength:g}" for part in ingredients),
+            "method": methods.pop() if len(methods) == 1 else MIXED,
+            "dtype": "float32",
+            "sites": sites,
+            "prefix": None,
+            "subspaces": None,
+            "strength": 1.0,
+            "training": TrainingSpec(
+                tool="reft adapter mix",
+                data={
+                    spec.name: adapter.digest for spec, adapter in zip(specs, adapters, strict=True)
+                },
+            ),
+        }
+    )
+    prefixed = _the_prefixed(ingredients)
+    if prefixed is not None:
+        mixed = mixed.model_copy(update={"prefix": prefixed.spec.prefix})
+    checked = AdapterSpec.model_validate(mixed.model_dump())
+    return encode_adapter(checked, edits, prefixed.prefix if prefixed else None)
+
+
+def _same(field: str, values: Sequence[object]) -> None:
+    """Refuse a mix whose adapters differ in ``field``."""
+    for value in values[1:]:
+        if value != values[0]:
+            raise InvalidRequest.because(
+                field,
+                value,
+                f"{values[0]}, as in the first adapter; stack them per request instead",
+            )
+
+
+def _the_prefixed(ingredients: Sequence[Ingredient]) -> Adapter | None:
+    """The one adapter with virtual tokens, if there is one."""
+    found = [part for part in ingredients if part.adapter.prefix is not None]
+    if len(found) > 1:
+        names = [part.adapter.spec.name for part in found]
+        raise InvalidRequest.because("prefix", names, "at most one adapter with virtual tokens")
+    if not found:
+        return None
+    if found[0].strength != 1:
+        raise InvalidRequest.because(
+            "strength", found[0].strength, "1 for an adapter with a prefix"
+        )
+    return found[0].adapter
+
+
+def _mixed_site(name: str, specs: Sequence[AdapterSpec]) -> SiteSpec:
+    """The site's spec: every adapter's layers, ranks added up, parts united."""
+    held = [spec.sites[name] for spec in specs if name in spec.sites]
+    for field in ("phase", "source", "activation"):
+        _same(f"sites.{name}.{field}", [getattr(site, field) for site in held])
+    layers = sorted({layer for site in held for layer in site.layers})
+    if held[0].activation != "identity" and held[0].source == "output":
+        _refuse_shared_layers(name, held)
+    ranks = [sum(site.rank for site in held if layer in site.layers) for layer in layers]
+    parts = {part for site in held for part in site.parts}
+    if held[0].activation == "identity":
+        parts.discard("skip")  # folded into down
+    if held[0].source == "output" and parts & {"shift", "bias"} and "down" in parts:
+        parts.add("bias")  # what one adapter shifts, the next one's down reads
+    shared = held[0].model_copy(
+        update={
+            "layers": tuple(layers),
+            "rank": max(ranks),
+            "parts": tuple(part for part in PARTS if part in parts),
+            "scale": 1.0,
+        }
+    )
+    limit = min(shared.sizes(specs[0].base.hidden_size))
+    if shared.rank > limit:
+        raise InvalidRequest.because(
+            f"sites.{name}.rank", shared.rank, f"at most {limit} when mixed"
+        )
+    return shared
+
+
+def _refuse_shared_layers(name: str, held: Sequence[SiteSpec]) -> None:
+    """Non-linear edits of an output compose to no canonical edit."""
+    layers = [layer for site in held for layer in site.layers]
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise InvalidRequest.because(
+            f"sites.{name}",
+            f"activation {held[0].activation!r} twice in layers {twice}",
+            "activation 'identity' where adapters overlap; or stack them per request",
+        )
+
+
+def _mixed_edits(ingredients: Sequence[Ingredient]) -> Mapping[EditKey, Edit]:
+    """The composed edit at every place, in the order of the stack."""
+    places: dict[EditKey, list[Edit]] = {}
+    for part in ingredients:
+        for key, edit in part.adapter.edits.items():
+            places.setdefault(key, []).append(_at_strength(edit.fold(), part.strength))
+    return {key: reduce(_after, edits) for key, edits in places.items()}
+
+
+def _at_strength(edit: Edit, strength: float) -> Edit:
+    """An edit whose Δ is ``strength`` times as large; its scale is worked in."""
+    factor = strength * edit.scale
+    return replace(
+        edit,
+        up=_map(lambda up: up * factor, edit.up),
+        shift=_map(lambda shift: shift * strength, edit.shift),
+        gain=_map(lambda gain: gain * strength, edit.gain),
+        scale=1.0,
+    )
+
+
+def _after(first: Edit, second: Edit) -> Edit:
+    """The edit that equals ``first``, then ``second`` on what it wrote. Both at strength 1.
+
+    Of a site's output, with h₁ = h + (h·D₁ + b₁)·U₁ + c₁ + g₁∘h put into the second:
+
+        D = [D₁, D₂ + g₁∘D₂ + D₁·U₁·D₂]     b = [b₁, b₂ + (b₁·U₁ + c₁)·D₂]
+        U = [U₁ + g₂∘U₁; U₂]                c = c₁ + g₂∘c₁ + c₂
+        g = g₁ + g₂ + g₁∘g₂
+
+    Of its input, which no edit changes, D₂ and b₂ stay as they are; the gain still reads the
+    output.
+    """
+    down, bias = second.down, second.bias
+    if second.source == "output" and second.down is not None:
+        moved = second.down
+        if first.gain is not None:
+            moved = moved + first.gain.unsqueeze(1) * second.down
+        if first.down is not None and first.up is not None:
+            moved = moved + first.down @ (first.up @ second.down)
+        down = moved
+        constant = first.shift
+        if first.bias is not None and first.up is not None:
+            constant = _sum(constant, first.bias @ first.up)
+        if constant is not None:
+            bias = _sum(second.bias, constant @ second.down)
+    up, shift = first.up, first.shift
+    if second.gain is not None:
+        gain = second.gain
+        up = _map(lambda up: up + up * gain, up)
+        shift = _map(lambda shift: shift + shift * gain, shift)
+    first_bias = first.bias
+    if first_bias is None and bias is not None and first.down is not None:
+        first_bias = first.down.new_zeros(first.rank)
+    if bias is None and first_bias is not None and down is not None:
+        bias = down.new_zeros(second.rank)
+    both_gains = _sum(first.gain, second.gain)
+    if first.gain is not None and second.gain is not None:
+        both_gains = _sum(both_gains, first.gain * second.gain)
+    return replace(
+        first,
+        down=_join(first.down, down, 1),
+        skip=_join(*_with_zeros(first, second), 1),
+        up=_join(up, second.up, 0),
+        bias=_join(first_bias, bias, 0),
+        shift=_sum(shift, second.shift),
+        gain=both_gains,
+    )
+
+
+def _with_zeros(first: Edit, second: Edit) -> tuple[Tensor | None, Tensor | None]:
+    """Both edits' skips; where one alone has any, zeros stand for the other's."""
+    if first.skip is None and second.skip is None:
+        return None, None
+
+    def skip(edit: Edit) -> Tensor | None:
+        return _map(torch.zeros_like, edit.down) if edit.skip is None else edit.skip
+
+    return skip(first), skip(second)
+
+
+def _padded(edit: Edit, site: SiteSpec, hidden_size: int) -> Edit:
+    """The edit with zeros up to the parts and the rank that its site declares."""
+    parts: dict[str, Tensor] = {}
+    for part in site.parts:
+        shape = site.shape(part, hidden_size)
+        padded = torch.zeros(shape)
+        held: Tensor | None = getattr(edit, part)
+        if held is not None:
+            padded[tuple(slice(size) for size in held.shape)] = held
+        parts[part] = padded
+    absent: dict[str, None] = {part: None for part in _LOW_RANK if part not in parts}
+    return replace(edit, **{**absent, **parts})  # type: ignore[arg-type]
+
+
+def _map(function: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else function(tensor)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The sum, an absent one counting as zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _join(first: Tensor | None, second: Tensor | None, dim: int) -> Tensor | None:
+    """Both beside each other along ``dim``, or the one there is."""
+    if first is None or second is None:
+        return second if first is None else first
+    return torch.cat([first, second], dim)
