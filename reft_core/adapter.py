@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from reft_core.edits import Edit
+from reft_core.edits import Activation, Edit, activate
 from reft_core.errors import AdapterFileInvalid, AdapterMismatch, AdapterTooLarge, explain
 from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
@@ -73,14 +73,56 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class Head:
+    """Tensors of a classification head; see :class:`spec.HeadSpec`."""
+
+    out_weight: Tensor
+    """(d or m, L) for L labels."""
+    out_bias: Tensor
+    """(L,)"""
+    dense_weight: Tensor | None = None
+    """(d, m), or None without a dense layer."""
+    dense_bias: Tensor | None = None
+    """(m,), with ``dense_weight``."""
+    activation: Activation = "identity"
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Logits (N, L) of pooled states (N, d), in float32: act(p·W₁ + b₁)·W₂ + b₂."""
+        pooled = pooled.float()
+        if self.dense_weight is not None and self.dense_bias is not None:
+            inner = torch.addmm(self.dense_bias, pooled, self.dense_weight)
+            pooled = activate(self.activation, inner)
+        return torch.addmm(self.out_bias, pooled, self.out_weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Each tensor by its name in the file."""
+        found = {"head.out.weight": self.out_weight, "head.out.bias": self.out_bias}
+        if self.dense_weight is not None and self.dense_bias is not None:
+            found["head.dense.weight"] = self.dense_weight
+            found["head.dense.bias"] = self.dense_bias
+        return found
+
+    def to(self, device: torch.device | str) -> Head:
+        """The same head with its tensors on ``device``."""
+        return Head(
+            self.out_weight.to(device),
+            self.out_bias.to(device),
+            None if self.dense_weight is None else self.dense_weight.to(device),
+            None if self.dense_bias is None else self.dense_bias.to(device),
+            self.activation,
+        )
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """A validated adapter: its spec, its edits and its prefix, in float32. Immutable."""
+    """A validated adapter: spec, edits, and prefix or head if any, in float32. Immutable."""
 
     spec: AdapterSpec
     edits: Mapping[EditKey, Edit]
     digest: str
     num_bytes: int
     prefix: Prefix | None = None
+    head: Head | None = None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -100,13 +142,17 @@ class Adapter:
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter folded, with its tensors on ``device``: the form that serves."""
         edits = {key: edit.fold().to(device=device) for key, edit in self.edits.items()}
-        return replace(self, edits=edits, prefix=self.prefix and self.prefix.to(device))
+        prefix = self.prefix and self.prefix.to(device)
+        return replace(self, edits=edits, prefix=prefix, head=self.head and self.head.to(device))
 
 
 def encode_adapter(
-    spec: AdapterSpec, edits: Mapping[EditKey, Edit], prefix: Prefix | None = None
+    spec: AdapterSpec,
+    edits: Mapping[EditKey, Edit],
+    prefix: Prefix | None = None,
+    head: Head | None = None,
 ) -> bytes:
-    """The file's bytes, holding edits and prefix in ``spec.dtype``. Equal input, equal bytes.
+    """The file's bytes, holding all tensors in ``spec.dtype``. Equal input, equal bytes.
 
     The result is read back before it is returned, so what this function writes is what
     :func:`decode_adapter` accepts; raises :class:`AdapterFileInvalid` otherwise.
@@ -130,6 +176,7 @@ def encode_adapter(
         for part, tensor in edit.parts()
     }
     given |= {} if prefix is None else prefix.tensors()
+    given |= {} if head is None else head.tensors()
     # Copied because safetensors refuses tensors that share memory.
     tensors = {
         name: tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -165,7 +212,7 @@ def decode_adapter(data: bytes, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapte
             raise AdapterFileInvalid.because(name, "NaN or infinity", "finite values only")
     digest = hashlib.sha256(data).hexdigest()
     edits, prefix = _build_edits(spec, tensors), _build_prefix(spec, tensors)
-    return Adapter(spec, edits, digest, len(data), prefix)
+    return Adapter(spec, edits, digest, len(data), prefix, _build_head(spec, tensors))
 
 
 def read_adapter(path: Path, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapter:
@@ -344,3 +391,15 @@ def _build_prefix(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Prefix | 
         tuple(tensors[f"prefix.{layer}.key"].float() for layer in layers),
         tuple(tensors[f"prefix.{layer}.value"].float() for layer in layers),
     )
+
+
+def _build_head(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Head | None:
+    """The classification head in float32, if the spec has one."""
+    if spec.head is None:
+        return None
+    held = {
+        name.removeprefix("head.").replace(".", "_"): tensor.float()
+        for name, tensor in tensors.items()
+        if name.startswith("head.")
+    }
+    return Head(**held, activation=spec.head.activation)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +59,9 @@ class PromptEdits:
     uses: tuple[AdapterUse, ...]
     prompt_len: int
     """Tokens of the request's own prompt."""
+    reads: Literal["last", "all"] = "last"
+    """Positions whose last-layer output is read: the last one's, for the next token's logits,
+    or all of them, as by an encoder's head or a decoder's cross-attention."""
 
     @cached_property
     def prefixed(self) -> Adapter | None:
@@ -87,12 +91,13 @@ class PromptEdits:
     def live_positions(self, place: int, key: EditKey) -> tuple[int, ...]:
         """Positions where the edit at ``key`` of the ``place``-th adapter can matter.
 
-        Nothing reads the last layer's output but the logits, and only the last prompt
+        Nothing reads a causal model's last layer but the logits, and only the last prompt
         token's logits are read, so a last-layer edit lives at that position alone.
         """
         positions = self.positions[place][key.unit]
         last_layer = self.uses[place].adapter.spec.base.num_layers - 1
-        if key.layer < last_layer or key.site not in _READ_BY_LOGITS_ONLY:
+        is_read = self.reads == "all" or key.layer < last_layer
+        if is_read or key.site not in _READ_BY_LOGITS_ONLY:
             return positions
         last = self.num_virtual + self.prompt_len - 1
         return (last,) if last in positions else ()

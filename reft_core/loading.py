@@ -8,10 +8,11 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -66,22 +67,35 @@ def load_model(
     Raises :class:`UnsupportedModel` when nothing can be loaded under that name. Code from
     a model repository is never run, and weights are read from safetensors or GGUF only.
     """
-    return run_in_own_thread(lambda: _load(name, dtype, device, cache))
+
+    def load() -> LoadedModel:
+        path = str(materialise_demo_model(cache)) if name == DEMO_MODEL else name
+        expected = f"a causal language model's hub id, its folder, or {DEMO_MODEL!r}"
+        return _load(name, path, AutoModelForCausalLM, expected, dtype, device)
+
+    return run_in_own_thread(load)
 
 
-def _load(name: str, dtype: Dtype, device: str, cache: Path) -> LoadedModel:
-    """The work of :func:`load_model`."""
-    path = str(materialise_demo_model(cache)) if name == DEMO_MODEL else name
+def load_encoder(name: str, *, dtype: Dtype = "float32", device: str = "cpu") -> LoadedModel:
+    """Load an encoder without any head, such as BERT or RoBERTa: a hub id, or a folder.
+
+    Raises :class:`UnsupportedModel` when none can be loaded under that name.
+    """
+    expected = "an encoder's hub id, or its folder"
+    return run_in_own_thread(lambda: _load(name, name, AutoModel, expected, dtype, device))
+
+
+def _load(
+    name: str, path: str, kind: type, expected: str, dtype: Dtype, device: str
+) -> LoadedModel:
+    """The model of class ``kind`` at ``path``, frozen, with its tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True
-        )
+        auto_class: Any = kind
+        model = auto_class.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
-            f"model: got {name!r}, expected a causal language model's hub id, its folder, or "
-            f"{DEMO_MODEL!r} ({error})",
-            field="model",
+            f"model: got {name!r}, expected {expected} ({error})", field="model"
         ) from error
     model = model.to(device).eval().requires_grad_(False)
     shown = Path(path).name if Path(path).is_dir() else name

@@ -138,6 +138,38 @@ class PrefixSpec(_Document):
         }
 
 
+class HeadSpec(_Document):
+    """A trained classification head on an encoder: pooling, a dense layer if any, then logits.
+
+    ``first`` pools the first token's state, ``mean`` the mean over the text's tokens, and
+    ``pooler`` what the base model's own pooling layer makes of the first one.
+    """
+
+    pooling: Literal["first", "mean", "pooler"] = "first"
+    hidden: int | None = Field(
+        default=None, ge=1, le=MAX_SIZE, description="width of the dense layer; absent: none"
+    )
+    activation: Activation = Field(default="identity", description="after the dense layer")
+
+    @model_validator(mode="after")
+    def _activates_something(self) -> Self:
+        if self.hidden is None and self.activation != "identity":
+            raise ValueError(
+                f"activation {self.activation!r} needs a dense layer: hidden is absent"
+            )
+        return self
+
+    def tensor_shapes(self, hidden_size: int, num_labels: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the head's tensors; they multiply row vectors from the right."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.hidden is not None:
+            shapes["head.dense.weight"] = (hidden_size, self.hidden)
+            shapes["head.dense.bias"] = (self.hidden,)
+        shapes["head.out.weight"] = (self.hidden or hidden_size, num_labels)
+        shapes["head.out.bias"] = (num_labels,)
+        return shapes
+
+
 class PositionSpec(_Document):
     """The position rule, spelt out with its conventions (see reft_core.positions)."""
 
@@ -180,9 +212,13 @@ class TemplateSpec(_Document):
 
 
 class TaskSpec(_Document):
-    """What the adapter is for. ``labels`` are the completions a labeller may answer."""
+    """What the adapter is for.
 
-    kind: Literal["generation"] = "generation"
+    ``generation``: ``labels`` are the completions a labeller may answer. ``classification``:
+    they are what the head's logits stand for, in order.
+    """
+
+    kind: Literal["generation", "classification"] = "generation"
     labels: tuple[_Short, ...] | None = Field(default=None, min_length=2, max_length=4096)
 
 
@@ -213,6 +249,7 @@ class AdapterSpec(_Document):
     positions: PositionSpec
     sites: dict[Site, SiteSpec] = Field(default_factory=dict, max_length=256)
     prefix: PrefixSpec | None = None
+    head: HeadSpec | None = Field(default=None, description="for tasks of kind classification")
     subspaces: dict[_Short, tuple[int, ...]] | None = Field(
         default=None,
         max_length=256,
@@ -250,6 +287,14 @@ class AdapterSpec(_Document):
         owned = [rank for ranks in (self.subspaces or {}).values() for rank in ranks]
         if len(set(owned)) != len(owned):
             raise ValueError(f"subspaces: got ranks {owned}, expected each rank at most once")
+        classifies = self.task.kind == "classification"
+        if classifies != (self.head is not None) or (classifies and self.task.labels is None):
+            raise ValueError(
+                f"head: got {self.head} for a task of kind {self.task.kind!r} with labels "
+                f"{self.task.labels}, expected a head and labels for 'classification' only"
+            )
+        if self.head is not None and self.prefix is not None:
+            raise ValueError("prefix: got one beside a head, expected none on an encoder")
         if self.prefix is not None and self.strength != 1:
             raise ValueError(f"strength: got {self.strength}, expected 1 with a prefix")
         return self
@@ -266,6 +311,8 @@ class AdapterSpec(_Document):
         }
         if self.prefix is not None:
             shapes |= self.prefix.tensor_shapes(self.base.num_layers, self.base.hidden_size)
+        if self.head is not None and self.task.labels is not None:
+            shapes |= self.head.tensor_shapes(self.base.hidden_size, len(self.task.labels))
         return shapes
 
     @property

@@ -46,6 +46,9 @@ def convert(
         str | None,
         typer.Option(help="'base' for its own chat template, or a JSON file with one"),
     ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Names of a classification head's classes: neg,pos")
+    ] = None,
     strength: Annotated[float, typer.Option(help="Its default strength")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Stored as float32, float16, bfloat16")] = "float32",
     description: Annotated[str, typer.Option(help="For people")] = "",
@@ -76,6 +79,7 @@ def convert(
             "layers": _layers(layers),
             "phase": phase,
             "template": _template(template),
+            "labels": None if labels is None else tuple(labels.split(",")),
             "strength": strength,
             "dtype": dtype,
             "description": description,

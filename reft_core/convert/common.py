@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from reft_core.adapter import MAX_ADAPTER_BYTES, EditKey, Prefix, encode_adapter
+from reft_core.adapter import MAX_ADAPTER_BYTES, EditKey, Head, Prefix, encode_adapter
 from reft_core.edits import ACTIVATION_NAMES, Activation, Edit, Part
 from reft_core.errors import (
     AdapterFileInvalid,
@@ -34,11 +34,13 @@ from reft_core.positions import Anchor, Cap, PositionRule
 from reft_core.sites import ModelDescription
 from reft_core.spec import (
     AdapterSpec,
+    HeadSpec,
     PositionSpec,
     PrefixSpec,
     Site,
     SiteSpec,
     StorageDtype,
+    TaskSpec,
     TemplateSpec,
     TrainingSpec,
 )
@@ -73,6 +75,8 @@ class ConvertOptions:
     """Whether generated tokens are edited too, where a source leaves the choice."""
     template: TemplateSpec | Literal["base"] | None = None
     """How the prompt was written, or :data:`BASE_TEMPLATE`."""
+    labels: tuple[str, ...] | None = None
+    """What a classification head's outputs stand for, in order."""
     strength: float = 1.0
     dtype: StorageDtype = "float32"
     """What the tensors are stored in."""
@@ -120,10 +124,11 @@ class Converted:
     spec: AdapterSpec
     edits: Mapping[EditKey, Edit]
     prefix: Prefix | None = None
+    head: Head | None = None
 
     def to_bytes(self) -> bytes:
         """The adapter file. Read back before it is returned."""
-        return encode_adapter(self.spec, self.edits, self.prefix)
+        return encode_adapter(self.spec, self.edits, self.prefix, self.head)
 
 
 # -- reading -----------------------------------------------------------------------------
@@ -458,6 +463,7 @@ def assemble(
     conventions: Conventions,
     options: ConvertOptions,
     prefix: tuple[PrefixSpec, Prefix] | None = None,
+    head: tuple[HeadSpec, Head] | None = None,
 ) -> Converted:
     """Spec and edits of our file, with one shape for all edits of a site."""
     uniform: dict[EditKey, Edit] = {}
@@ -467,7 +473,13 @@ def assemble(
         sites[site], same_shape = _unify(at_site, conventions, options.base)
         uniform |= same_shape
     prefix_spec, virtual = prefix or (None, None)
+    head_spec, classifier = head or (None, None)
+    task = TaskSpec()
+    if head is None:
+        options.not_used(("labels",), "the source has no classification head")
     try:
+        if head is not None:
+            task = TaskSpec(kind="classification", labels=options.labels)
         spec = AdapterSpec(
             name=conventions.name,
             description=options.description,
@@ -478,6 +490,8 @@ def assemble(
             positions=conventions.positions,
             sites=sites,
             prefix=prefix_spec,
+            head=head_spec,
+            task=task,
             template=conventions.template,
             strength=options.strength,
             training=TrainingSpec(tool=conventions.tool, hyperparameters=dict(conventions.facts)),
@@ -489,7 +503,7 @@ def assemble(
             explain(".".join(map(str, first["loc"])) or "spec", first.get("input"), first["msg"]),
             field=option,
         ) from None
-    return Converted(spec, uniform, virtual)
+    return Converted(spec, uniform, virtual, classifier)
 
 
 def _unify(

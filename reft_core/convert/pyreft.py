@@ -23,7 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reft_core.adapter import EditKey
+from torch import Tensor
+
+from reft_core.adapter import EditKey, Head
 from reft_core.convert.common import (
     Conventions,
     Converted,
@@ -45,8 +47,8 @@ from reft_core.convert.common import (
     rotation_facts,
 )
 from reft_core.edits import Activation, Edit
-from reft_core.errors import AdapterMismatch, UnsupportedFeature, explain
-from reft_core.spec import Site
+from reft_core.errors import AdapterMismatch, InvalidRequest, UnsupportedFeature, explain
+from reft_core.spec import HeadSpec, Site
 
 CONFIG_FILE = "config.json"
 HEAD_FILE = "pytorch_model.bin"
@@ -125,8 +127,7 @@ def from_pyreft(source: Path, options: ConvertOptions) -> Converted:
     options.agreeing("phase", "prompt", "pyreft, which leaves generated tokens alone")
     files = list_folder(source)
     units = _read_units(find_file(files, CONFIG_FILE, source=source), files, options)
-    if HEAD_FILE in files:
-        _refuse_trained_parameters(files[HEAD_FILE])
+    head = _read_head(files[HEAD_FILE], options) if HEAD_FILE in files else None
     class_names = {unit.class_name for unit in units}
     if len(class_names) != 1:
         raise invalid(CONFIG_FILE, "intervention_types", sorted(class_names), "one class for all")
@@ -149,16 +150,45 @@ def from_pyreft(source: Path, options: ConvertOptions) -> Converted:
         tool="converted from pyreft",
         facts=rotation_facts(edits.values()) if kind.has_rotation else {},
     )
-    return assemble(edits, conventions, options)
+    return assemble(edits, conventions, options, head=head)
 
 
-def _refuse_trained_parameters(path: Path) -> None:
-    """pyreft's trainer always writes this file, mostly empty; a head in it is not supported."""
-    names = read_pickle(path).keys
-    if names:
-        raise UnsupportedFeature.because(
-            path.name, names, "no trained parameters of the base model (a classification head)"
-        )
+def _read_head(path: Path, options: ConvertOptions) -> tuple[HeadSpec, Head] | None:
+    """The classification head among the parameters that were trained beside the units.
+
+    pyreft's trainer always writes this file, mostly empty. RoBERTa's head is a dense layer,
+    tanh and a projection on the first token's state; BERT's projects the model's own pooler.
+    Anything else in the file is a trained base parameter, which no adapter holds.
+    """
+    tensors = read_pickle(path)
+    d, key = options.base.hidden_size, "classifier.weight"
+    dense = key not in tensors
+    if dense:
+        key = "classifier.out_proj.weight"
+    if key not in tensors:
+        if tensors.keys:
+            raise UnsupportedFeature.because(
+                path.name, tensors.keys, "no trained parameters but a classification head"
+            )
+        return None
+    num_labels = tensors.shape(key, 2, f"a (labels, {d}) tensor")[0]
+    labels = options.required(
+        "labels", f"the {num_labels} names of the head's classes", f"{_SOURCE} does not record them"
+    )
+    if len(labels) != num_labels:
+        raise InvalidRequest.because("labels", labels, f"{num_labels} names, one a class")
+    layers: dict[str, Tensor] = {}
+    if dense:
+        layers["dense_weight"] = tensors.take("classifier.dense.weight", (d, d)).mT.contiguous()
+        layers["dense_bias"] = tensors.take("classifier.dense.bias", (d,))
+    layers["out_weight"] = tensors.take(key, (num_labels, d)).mT.contiguous()
+    layers["out_bias"] = tensors.take(key.replace("weight", "bias"), (num_labels,))
+    tensors.finish()
+    activation: Activation = "tanh" if dense else "identity"
+    spec = HeadSpec(
+        pooling="first" if dense else "pooler", hidden=d if dense else None, activation=activation
+    )
+    return spec, Head(**layers, activation=activation)
 
 
 # -- config.json -----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from reft_core.engine.sampler import sample
 from reft_core.engine.scheduler import Chunk, Scheduler
 from reft_core.engine.sequence import Sequence
 from reft_core.errors import (
+    AdapterMismatch,
     EngineOverloaded,
     EngineUnavailable,
     InvalidRequest,
@@ -141,6 +142,11 @@ class EmbeddedEngine:
     def load_adapter(self, adapter: Adapter) -> None:
         """Make an adapter usable by its digest; see :meth:`interface.Engine.load_adapter`."""
         check_fits(adapter.spec, self.model)
+        if adapter.head is not None:
+            raise AdapterMismatch(
+                explain("task.kind", adapter.spec.task.kind, "'generation' on a causal model"),
+                field="task.kind",
+            )
         if self.has_adapter(adapter.digest):
             return
         resident = adapter.to(self._device)

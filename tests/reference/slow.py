@@ -84,6 +84,34 @@ def reference_logits(
             handle.remove()
 
 
+@torch.no_grad()
+def reference_classify(model: PreTrainedModel, tokens: list[int], stack: Stack) -> Tensor:
+    """Logits (L,) of one text under an encoder, its pooling and its head written out."""
+    (headed,) = [used for used, _ in stack if used.head is not None]
+    assert headed.head is not None
+    assert headed.spec.head is not None
+    handles = []
+    for used, factor in stack:
+        units = used.rule.resolve(len(tokens))
+        for key, edit in used.edits.items():
+            layer = find_layers(model)[key.layer]
+            handles += _hook(model, layer, key.site, edit, factor, list(units[key.unit]))
+    try:
+        output = model(input_ids=torch.tensor([tokens]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    states = output.last_hidden_state[0]
+    if headed.spec.head.pooling == "mean":
+        pooled = sum(states[i] for i in range(len(tokens))) / len(tokens)
+    else:
+        pooled = states[0] if headed.spec.head.pooling == "first" else output.pooler_output[0]
+    head = headed.head
+    if head.dense_weight is not None:
+        pooled = activate(head.activation, pooled @ head.dense_weight + head.dense_bias)
+    return pooled @ head.out_weight + head.out_bias
+
+
 def _forward(model: PreTrainedModel, tokens: list[int], adapters: list[Adapter]) -> Tensor:
     """Logits at ``tokens``, with the adapters' virtual tokens standing before them."""
     ids = torch.tensor([tokens])

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter
-from reft_core.convert import ConvertOptions, convert, to_pyreft
+from reft_core.convert import ConvertOptions, base_from_folder, convert, to_pyreft
 from reft_core.convert.common import Conventions, assemble
 from reft_core.convert.pyreft import NAMED_SITES
 from reft_core.edits import Edit
@@ -24,7 +25,7 @@ from reft_core.errors import (
     UnsupportedFeature,
 )
 from reft_core.spec import PositionSpec, TemplateSpec
-from tests.reference.slow import reference_logits
+from tests.reference.slow import reference_classify, reference_logits
 from tests.reft_core.convert.support import (
     Case,
     assert_reproduces,
@@ -141,11 +142,40 @@ def test_an_empty_file_of_trained_parameters_is_ignored(tmp_path: Path) -> None:
     )
 
 
-def test_a_trained_head_is_refused_by_name() -> None:
+def classifier(**given: Any) -> tuple[Case, Adapter]:
     case = load_case("pyreft", "roberta-classifier")
-    base = replace(options().base, num_layers=2)
-    with pytest.raises(UnsupportedFeature, match=r"pytorch_model\.bin.*classifier\.dense"):
-        convert(case.adapter_folder, "pyreft", case_options(case, base=base))
+    base = base_from_folder(str(case.folder / "base"), "tiny-roberta")
+    return case, converted(case, **({"base": base, "labels": ("a", "b", "c")} | given))
+
+
+def test_a_classifier_and_its_head_reproduce_pyreft() -> None:
+    case, adapter = classifier()
+    assert adapter.spec.task.labels == ("a", "b", "c")
+    model = AutoModel.from_pretrained(case.folder / "base").eval().requires_grad_(False)
+    for prompt, logits in zip(case.prompts, case.logits, strict=True):
+        ours = reference_classify(model, prompt, [(adapter, 1.0)])
+        torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
+        plain = reference_classify(model, prompt, [(adapter, 0.0)])
+        assert (plain - logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("labels", [None, ("a", "b")])
+def test_a_heads_labels_are_asked_for(labels: tuple[str, ...] | None) -> None:
+    with pytest.raises(InvalidRequest, match="labels: got"):
+        classifier(labels=labels)
+
+
+def test_labels_without_a_head_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="labels: got"):
+        converted(load_case("pyreft", "loreft-tied"), labels=("a", "b"))
+
+
+def test_other_trained_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    case = load_case("pyreft", "loreft-tied")
+    folder = _copy(case, tmp_path / "a")
+    torch.save({"embeddings.weight": torch.zeros(2, 2)}, folder / "pytorch_model.bin")
+    with pytest.raises(UnsupportedFeature, match=r"pytorch_model\.bin.*embeddings\.weight"):
+        convert(folder, "pyreft", case_options(case))
 
 
 def test_template_and_provenance_are_kept() -> None:
