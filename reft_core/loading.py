@@ -14,6 +14,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from reft_core.errors import UnsupportedModel
-from reft_core.sites import ModelDescription, describe_model
+from reft_core.sites import ModelDescription, describe_model, describe_seq2seq
 from reft_core.threads import run_in_own_thread
 
 DEMO_MODEL = "demo"
@@ -76,6 +77,17 @@ def load_model(
     return run_in_own_thread(load)
 
 
+def load_seq2seq(name: str, *, dtype: Dtype = "float32", device: str = "cpu") -> LoadedModel:
+    """Load an encoder-decoder, such as T5 or BART: a hub id, or a folder.
+
+    Raises :class:`UnsupportedModel` when none can be loaded under that name.
+    """
+    expected = "an encoder-decoder's hub id, or its folder"
+    return run_in_own_thread(
+        lambda: _load(name, name, AutoModelForSeq2SeqLM, expected, dtype, device)
+    )
+
+
 def load_encoder(name: str, *, dtype: Dtype = "float32", device: str = "cpu") -> LoadedModel:
     """Load an encoder without any head, such as BERT or RoBERTa: a hub id, or a folder.
 
@@ -99,7 +111,8 @@ def _load(
         ) from error
     model = model.to(device).eval().requires_grad_(False)
     shown = Path(path).name if Path(path).is_dir() else name
-    return LoadedModel(model, tokenizer, describe_model(model, shown))
+    describe = describe_seq2seq if model.config.is_encoder_decoder else describe_model
+    return LoadedModel(model, tokenizer, describe(model, shown))
 
 
 def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:

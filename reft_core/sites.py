@@ -25,6 +25,8 @@ _FINGERPRINT_FIELDS = (
     "head_dim",
     "intermediate_size",
 )
+_UNBOUNDED = 1 << 20
+"""Longest text of a model whose positions are relative, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,28 @@ def describe_model(model: PreTrainedModel, name: str) -> ModelDescription:
     )
 
 
+def describe_seq2seq(model: PreTrainedModel, name: str) -> ModelDescription:
+    """The description of an encoder-decoder as its adapters see it: by its encoder."""
+    config = model.config
+    encoder: Any = model.get_encoder()
+    num_layers = getattr(config, "encoder_layers", None) or config.num_layers
+    num_heads = config.num_attention_heads
+    layers = find_layers(encoder, num_layers)
+    return ModelDescription(
+        name=name,
+        architecture=config.model_type,
+        hidden_size=config.hidden_size,
+        num_layers=num_layers,
+        vocab_size=config.vocab_size,
+        fingerprint=fingerprint(config),
+        num_kv_heads=num_heads,
+        head_dim=getattr(config, "d_kv", None) or config.hidden_size // num_heads,
+        max_positions=getattr(config, "max_position_embeddings", None) or _UNBOUNDED,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        sites=site_sizes(layers[0], config.hidden_size),
+    )
+
+
 def fingerprint(config: PreTrainedConfig) -> str:
     """SHA-256 of the config fields that give the model its shape.
 
@@ -90,14 +114,15 @@ def fingerprint(config: PreTrainedConfig) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def find_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, first to last.
+def find_layers(model: PreTrainedModel, num_layers: int | None = None) -> list[nn.Module]:
+    """The decoder layers, first to last; or an encoder's, where ``model`` is one.
 
     They are the members of the one ``ModuleList`` that has as many members as the config
-    has layers, all of one class, each with parameters of its own. Raises
-    :class:`UnsupportedModel` if no list, or more than one, fits.
+    has layers (or ``num_layers``, where the config is not the layers' own), all of one class,
+    each with parameters of its own. Raises :class:`UnsupportedModel` if no list, or more than
+    one, fits.
     """
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    expected = num_layers or model.config.get_text_config(decoder=True).num_hidden_layers
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     }

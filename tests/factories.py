@@ -29,7 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from reft_core.adapter import Adapter, EditKey, Prefix, decode_adapter, encode_adapter
+from reft_core.adapter import Adapter, EditKey, Head, Prefix, decode_adapter, encode_adapter
 from reft_core.edits import Activation, Edit
 from reft_core.engine.interface import FinishReason, Output, Token
 from reft_core.errors import ReftError
@@ -37,7 +37,7 @@ from reft_core.loading import LoadedModel
 from reft_core.methods.base import Phase
 from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription, describe_model
-from reft_core.spec import AdapterSpec, PositionSpec, PrefixSpec, SiteSpec
+from reft_core.spec import AdapterSpec, HeadSpec, PositionSpec, PrefixSpec, SiteSpec, TaskSpec
 
 VOCAB_SIZE = 96
 HIDDEN_SIZE = 32
@@ -194,6 +194,37 @@ def moved_edits(placement: Placement, num_units: int = 1, size: float = 1.0) -> 
 def random_adapter(model: ModelDescription, **options: object) -> Adapter:
     """A random adapter for ``model``, read from its own file."""
     return decode_adapter(random_adapter_bytes(model, **options))  # type: ignore[arg-type]
+
+
+def random_classifier_bytes(
+    model: ModelDescription,
+    num_labels: int,
+    head: HeadSpec,
+    *,
+    seed: int = 0,
+    method: str = "loreft",
+    sites: tuple[str, ...] | None = None,
+    **fields: object,
+) -> bytes:
+    """The file of an encoder's adapter with moved edits and a random head."""
+    torch.manual_seed(seed)
+    placement = make_placement(model, method, layers=None, rank=2, sites=sites)
+    spec = make_spec(
+        model,
+        placement=placement,
+        method=method,
+        name=f"{method}-{seed}",
+        head=head,
+        task=TaskSpec(kind="classification", labels=tuple(f"l{i}" for i in range(num_labels))),
+        **fields,  # type: ignore[arg-type]
+    )
+    shapes = head.tensor_shapes(model.hidden_size, num_labels)
+    tensors = {
+        name.removeprefix("head.").replace(".", "_"): torch.randn(shape) * 0.4
+        for name, shape in shapes.items()
+    }
+    edits = moved_edits(placement, spec.positions.to_rule().num_units)
+    return encode_adapter(spec, edits, head=Head(**tensors, activation=head.activation))
 
 
 def random_prefix_adapter(

@@ -85,22 +85,30 @@ def reference_logits(
 
 
 @torch.no_grad()
+def reference_encode(
+    encoder: PreTrainedModel, tokens: list[int], stack: Stack, num_layers: int
+) -> Any:
+    """An encoder's own output for one text, edited row by row."""
+    handles = []
+    for used, factor in stack:
+        units = used.rule.resolve(len(tokens))
+        for key, edit in used.edits.items():
+            layer = find_layers(encoder, num_layers)[key.layer]
+            handles += _hook(encoder, layer, key.site, edit, factor, list(units[key.unit]))
+    try:
+        return encoder(input_ids=torch.tensor([tokens]))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
 def reference_classify(model: PreTrainedModel, tokens: list[int], stack: Stack) -> Tensor:
     """Logits (L,) of one text under an encoder, its pooling and its head written out."""
     (headed,) = [used for used, _ in stack if used.head is not None]
     assert headed.head is not None
     assert headed.spec.head is not None
-    handles = []
-    for used, factor in stack:
-        units = used.rule.resolve(len(tokens))
-        for key, edit in used.edits.items():
-            layer = find_layers(model)[key.layer]
-            handles += _hook(model, layer, key.site, edit, factor, list(units[key.unit]))
-    try:
-        output = model(input_ids=torch.tensor([tokens]))
-    finally:
-        for handle in handles:
-            handle.remove()
+    output = reference_encode(model, tokens, stack, model.config.num_hidden_layers)
     states = output.last_hidden_state[0]
     if headed.spec.head.pooling == "mean":
         pooled = sum(states[i] for i in range(len(tokens))) / len(tokens)
@@ -110,6 +118,23 @@ def reference_classify(model: PreTrainedModel, tokens: list[int], stack: Stack) 
     if head.dense_weight is not None:
         pooled = activate(head.activation, pooled @ head.dense_weight + head.dense_bias)
     return pooled @ head.out_weight + head.out_bias
+
+
+@torch.no_grad()
+def reference_seq2seq(
+    model: Any, tokens: list[int], max_tokens: int, stack: Stack, num_layers: int
+) -> list[int]:
+    """Greedy answer of an encoder-decoder; the decoder reads all of it anew for every token."""
+    encoded = reference_encode(model.get_encoder(), tokens, stack, num_layers)
+    answer: list[int] = []
+    for _ in range(max_tokens):
+        read = torch.tensor([[model.config.decoder_start_token_id, *answer]])
+        logits = model(encoder_outputs=encoded, decoder_input_ids=read, use_cache=False).logits
+        token = int(logits[0, -1].argmax())
+        if token == model.generation_config.eos_token_id:
+            break
+        answer.append(token)
+    return answer
 
 
 def _forward(model: PreTrainedModel, tokens: list[int], adapters: list[Adapter]) -> Tensor:

@@ -577,7 +577,7 @@ BAD_FILES = [
             (("strength",), 1e7, "less than or equal to 1000000"),
             (("strength",), "1", "number"),
             (("strength",), True, "number"),
-            (("task", "kind"), "classification", "'generation'"),
+            (("task", "kind"), "regression", "'generation'"),
             (("task", "labels"), ["one"], "at least 2 items"),
             (("training", "seed"), "7", "integer"),
             (("training", "seed"), 7.0, "integer"),

@@ -12,7 +12,8 @@ from transformers import BertConfig, BertModel, PreTrainedModel, RobertaConfig, 
 
 from reft_core.adapter import Adapter, Head, decode_adapter, encode_adapter
 from reft_core.batch import AdapterUse
-from reft_core.classification import ClassifyRequest, EncoderClassifier
+from reft_core.classification import EncoderClassifier
+from reft_core.encoder import EncoderRequest
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.errors import AdapterFileInvalid, AdapterMismatch, InvalidRequest, PromptTooLong
 from reft_core.loading import LoadedModel
@@ -21,10 +22,8 @@ from reft_core.spec import HeadSpec, TaskSpec
 from tests.factories import (
     HIDDEN_SIZE,
     NoTokenizer,
-    make_placement,
-    make_spec,
-    moved_edits,
     random_adapter,
+    random_classifier_bytes,
     random_prefix_adapter,
     tiny_loaded,
 )
@@ -61,52 +60,26 @@ def loaded(kind: str) -> LoadedModel:
     return LoadedModel(model, tokenizer, describe_model(model, f"tiny-{kind}"))
 
 
-def classifier_bytes(
-    kind: str,
-    num_labels: int,
-    head: HeadSpec,
-    *,
-    seed: int = 0,
-    method: str = "loreft",
-    **options: Any,
-) -> bytes:
-    """An adapter file with moved edits and a random head."""
-    torch.manual_seed(seed)
-    model = loaded(kind).description
-    placement = make_placement(model, method, layers=None, rank=2, sites=options.pop("sites", None))
-    spec = make_spec(
-        model,
-        placement=placement,
-        method=method,
-        name=f"{method}-{seed}",
-        head=head,
-        task=TaskSpec(kind="classification", labels=tuple(f"l{i}" for i in range(num_labels))),
-        **options,
-    )
-    shapes = head.tensor_shapes(HIDDEN_SIZE, num_labels)
-    tensors = {name: torch.randn(shape) * 0.4 for name, shape in shapes.items()}
-    weights = Head(
-        tensors["head.out.weight"],
-        tensors["head.out.bias"],
-        tensors.get("head.dense.weight"),
-        tensors.get("head.dense.bias"),
-        head.activation,
-    )
-    edits = moved_edits(placement, spec.positions.to_rule().num_units)
-    return encode_adapter(spec, edits, head=weights)
-
-
 def classifiers(kind: str) -> list[Adapter]:
     """Adapters that differ in labels, pooling, dense layer, positions and method."""
     dense = HeadSpec(hidden=HIDDEN_SIZE, activation="tanh")
     linear = next(name for name in loaded(kind).description.sites if name.startswith("linear:"))
     files = [
-        classifier_bytes(kind, 2, HeadSpec(), seed=1, positions="f1"),
-        classifier_bytes(kind, 3, dense, seed=2, positions="f3"),
-        classifier_bytes(kind, 5, HeadSpec(pooling="mean"), seed=3, positions="f2+l2", tied=False),
-        classifier_bytes(kind, 2, HeadSpec(pooling="pooler"), seed=4, positions="prompt"),
-        classifier_bytes(
-            kind,
+        random_classifier_bytes(loaded(kind).description, 2, HeadSpec(), seed=1, positions="f1"),
+        random_classifier_bytes(loaded(kind).description, 3, dense, seed=2, positions="f3"),
+        random_classifier_bytes(
+            loaded(kind).description,
+            5,
+            HeadSpec(pooling="mean"),
+            seed=3,
+            positions="f2+l2",
+            tied=False,
+        ),
+        random_classifier_bytes(
+            loaded(kind).description, 2, HeadSpec(pooling="pooler"), seed=4, positions="prompt"
+        ),
+        random_classifier_bytes(
+            loaded(kind).description,
             4,
             HeadSpec(pooling="mean", hidden=7, activation="gelu"),
             seed=5,
@@ -114,14 +87,16 @@ def classifiers(kind: str) -> list[Adapter]:
             sites=(linear,),
             positions="prompt",
         ),
-        classifier_bytes(kind, 3, dense, seed=6, method="red", positions="l1"),
+        random_classifier_bytes(
+            loaded(kind).description, 3, dense, seed=6, method="red", positions="l1"
+        ),
     ]
     return [decode_adapter(data) for data in files]
 
 
-def request_for(stack: Stack, tokens: list[int]) -> ClassifyRequest:
+def request_for(stack: Stack, tokens: list[int]) -> EncoderRequest:
     uses = tuple(AdapterUse(adapter.to("cpu"), strength) for adapter, strength in stack)
-    return ClassifyRequest(tuple(tokens), uses)
+    return EncoderRequest(tuple(tokens), uses)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [8192, 30])
@@ -168,7 +143,7 @@ def test_the_longest_text_fits() -> None:
     for kind, most in (("bert", 42), ("roberta", 40)):
         classifier = EncoderClassifier(loaded(kind))
         stack = [(classifiers(kind)[0], 1.0)]
-        assert classifier.max_tokens == most
+        assert classifier.encoder.max_tokens == most
         assert classifier.logits([request_for(stack, [5] * most)])[0].shape == (2,)
         with pytest.raises(PromptTooLong, match=f"at most {most}"):
             classifier.logits([request_for(stack, [5] * (most + 1))])
@@ -194,7 +169,9 @@ def test_bad_requests_are_named() -> None:
 
 def test_the_head_is_in_the_file() -> None:
     head = HeadSpec(hidden=7, activation="tanh")
-    adapter = decode_adapter(classifier_bytes("bert", 3, head, positions="f1"))
+    adapter = decode_adapter(
+        random_classifier_bytes(loaded("bert").description, 3, head, positions="f1")
+    )
     assert adapter.spec.head == head
     assert adapter.head is not None
     assert set(adapter.head.tensors()) == set(head.tensor_shapes(HIDDEN_SIZE, 3))
@@ -225,7 +202,9 @@ def test_a_causal_engine_refuses_a_head() -> None:
     ],
 )
 def test_a_head_that_does_not_fit_its_spec_is_refused(changes: dict[str, Any]) -> None:
-    adapter = decode_adapter(classifier_bytes("bert", 2, HeadSpec(), positions="f1"))
+    adapter = decode_adapter(
+        random_classifier_bytes(loaded("bert").description, 2, HeadSpec(), positions="f1")
+    )
     spec = adapter.spec.model_copy(update=changes)
     with pytest.raises(AdapterFileInvalid, match="head"):
         encode_adapter(spec, adapter.edits, head=adapter.head)
