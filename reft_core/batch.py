@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -31,6 +31,17 @@ class AdapterUse:
     strength: float = 1.0
     subspaces: tuple[tuple[str, float], ...] = ()
     """Factor of each named subspace; when any is given, ranks outside of them are off."""
+    source: tuple[int, ...] = ()
+    """Source prompt of an interchange, in tokens; without one its source states are zero."""
+    source_parts: dict[EditKey, Tensor] = field(default_factory=dict)
+    """s·R (K, r) for the K positions of each interchange, float32. The runner puts them here
+    once, before the request's first chunk."""
+
+    @property
+    def interchanges(self) -> list[EditKey]:
+        """The edits that take states of the source prompt; none without a source."""
+        sites = self.adapter.spec.sites
+        return [key for key in self.edits if self.source and sites[key.site].interchange]
 
     @cached_property
     def edits(self) -> Mapping[EditKey, Edit]:
@@ -136,6 +147,10 @@ class PackedChunk:
         offsets = (position - self.first_position for position in positions)
         return [self.row + offset for offset in offsets if 0 <= offset < self.length]
 
+    def position_of(self, row: int) -> int:
+        """The position that stands in a row of this chunk."""
+        return self.first_position + row - self.row
+
 
 @dataclass(frozen=True)
 class RowEdit:
@@ -174,6 +189,7 @@ class _PlanBuilder:
     def __init__(self) -> None:
         self._rows: dict[tuple[int, AdapterUse, EditKey], list[int]] = {}
         self._canonical: dict[tuple[str, float, tuple[tuple[str, float], ...]], AdapterUse] = {}
+        self._own: list[tuple[int, EditKey, list[int], Edit, float]] = []
 
     def add(self, depth: int, use: AdapterUse, key: EditKey, rows: list[int]) -> None:
         """Have the edit ``key`` of ``use``, ``depth``-th in its stack, change these rows."""
@@ -181,15 +197,29 @@ class _PlanBuilder:
         shared = self._canonical.setdefault(identity, use)
         self._rows.setdefault((depth, shared, key), []).extend(rows)
 
+    def add_own(
+        self, depth: int, use: AdapterUse, key: EditKey, rows: list[int], source_part: Tensor
+    ) -> None:
+        """Have an interchange change these rows. It shares its rows with no other request.
+
+        With s·R (K, r) as the bias of each row, (s·R − h·R)·Rᵀ is the canonical edit.
+        """
+        edit = replace(use.edits[key], bias=source_part)
+        self._own.append((depth, key, rows, edit, use.strength))
+
     def build(self, device: torch.device | str) -> EditPlan:
         """The plan. Layers of one adapter mostly share their rows, so also the index tensor."""
         tensors: dict[tuple[int, ...], Tensor] = {}
         places: dict[Place, list[RowEdit]] = defaultdict(list)
-        for (depth, use, key), rows in sorted(self._rows.items(), key=lambda item: item[0][0]):
+        shared = [
+            (depth, key, rows, use.edits[key], use.strength)
+            for (depth, use, key), rows in self._rows.items()
+        ]
+        for depth, key, rows, edit, strength in sorted(shared + self._own, key=lambda e: e[0]):
             index = tuple(rows)
             if index not in tensors:
                 tensors[index] = torch.tensor(rows, dtype=torch.int64, device=device)
-            row_edit = RowEdit(use.edits[key], tensors[index], use.strength, depth)
+            row_edit = RowEdit(edit, tensors[index], strength, depth)
             places[key.layer, key.site].append(row_edit)
         return EditPlan(dict(places))
 
@@ -206,7 +236,12 @@ def build_plan(chunks: Iterable[PackedChunk], device: torch.device | str = "cpu"
                 positions = chunk.edits.live_positions(depth, key)
                 if positions not in rows_by_positions:
                     rows_by_positions[positions] = chunk.rows_of(positions)
-                if rows := rows_by_positions[positions]:
+                rows = rows_by_positions[positions]
+                if rows and key in use.source_parts:
+                    paired = chunk.edits.positions[depth][key.unit]
+                    places = [paired.index(chunk.position_of(row)) for row in rows]
+                    builder.add_own(depth, use, key, rows, use.source_parts[key][places])
+                elif rows:
                     builder.add(depth, use, key, rows)
     return builder.build(device)
 

@@ -103,6 +103,8 @@ def _of_site(name: str, site: SiteSpec) -> Axes:
 def formula(site: SiteSpec) -> str:
     """The canonical edit with the terms that a site has: down, skip (d, r), up (r, d), …"""
     x, parts = ("x" if site.source == "input" else "h"), set(site.parts)
+    if site.interchange:
+        return f"((s − h)R)Rᵀ with R = upᵀ [rank {site.rank}], s from the source prompt"
     terms = []
     if "down" in parts:
         inner = f"{x}·down" + " + bias" * ("bias" in parts)

@@ -49,7 +49,8 @@ def activate(name: Activation, x: Tensor) -> Tensor:
 class Edit:
     """One edit's tensors, in the letters of this module's formula.
 
-    ``down`` and ``up`` come together or not at all; ``skip`` and ``bias`` need them.
+    ``down`` and ``up`` come together or not at all; ``skip`` and ``bias`` need them. Bound to
+    the rows of one forward, an edit may have a bias for each row, (N, r).
     """
 
     down: Tensor | None = None

@@ -122,6 +122,10 @@ def _the_prefixed(ingredients: Sequence[Ingredient]) -> Adapter | None:
 def _mixed_site(name: str, specs: Sequence[AdapterSpec]) -> SiteSpec:
     """The site's spec: every adapter's layers, ranks added up, parts united."""
     held = [spec.sites[name] for spec in specs if name in spec.sites]
+    if any(site.interchange for site in held):
+        raise InvalidRequest.because(
+            f"sites.{name}.interchange", True, "an edit that needs no source prompt"
+        )
     for field in ("phase", "source", "activation"):
         _same(f"sites.{name}.{field}", [getattr(site, field) for site in held])
     layers = sorted({layer for site in held for layer in site.layers})

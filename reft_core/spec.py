@@ -66,6 +66,9 @@ class SiteSpec(_Document):
     phase: Literal["prompt", "all"] = Field(
         default="prompt", description="'all': every generated token is edited too"
     )
+    interchange: bool = Field(
+        default=False, description="Δ = ((s − h)·upᵀ)·up with s from the request's source prompt"
+    )
     in_size: int | None = Field(default=None, ge=1, le=MAX_SIZE, description="absent: hidden size")
     out_size: int | None = Field(default=None, ge=1, le=MAX_SIZE, description="absent: hidden size")
 
@@ -83,6 +86,14 @@ class SiteSpec(_Document):
             )
         if not low_rank and ({"skip", "bias"} & set(self.parts) or self.rank != 0):
             raise ValueError(f"parts 'skip' and 'bias', and a rank, need 'down' and 'up', {held}")
+        plain = (self.activation, self.scale, self.source, self.phase)
+        if self.interchange and (
+            set(self.parts) != {"down", "up"} or plain != ("identity", 1.0, "output", "prompt")
+        ):
+            raise ValueError(
+                "interchange needs parts 'down' and 'up' alone, activation 'identity', scale 1, "
+                f"source 'output' and phase 'prompt', got {list(self.parts)}, {plain}"
+            )
         return self
 
     def sizes(self, hidden_size: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.engine.interface import AdapterChoice, Engine, Output, Request, SamplingParams
 from reft_core.errors import EngineUnavailable, InvalidRequest, RequestFailed
 from reft_core.spec import TemplateSpec
+from reft_core.templates import encode_text
 from server.choice import ChoiceText, Piece, TokenText
 from server.metrics import Metrics
 from server.registry import Registry, Version
@@ -41,6 +42,7 @@ class NamedAdapter:
     model: str
     strength: float | None = None
     subspaces: Mapping[str, float] = field(default_factory=dict)
+    source: str | Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,14 @@ class Generator:
         Raises what makes a request unacceptable; then nothing is left behind.
         """
         arrived_at = time.perf_counter()
-        versions, prompts, completions = await asyncio.to_thread(self._prepare, job)
+        versions, adapters, prompts, completions = await asyncio.to_thread(self._prepare, job)
         generation = Generation(self, job, prompts, completions, arrived_at)
         try:
             for version in versions:
                 if version is not None:
                     await self._residency.acquire(version.digest, version.num_bytes)
                     generation.versions.append(version)
-            generation.submit(_choices(job, versions))
+            generation.submit(adapters)
         except BaseException:
             generation.close()
             raise
@@ -132,8 +134,11 @@ class Generator:
 
     def _prepare(
         self, job: Job
-    ) -> tuple[list[Version | None], list[list[int]], list[tuple[int, ...]]]:
-        """The adapter versions, and the tokens of the prompts and of each choice's completion.
+    ) -> tuple[
+        list[Version | None], tuple[AdapterChoice, ...], list[list[int]], list[tuple[int, ...]]
+    ]:
+        """The adapter versions and the engine's form of them, and the tokens of the prompts and
+        of each choice's completion.
 
         Blocks on the catalog and tokenizer. A completion that is to be generated is empty.
 
@@ -146,7 +151,7 @@ class Generator:
                 continue
             if place > 0:
                 raise InvalidRequest.because("reft.stack", named.model, "names of adapters")
-            for option in ("strength", "subspaces"):
+            for option in ("strength", "subspaces", "source"):
                 if (value := getattr(named, option)) not in (None, {}):
                     raise InvalidRequest.because(
                         f"reft.{option}", value, "nothing, since the base model has no edits"
@@ -155,16 +160,18 @@ class Generator:
         completions: list[tuple[int, ...]] = [()] * job.n
         if job.complete is not None:
             completions = job.complete(self._tokenizer, versions[0])
-        return versions, job.encode(self._tokenizer, template), completions
+        adapters = tuple(
+            AdapterChoice(version.digest, named.strength, named.subspaces, self._source(named))
+            for named, version in zip(job.named, versions, strict=True)
+            if version is not None
+        )
+        return versions, adapters, job.encode(self._tokenizer, template), completions
 
-
-def _choices(job: Job, versions: Sequence[Version | None]) -> tuple[AdapterChoice, ...]:
-    """The engine's form of the adapters that a job names."""
-    return tuple(
-        AdapterChoice(version.digest, named.strength, named.subspaces)
-        for named, version in zip(job.named, versions, strict=True)
-        if version is not None
-    )
+    def _source(self, named: NamedAdapter) -> tuple[int, ...]:
+        """The tokens of an adapter's source prompt, none if it has none."""
+        if isinstance(named.source, str):
+            return tuple(encode_text(self._tokenizer, named.source))
+        return tuple(named.source or ())
 
 
 class Generation:

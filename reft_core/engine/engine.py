@@ -210,6 +210,7 @@ class EmbeddedEngine:
         groups = {
             "prompt": request.prompt,
             "completion": request.completion,
+            "source": [token for choice in request.adapters for token in choice.source],
             "logit_bias": params.logit_bias,
             "stop_token_ids": params.stop_token_ids,
         }
@@ -229,7 +230,33 @@ class EmbeddedEngine:
         with_prefix = [u.adapter.spec.name for u in edits.uses if u.adapter.num_virtual_tokens]
         if len(with_prefix) > 1:
             raise InvalidRequest.because("adapters", with_prefix, "at most one with a prefix")
+        for use in edits.uses:
+            if use.source:
+                self._check_source(use, len(request.prompt))
         return edits
+
+    def _check_source(self, use: AdapterUse, prompt_len: int) -> None:
+        """Refuse a source prompt that nothing takes, or whose positions do not pair up."""
+        spec, length = use.adapter.spec, len(use.source)
+        if not use.interchanges:
+            raise InvalidRequest.because(
+                "source", f"{length} tokens", f"none, since {spec.name!r} interchanges nothing"
+            )
+        if length > self._max_model_len:
+            raise PromptTooLong(
+                explain("source", f"{length} tokens", f"at most {self._max_model_len}"),
+                field="source",
+            )
+        in_source, in_prompt = (
+            [len(unit) for unit in use.adapter.rule.resolve(n)] for n in (length, prompt_len)
+        )
+        if in_source != in_prompt:
+            raise InvalidRequest.because(
+                "source",
+                f"{length} tokens",
+                f"a prompt in which {spec.positions.rule} draws as many positions as in the "
+                f"request's own: {in_prompt} a unit, not {in_source}",
+            )
 
     def _resolve_adapter(self, choice: AdapterChoice) -> AdapterUse:
         """One adapter of a request, its options checked."""
@@ -257,7 +284,8 @@ class EmbeddedEngine:
                 raise InvalidRequest.because(
                     f"subspaces.{name}", factor, f"from -{MAX_STRENGTH} to {MAX_STRENGTH}"
                 )
-        return AdapterUse(adapter, strength, tuple(sorted(choice.subspaces.items())))
+        subspaces = tuple(sorted(choice.subspaces.items()))
+        return AdapterUse(adapter, strength, subspaces, choice.source)
 
     def _check_length(self, request: Request, edits: PromptEdits | None) -> None:
         """Refuse a request that does not fit into a slot."""

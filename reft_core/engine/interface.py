@@ -100,6 +100,9 @@ class AdapterChoice:
     """Δ is multiplied by it; None takes the adapter's own. 0 is exactly the base model."""
     subspaces: Mapping[str, float] = field(default_factory=dict)
     """Factors of the adapter's named subspaces; when any is named, the others are off."""
+    source: tuple[int, ...] = ()
+    """Source prompt of an interchange: its states, as the base model makes them, are put in
+    place at the positions that the adapter's rule draws on both prompts."""
 
 
 @dataclass(frozen=True)

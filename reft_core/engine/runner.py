@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reft_core.batch import EditPlan, PackedChunk, build_decode_plan, build_plan
+from reft_core.adapter import EditKey
+from reft_core.batch import AdapterUse, EditPlan, PackedChunk, build_decode_plan, build_plan
 from reft_core.engine.attention import (
     ATTENTION_NAME,
     DecodeBatch,
@@ -23,7 +24,7 @@ from reft_core.engine.sequence import Sequence as EngineSequence
 from reft_core.errors import UnsupportedModel
 from reft_core.kernels import edited
 from reft_core.loading import LoadedModel
-from reft_core.sites import find_layers
+from reft_core.sites import SiteEdit, edit_site, find_layers
 
 _CHECK_TOKENS = 12
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -62,6 +63,7 @@ class ModelRunner:
         for chunk in chunks:
             sequence, row = chunk.sequence, len(tokens)
             if chunk.start <= sequence.num_virtual:
+                self._read_sources(sequence)
                 self._fill_prefix(sequence)
             virtual += _virtual_rows(chunk, row)
             tokens += sequence.token_ids[chunk.start : chunk.end]
@@ -120,6 +122,27 @@ class ModelRunner:
         )
         logits: Tensor = output.logits
         return logits.float()
+
+    def _read_sources(self, sequence: EngineSequence) -> None:
+        """Run the source prompts of a sequence's interchanges, and keep what they need of it.
+
+        The forwards use the sequence's own slot, which is empty before its first chunk.
+        """
+        for use in sequence.edits.uses if sequence.edits else ():
+            if not use.interchanges or use.source_parts:
+                continue
+            with ExitStack() as hooks:
+                for key in use.interchanges:
+                    hook = edit_site(self._layers[key.layer], key.site, _keep_source(use, key))
+                    hooks.callback(hook.remove)
+                length = len(use.source)
+                self._forward(
+                    torch.tensor([use.source], device=self._device),
+                    torch.arange(length, device=self._device).unsqueeze(0),
+                    PrefillBatch(self._kv, [Segment(0, length, sequence.slot, 0)]),
+                    1,
+                )
+            self._kv.clear(sequence.slot, length)
 
     def _fill_prefix(self, sequence: EngineSequence) -> None:
         """Put the keys and values of a sequence's trained prefix, if any, into its slot."""
@@ -189,6 +212,20 @@ class ModelRunner:
                 f"{error:.2g} of their largest value, expected at most {tolerance}; the "
                 "architecture is not supported"
             )
+
+
+def _keep_source(use: AdapterUse, key: EditKey) -> SiteEdit:
+    """A hook on the site of an interchange that stores s·R and leaves the site as it is."""
+    positions = list(use.adapter.rule.resolve(len(use.source))[key.unit])
+    down = use.edits[key].down  # −R
+    assert down is not None
+
+    def keep(h: Tensor, _x: Tensor) -> Tensor:
+        states = h.view(-1, h.shape[-1])[positions].float()  # (K, d)
+        use.source_parts[key] = -(states @ down)
+        return h
+
+    return keep
 
 
 def _virtual_rows(chunk: Chunk, row: int) -> list[tuple[int, Tensor]]:

@@ -8,6 +8,7 @@ from reft_core.methods.bitfit import BitFit
 from reft_core.methods.consreft import ConsReFT
 from reft_core.methods.direft import DiReFT
 from reft_core.methods.direft_orthonormal import DiReFTOrthonormal
+from reft_core.methods.interchange import Interchange
 from reft_core.methods.lobireft import LobiReFT
 from reft_core.methods.lora import LoRA
 from reft_core.methods.loreft import LoReFT
@@ -28,6 +29,7 @@ _ALL: tuple[type[Intervention], ...] = (
     LobiReFT,
     RED,
     Steering,
+    Interchange,
     SeriesAdapter,
     ParallelAdapter,
     ScaledParallelAdapter,

@@ -51,6 +51,8 @@ class Intervention(nn.Module, ABC):
     """Whether it edits generated tokens too, unless a config says otherwise."""
     has_rank: ClassVar[bool] = True
     """Whether its rank is a choice."""
+    interchanges: ClassVar[bool] = False
+    """Whether it takes states of a source prompt, which a request brings."""
     has_scale: ClassVar[bool] = False
     """Whether Δ has a fixed factor s that is a choice, held in ``scale``."""
 

@@ -98,6 +98,7 @@ class Placement:
                 activation=self.activation,
                 source=self.method.source,
                 phase=self.phase,
+                interchange=self.method.interchanges,
                 in_size=None if sizes.in_size == hidden else sizes.in_size,
                 out_size=None if sizes.out_size == hidden else sizes.out_size,
             )

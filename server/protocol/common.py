@@ -40,6 +40,16 @@ class AdapterOptions(RequestBody):
         description="factor of each named subspace of the adapter; when any is given, the rest "
         "is off",
     )
+    source: str | list[int] | None = Field(
+        None,
+        max_length=1_000_000,
+        description="for interchange adapters: the prompt whose states are put in place, as text "
+        "without any template or as token ids",
+    )
+
+    def named(self, model: str) -> NamedAdapter:
+        """The adapter that ``model`` names, with these options."""
+        return NamedAdapter(model, self.strength, self.subspaces, self.source)
 
 
 class StackedAdapter(AdapterOptions):
@@ -100,8 +110,10 @@ class AdapterRequest(RequestBody):
     @property
     def named(self) -> tuple[NamedAdapter, ...]:
         """What ``model`` names and what is stacked on it, with their options."""
-        first = NamedAdapter(self.model, self.reft.strength, self.reft.subspaces)
-        return (first, *(NamedAdapter(a.model, a.strength, a.subspaces) for a in self.reft.stack))
+        return (
+            self.reft.named(self.model),
+            *(stacked.named(stacked.model) for stacked in self.reft.stack),
+        )
 
 
 class SamplingFields(AdapterRequest):

@@ -6,7 +6,8 @@ engine computes must equal this, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ _DEFAULT_PATHS = {"attn_output": "self_attn", "mlp_output": "mlp", "heads": "sel
 
 Stack = Sequence[tuple[Adapter, float]]
 """Adapters with their strengths, in the order they act."""
+
+Change = Callable[[Tensor, Tensor], None]
+"""Changes a site's output in place, given its input."""
 
 
 def reference_delta(edit: Edit, h: Tensor, x: Tensor | None = None) -> Tensor:
@@ -58,15 +62,17 @@ def reference_logits(
     strength: float = 1.0,
     *,
     stack: Stack = (),
+    sources: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Tensor:
     """Float32 logits (T, V) of ``tokens``, of which the first ``prompt_len`` are the prompt.
 
     ``stack`` takes the place of ``adapter`` and ``strength`` where there are several.
+    ``sources`` holds the source prompt of interchange adapters, by digest.
     """
     stack = stack or ([(adapter, strength)] if adapter is not None else [])
     # Rows of the forward: cached keys and values have none, virtual embeddings have theirs.
     virtual = sum(used.num_virtual_tokens for used, _ in stack if not used.has_kv_prefix)
-    handles = []
+    late: list[tuple[nn.Module, str, Change]] = []
     for used, factor in stack:
         units = used.rule.resolve(prompt_len)
         for key, edit in used.edits.items():
@@ -76,7 +82,15 @@ def reference_logits(
                 positions += range(prompt_len, len(tokens))
             rows = [virtual + position for position in positions]
             layer = find_layers(model)[key.layer]
-            handles += _hook(model, layer, key.site, edit, factor, rows)
+            if used.digest in sources and used.spec.sites[key.site].interchange:
+                source = list(sources[used.digest])
+                states = _site_output(model, layer, key.site, source)
+                pairs = zip(rows, used.rule.resolve(len(source))[key.unit], strict=True)
+                change = _interchange(edit, factor, {row: states[at] for row, at in pairs})
+                late.append((layer, key.site, change))
+                continue
+            late.append((layer, key.site, _change(edit, factor, rows)))
+    handles = [handle for place in late for handle in _hook(model, *place)]
     try:
         return _forward(model, tokens, [used for used, _ in stack])
     finally:
@@ -94,7 +108,8 @@ def reference_encode(
         units = used.rule.resolve(len(tokens))
         for key, edit in used.edits.items():
             layer = find_layers(encoder, num_layers)[key.layer]
-            handles += _hook(encoder, layer, key.site, edit, factor, list(units[key.unit]))
+            change = _change(edit, factor, list(units[key.unit]))
+            handles += _hook(encoder, layer, key.site, change)
     try:
         return encoder(input_ids=torch.tensor([tokens]))
     finally:
@@ -158,21 +173,45 @@ def _forward(model: PreTrainedModel, tokens: list[int], adapters: list[Adapter])
     return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def _hook(
-    model: PreTrainedModel,
-    layer: nn.Module,
-    site: str,
-    edit: Edit,
-    strength: float,
-    rows: list[int],
-) -> list[Any]:
+def _change(edit: Edit, strength: float, rows: list[int]) -> Change:
     """Edit ``rows`` of a site's output, one after the other."""
-    paths = _PATHS.get(model.config.model_type, _DEFAULT_PATHS)
 
     def change(hidden: Tensor, x: Tensor) -> None:
         for row in rows:
             h = hidden[0, row]
             hidden[0, row] = h + strength * reference_delta(edit, h, x[0, row])
+
+    return change
+
+
+def _interchange(edit: Edit, strength: float, states: Mapping[int, Tensor]) -> Change:
+    """Put what ``states`` (d,) hold in the edit's subspace in place, row by row."""
+    assert edit.up is not None
+    rotation = edit.up.mT  # (d, r)
+
+    def change(hidden: Tensor, _x: Tensor) -> None:
+        for row, s in states.items():
+            h = hidden[0, row]
+            hidden[0, row] = h + strength * ((s - h) @ rotation) @ rotation.mT
+
+    return change
+
+
+def _site_output(model: PreTrainedModel, layer: nn.Module, site: str, tokens: list[int]) -> Tensor:
+    """What a site puts out (T, d) when the base model reads ``tokens``."""
+    seen: list[Tensor] = []
+    handles = _hook(model, layer, site, lambda hidden, _x: seen.append(hidden[0].clone()))
+    try:
+        _forward(model, tokens, [])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0]
+
+
+def _hook(model: PreTrainedModel, layer: nn.Module, site: str, change: Change) -> list[Any]:
+    """Have ``change`` work on a site's output and input, both (1, T, d)."""
+    paths = _PATHS.get(model.config.model_type, _DEFAULT_PATHS)
 
     def given(args: Any, kwargs: Any) -> Tensor:
         return args[0] if args else kwargs["hidden_states"]
@@ -209,10 +248,13 @@ def reference_generate(
     strength: float = 1.0,
     *,
     stack: Stack = (),
+    sources: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> list[int]:
     """Greedy continuation of ``prompt``; the whole sequence is recomputed for every token."""
     tokens = list(prompt)
     for _ in range(max_tokens):
-        logits = reference_logits(model, tokens, len(prompt), adapter, strength, stack=stack)
+        logits = reference_logits(
+            model, tokens, len(prompt), adapter, strength, stack=stack, sources=sources
+        )
         tokens.append(int(logits[-1].argmax()))
     return tokens[len(prompt) :]

@@ -51,7 +51,7 @@ def moved(method: str, rank: int = 3, activation: Activation = "identity") -> In
 
 
 def formula(module: Intervention, h: Tensor, x: Tensor) -> Tensor:
-    """The method's published equation (peers.md, 2), from its parameters."""
+    """The method's published equation, from its parameters."""
     p = {name: parameter.detach() for name, parameter in module.named_parameters()}
     source = activate(module.activation, h @ p["weight"].mT + p["bias"]) if "weight" in p else 0
     rotation = orthonormalise(p["basis"]) if "basis" in p else h.new_zeros(D, 0)
@@ -64,6 +64,8 @@ def formula(module: Intervention, h: Tensor, x: Tensor) -> Tensor:
             return source @ rotation.mT
         case "noreft":
             return (source - h @ p["projection"].mT) @ p["projection"]
+        case "interchange":
+            return (0 - h @ rotation) @ rotation.mT
         case "consreft":
             return (p["target"] - h @ rotation) @ rotation.mT
         case "lobireft":
@@ -267,6 +269,7 @@ NUM_TRAINABLE = {
     "direft_orthonormal": lambda r: 2 * r * D + r,
     "noreft": lambda r: 2 * r * D + r,
     "consreft": lambda r: r * D + r,
+    "interchange": lambda r: r * D,
     "lobireft": lambda r: r * D + r,
     "red": lambda r: 2 * D,
     "steering": lambda r: D,
@@ -337,6 +340,7 @@ def test_methods_of_the_reft_family_leave_generated_tokens_alone() -> None:
         "lobireft",
         "red",
         "steering",
+        "interchange",
     }
 
 

@@ -103,6 +103,7 @@ def test_the_file_says_what_it_was_mixed_from() -> None:
         ({}, {"positions": "l2"}, "positions: got"),
         ({"method": "series_adapter"}, {"method": "series_adapter"}, "layers"),
         ({"method": "noreft", "activation": "relu"}, {}, "activation: got"),
+        ({"method": "interchange"}, {}, "interchange: got True"),
         ({"rank": 20}, {"rank": 20}, "rank: got 40, expected at most 32"),
     ],
 )

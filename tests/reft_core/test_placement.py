@@ -42,6 +42,7 @@ DEFAULTS = {
     "direft_orthonormal": (("block_output",), "identity", "prompt"),
     "noreft": (("block_output",), "identity", "prompt"),
     "consreft": (("block_output",), "identity", "prompt"),
+    "interchange": (("block_output",), "identity", "prompt"),
     "lobireft": (("block_output",), "identity", "prompt"),
     "red": (("block_output",), "identity", "prompt"),
     "steering": (("block_output",), "identity", "prompt"),
