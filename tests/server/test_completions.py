@@ -320,3 +320,19 @@ def test_what_fails_halfway_through_submission_cancels_the_rest(server, engine):
     assert engine.num_open == 0
     (digest,) = engine.adapters
     assert server.services.residency.num_users(digest) == 0
+
+
+def test_a_source_prompt_reaches_the_engine_as_tokens(server, engine):
+    server.upload("tone", make_adapter(1))
+    complete(server, model="tone", reft={"source": [5, 6, 7]})
+    complete(server, model="tone", reft={"source": "hello"})
+    complete(server, model="tone", prompt="hello")
+    as_ids, as_text, prompt = engine.submitted
+    assert as_ids.adapters[0].source == (5, 6, 7)
+    assert as_text.adapters[0].source == prompt.prompt
+    assert prompt.adapters[0].source == ()
+    refused = server.http.post(
+        "/v1/completions", json={"model": MODEL.name, "prompt": "x", "reft": {"source": "y"}}
+    )
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "reft.source"
