@@ -32,7 +32,7 @@ too. A method may be put on any site of a layer (`block_output`, `attn_output`, 
 
 Parameters are what training may change on SmolLM2-135M, in all 30 layers, with one unit and rank
 {_RANK}, at the first site named; LoRA on `q_proj` and `v_proj`, BitFit on all linear maps, and
-{_VIRTUAL_TOKENS} virtual tokens for the last two. *Import* names the kinds of source that
+{_VIRTUAL_TOKENS} virtual tokens for the last three. *Import* names the kinds of source that
 `reft adapter convert` reads it from.
 """
 
@@ -65,11 +65,10 @@ class _Row:
 
 
 _COLUMNS = ("method", "Δ", "phase", "sites", "reads", "parameters", "import", "source")
-_VIRTUAL = (
-    # name, what it adds, kind of PrefixSpec, source
-    ("prefix_tuning", "l keys and values a layer, before the prompt", "kv", "arXiv 2101.00190"),
-    ("prompt_tuning", "l embeddings, before the prompt", "embedding", "arXiv 2104.08691"),
-)
+_VIRTUAL_EQUATION = {
+    "kv": "l keys and values a layer, before the prompt",
+    "embedding": "l embeddings, before the prompt",
+}
 
 
 def methods(
@@ -115,6 +114,7 @@ def _rows() -> Iterable[_Row]:
     from reft_core.convert import base_from_folder
     from reft_core.loading import DEMO_MODEL
     from reft_core.methods import METHODS
+    from reft_core.methods.virtual import VIRTUAL_METHODS
 
     model = base_from_folder(DEMO_MODEL)
     for name, method in METHODS.items():
@@ -128,16 +128,23 @@ def _rows() -> Iterable[_Row]:
             importable=_importable(name),
             source=method.citation,
         )
-    for name, equation, kind, source in _VIRTUAL:
+    for name, virtual in VIRTUAL_METHODS.items():
+        equation, count = _VIRTUAL_EQUATION[virtual.kind], _num_virtual(virtual.kind, model)
+        sites = "every layer's attention" if virtual.kind == "kv" else "the input"
+        if virtual.intervention is not None:
+            inner = METHODS[virtual.intervention]
+            equation += f"; {inner.equation}"
+            sites += f", `{inner.sites[0]}`"
+            count += _num_trainable(inner, model)
         yield _Row(
             name=f"`{name}`",
             equation=equation,
             phase="all",
-            sites="every layer's attention" if kind == "kv" else "the input",
-            reads="",
-            parameters=_share(_num_virtual(kind, model), model),
+            sites=sites,
+            reads="x" if virtual.intervention else "",
+            parameters=_share(count, model),
             importable=_importable(name),
-            source=source,
+            source=virtual.citation,
         )
 
 

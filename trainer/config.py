@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 import yaml
 from pydantic import (
     BaseModel,
@@ -22,11 +23,13 @@ from pydantic import (
 
 from reft_core.edits import Activation
 from reft_core.errors import InvalidRequest, TrainingError, explain
+from reft_core.loading import LoadedModel
 from reft_core.methods import get_method
 from reft_core.methods.placement import Placement
+from reft_core.methods.virtual import VIRTUAL_METHODS, VirtualTokens
 from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
-from reft_core.spec import MAX_LAYERS, MAX_RANK, AdapterName, PositionSpec, TemplateSpec
+from reft_core.spec import MAX_LAYERS, MAX_PREFIX, MAX_RANK, AdapterName, PositionSpec, TemplateSpec
 from trainer.metrics import METRICS
 
 PATH_FIELDS = ("train", "valid", "test", "output", "report_dir")
@@ -84,6 +87,19 @@ class TrainConfig(BaseModel):
     scaling: Literal["rank", "sqrt_rank"] = Field(
         default="rank",
         description="what alpha is divided by; 'sqrt_rank' is rank-stabilised (arXiv 2312.03732)",
+    )
+    prefix_length: int = Field(
+        default=16,
+        ge=1,
+        le=MAX_PREFIX,
+        description="virtual tokens of prefix_tuning, prompt_tuning and mam",
+    )
+    prefix_bottleneck: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="width of the MLP that makes keys and values while they are trained "
+        "(arXiv 2101.00190, §4.3); absent: they are trained themselves",
     )
     activation: Activation | None = Field(default=None, description="absent: the method's own")
     sites: tuple[str, ...] | None = Field(
@@ -146,7 +162,8 @@ class TrainConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        _as_value_error(lambda: get_method(value))
+        if value not in VIRTUAL_METHODS:
+            _as_value_error(lambda: get_method(value))
         return value
 
     @field_validator("metrics")
@@ -168,6 +185,17 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _as_value_error(lambda: PositionRule.parse(self.positions))
+        virtual = VIRTUAL_METHODS.get(self.method)
+        if virtual is None and (given := self._changed("prefix_length", "prefix_bottleneck")):
+            names = ", ".join(VIRTUAL_METHODS)
+            raise ValueError(f"{given[0]} needs a method with virtual tokens: {names}")
+        if virtual and virtual.kind == "embedding" and self.prefix_bottleneck is not None:
+            raise ValueError("prefix_bottleneck makes keys and values, which prompt_tuning has not")
+        edits = ("rank", "sites", "layers", "scale", "alpha", "activation", "phase")
+        if virtual and virtual.intervention is None and (unused := self._changed(*edits)):
+            raise ValueError(f"{unused[0]} means nothing to {self.method}, which edits no state")
+        if virtual and virtual.intervention and self.positions != "prompt":
+            raise ValueError(f"{self.method} edits every token; positions must be 'prompt'")
         if self.scale is not None and self.alpha is not None:
             raise ValueError("scale and alpha say the same thing; give one of them")
         if self.alpha is None and self.scaling != "rank":
@@ -178,6 +206,11 @@ class TrainConfig(BaseModel):
             if list(self.layers) != sorted(set(self.layers)):
                 raise ValueError("layers must be ascending and unique")
         return self
+
+    def _changed(self, *names: str) -> list[str]:
+        """Those settings that are not at their default."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].default]
 
     @property
     def rule(self) -> PositionRule:
@@ -196,12 +229,54 @@ class TrainConfig(BaseModel):
             return self.scale
         return self.alpha / (self.rank if self.scaling == "rank" else math.sqrt(self.rank))
 
-    def placement(self, model: ModelDescription) -> Placement:
-        """The method on its sites in ``model``. Raises :class:`TrainingError` if it has none."""
+    @property
+    def intervention(self) -> str | None:
+        """The method that edits states; None where virtual tokens do all."""
+        virtual = VIRTUAL_METHODS.get(self.method)
+        return self.method if virtual is None else virtual.intervention
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens before every prompt."""
+        return self.prefix_length if self.method in VIRTUAL_METHODS else 0
+
+    def virtual_tokens(self, loaded: LoadedModel) -> VirtualTokens | None:
+        """The untrained virtual tokens of the method, if it has any.
+
+        Those that are embeddings begin as embeddings of random tokens (arXiv 2104.08691).
+        Raises :class:`TrainingError` for a model whose attention slides past them.
+        """
+        virtual = VIRTUAL_METHODS.get(self.method)
+        if virtual is None:
+            return None
+        if getattr(loaded.model.config, "sliding_window", None):
+            raise TrainingError(
+                explain("method", self.method, "one without virtual tokens: attention slides here"),
+                field="method",
+            )
+        start = None
+        if virtual.kind == "embedding":
+            weights = loaded.model.get_input_embeddings().weight
+            start = weights[torch.randint(len(weights), (self.prefix_length,))]
+        return VirtualTokens(
+            loaded.description,
+            virtual.kind,
+            self.prefix_length,
+            bottleneck=self.prefix_bottleneck,
+            start=start,
+        )
+
+    def placement(self, model: ModelDescription) -> Placement | None:
+        """The method on its sites in ``model``, None where virtual tokens do all.
+
+        Raises :class:`TrainingError` if it has no place there.
+        """
+        if self.intervention is None:
+            return None
         try:
             return Placement.on(
                 model,
-                self.method,
+                self.intervention,
                 layers=self.layer_indices(model.num_layers),
                 rank=self.rank,
                 sites=self.sites,

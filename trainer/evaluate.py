@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,12 +123,10 @@ def likeliest_labels(
     candidates = [TokenisedExample(row.prompt, answer) for row in rows for answer in answers]
     scores = []
     for batch in batches(candidates, batch_size, collator, model.device):
-        if not edited:
-            batch["edit_valid"] = torch.zeros_like(batch["edit_valid"])
         is_answer = batch["labels"] != IGNORED  # (B, C)
-        losses = F.cross_entropy(
-            model(**batch)["logits"].float(), batch["labels"][is_answer], reduction="none"
-        )  # (N,)
+        with nullcontext() if edited else model.base_only():
+            logits = model(**batch)["logits"].float()
+        losses = F.cross_entropy(logits, batch["labels"][is_answer], reduction="none")  # (N,)
         per_row = torch.zeros_like(is_answer, dtype=losses.dtype)
         per_row[is_answer] = losses
         scores.append(-per_row.sum(dim=1).cpu())

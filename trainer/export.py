@@ -9,11 +9,11 @@ import torch
 import transformers
 
 import reft_core
-from reft_core.adapter import EditKey
+from reft_core.adapter import EditKey, Prefix
 from reft_core.edits import Edit
 from reft_core.errors import TrainingError
 from reft_core.sites import ModelDescription
-from reft_core.spec import AdapterSpec, TaskSpec, TrainingSpec
+from reft_core.spec import AdapterSpec, PrefixSpec, TaskSpec, TrainingSpec
 from trainer.config import TrainConfig
 from trainer.data import Dataset
 from trainer.fit import FitResult
@@ -33,6 +33,7 @@ def build_spec(
     result: FitResult,
     metrics: Mapping[str, float],
     command: str,
+    prefix: PrefixSpec | None = None,
 ) -> AdapterSpec:
     """The complete spec of what ``config`` trained on ``model``."""
     data: dict[str, str | int] = {}
@@ -40,6 +41,7 @@ def build_spec(
         data[f"{split}_file"] = dataset.path.name[:_MAX_TEXT]
         data[f"{split}_sha256"] = dataset.sha256
         data[f"{split}_rows"] = len(dataset.examples)
+    placement = config.placement(model)
     return AdapterSpec(
         name=config.name,
         description=config.description,
@@ -47,7 +49,8 @@ def build_spec(
         base=model.to_base_spec(),
         method=config.method,
         positions=config.position_spec,
-        sites=config.placement(model).site_specs(),
+        sites={} if placement is None else placement.site_specs(),
+        prefix=prefix,
         task=TaskSpec(labels=config.labels),
         template=config.template,
         training=TrainingSpec(
@@ -62,8 +65,15 @@ def build_spec(
     )
 
 
-def check_finite(edits: Mapping[EditKey, Edit]) -> None:
+def check_finite(edits: Mapping[EditKey, Edit], prefix: Prefix | None = None) -> None:
     """Raise :class:`TrainingError` if a trained tensor holds NaN or infinity."""
+    for name, tensor in ({} if prefix is None else prefix.tensors()).items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"training: {name} ended with NaN or infinity; nothing was written. A lower "
+                "learning_rate usually helps",
+                field="learning_rate",
+            )
     for key, edit in edits.items():
         for part, tensor in edit.parts():
             if not torch.isfinite(tensor).all():
@@ -91,6 +101,8 @@ def _hyperparameters(config: TrainConfig, result: FitResult) -> dict[str, str | 
     }
     if config.fixed_scale is not None:
         found["scale"] = config.fixed_scale
+    if config.prefix_bottleneck is not None:
+        found["prefix_bottleneck"] = config.prefix_bottleneck
     if config.system is not None:
         found["system"] = config.system[:_MAX_TEXT]
     return found

@@ -77,7 +77,7 @@ def fit(
                 # A basis that has no orthonormal form any more; the step size put it there.
                 raise _diverged("a basis lost its rank") from error
     assert epochs.best is not None
-    model.interventions.load_state_dict(epochs.best_parameters)
+    model.load_trained_state(epochs.best_parameters)
     return FitResult(tuple(epochs.epochs), epochs.best, num_steps, trainer.step_seconds)
 
 
@@ -171,7 +171,7 @@ class _EpochKeeper(TrainerCallback):  # type: ignore[misc]  # transformers is un
     def __init__(self, model: ReftModel, valid_loss: Callable[[], float]) -> None:
         self.epochs: list[Epoch] = []
         self.best: Epoch | None = None
-        self.best_parameters: dict[str, Tensor] = {}
+        self.best_parameters: list[dict[str, Tensor]] = []
         self._model = model
         self._valid_loss = valid_loss
 
@@ -191,5 +191,4 @@ class _EpochKeeper(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.epochs.append(epoch)
         if self.best is None or epoch.valid_loss < self.best.valid_loss:
             self.best = epoch
-            parameters = self._model.interventions.state_dict()
-            self.best_parameters = {name: p.clone() for name, p in parameters.items()}
+            self.best_parameters = self._model.trained_state()

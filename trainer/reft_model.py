@@ -15,18 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Self, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from typing_extensions import override
 
-from reft_core.adapter import EditKey
+from reft_core.adapter import EditKey, Prefix
 from reft_core.edits import Edit
 from reft_core.methods import Intervention
 from reft_core.methods.placement import Placement
+from reft_core.methods.virtual import VirtualTokens
 from reft_core.sites import SiteEdit, edit_site, find_layers
 from trainer.collate import IGNORED
 from trainer.prefix import PrefixStore
@@ -54,26 +55,30 @@ class ReftModel(nn.Module):
     def __init__(
         self,
         base: PreTrainedModel,
-        placement: Placement,
+        placement: Placement | None,
         *,
         num_units: int,
         prefixes: PrefixStore | None = None,
+        virtual: VirtualTokens | None = None,
     ) -> None:
+        """Trains a placement's interventions, ``virtual`` tokens, or both."""
         super().__init__()
         self.placement = placement
+        self.virtual = virtual
+        self._edits = True
         self._prefixes = prefixes or PrefixStore(base, max_bytes=0)
         self.base = base.requires_grad_(False).eval()
         # Not registered here: these modules belong to the base already.
         self._layers = find_layers(base)
         self._head: Callable[[], nn.Module] = base.get_output_embeddings
-        built = placement.build(num_units)
+        built = {} if placement is None else placement.build(num_units)
         self.keys = tuple(built)
         self.interventions = nn.ModuleList(built.values())
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are, and batches are to be."""
-        return next(self.interventions.parameters()).device
+        return self.trainable()[0].device
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -84,7 +89,32 @@ class ReftModel(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters the optimiser may change."""
-        return [p for p in self.interventions.parameters() if p.requires_grad]
+        return [p for part in self._trained() for p in part.parameters() if p.requires_grad]
+
+    def trained_state(self) -> list[dict[str, Tensor]]:
+        """A copy of what training changes."""
+        return [
+            {name: tensor.clone() for name, tensor in part.state_dict().items()}
+            for part in self._trained()
+        ]
+
+    def load_trained_state(self, state: Sequence[dict[str, Tensor]]) -> None:
+        """Put back what :meth:`trained_state` returned."""
+        for part, tensors in zip(self._trained(), state, strict=True):
+            part.load_state_dict(tensors)
+
+    def to_prefix(self) -> Prefix | None:
+        """The virtual tokens with the present parameters, if there are any."""
+        return None if self.virtual is None else self.virtual.to_prefix()
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """While open, :meth:`forward` is the base model's own."""
+        self._edits = False
+        try:
+            yield
+        finally:
+            self._edits = True
 
     def to_edits(self) -> dict[EditKey, Edit]:
         """The canonical edits with the present parameters, on the CPU."""
@@ -104,33 +134,99 @@ class ReftModel(nn.Module):
         split: int,
     ) -> LossAndLogits:
         """Loss and logits of a :class:`trainer.collate.Batch`."""
+        if self._edits and self.virtual is not None:
+            return self._with_virtual(
+                input_ids, attention_mask, position_ids, labels, edit_columns, edit_valid
+            )
         cache = None
         if split > 0:
             cache = self._prefixes.cache(
                 input_ids[:, :split], attention_mask[:, :split], position_ids[:, :split]
             )
+        cells = self._edited_cells(attention_mask, labels, edit_columns, edit_valid)
+        return self._loss_and_logits(
+            labels,
+            [(rows, columns - split) for rows, columns in cells],
+            input_ids=input_ids[:, split:],
+            attention_mask=attention_mask,
+            position_ids=position_ids[:, split:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+
+    def _with_virtual(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        edit_columns: Tensor,
+        edit_valid: Tensor,
+    ) -> LossAndLogits:
+        """The forward behind n virtual tokens, which stand in columns 0 to n − 1.
+
+        Every position attends to them, so no column can be computed without a graph.
+        """
+        assert self.virtual is not None
+        size, n = len(input_ids), self.virtual.length
+        cells = self._edited_cells(attention_mask, labels, edit_columns, edit_valid)
+        mask = F.pad(attention_mask, (n, 0), value=1)
+        positions = position_ids + n
+        if self.virtual.kind == "kv":
+            cache = DynamicCache()
+            states = self.virtual.keys_and_values().to(self.base.dtype)
+            for layer, (keys, values) in enumerate(states):  # (KH, n, D)
+                cache.update(keys.expand(size, -1, -1, -1), values.expand(size, -1, -1, -1), layer)
+            return self._loss_and_logits(
+                labels,
+                cells,
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        embedded = self.base.get_input_embeddings()(input_ids)  # (B, T, d)
+        virtual = self.virtual.embedding.to(embedded.dtype).expand(size, -1, -1)
+        first = torch.arange(n, device=positions.device).expand(size, -1)
+        return self._loss_and_logits(
+            labels,
+            [(rows, columns + n) for rows, columns in cells],
+            inputs_embeds=torch.cat([virtual, embedded], dim=1),
+            attention_mask=mask,
+            position_ids=torch.cat([first, positions], dim=1),
+            use_cache=False,
+        )
+
+    def _loss_and_logits(
+        self, labels: Tensor, cells: Sequence[Cells], **inputs: Any
+    ) -> LossAndLogits:
+        """The base on ``inputs`` with ``cells`` edited, columns counted from the inputs' own."""
         carries_loss = labels != IGNORED  # (B, C)
-        cells = _cells(edit_columns - split, edit_valid)
-        if self.placement.phase == "all":
+        with self._hooked(cells, carries_loss):
+            logits = self.base(**inputs, logits_to_keep=labels.shape[1]).logits[0]  # (N, V)
+        loss = F.cross_entropy(logits.float(), labels[carries_loss])
+        return LossAndLogits(loss=loss, logits=logits)
+
+    def _edited_cells(
+        self, attention_mask: Tensor, labels: Tensor, edit_columns: Tensor, edit_valid: Tensor
+    ) -> list[Cells]:
+        """The cells of each unit, in columns of the batch; none where the base alone runs."""
+        cells = _cells(edit_columns, edit_valid & self._edits)
+        if self._edits and self.placement is not None and self.placement.phase == "all":
             # Completion tokens that are read, not only predicted, belong to the last unit.
-            start = input_ids.shape[1] - labels.shape[1] + 1
+            start = attention_mask.shape[1] - labels.shape[1] + 1
             rows, columns = attention_mask[:, start:].nonzero(as_tuple=True)
             edited_rows, edited_columns = cells[-1]
             cells[-1] = (
                 torch.cat([edited_rows, rows]),
-                torch.cat([edited_columns, columns + start - split]),
+                torch.cat([edited_columns, columns + start]),
             )
-        with self._hooked(cells, carries_loss):
-            logits = self.base(
-                input_ids=input_ids[:, split:],
-                attention_mask=attention_mask,
-                position_ids=position_ids[:, split:],
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=labels.shape[1],
-            ).logits[0]  # (N, V)
-        loss = F.cross_entropy(logits.float(), labels[carries_loss])
-        return LossAndLogits(loss=loss, logits=logits)
+        return cells
+
+    def _trained(self) -> list[nn.Module]:
+        """The modules that training changes."""
+        return [self.interventions] if self.virtual is None else [self.interventions, self.virtual]
 
     @contextmanager
     def _hooked(self, cells: Sequence[Cells], carries_loss: Tensor) -> Iterator[None]:

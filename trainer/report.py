@@ -85,7 +85,7 @@ def render_markdown(result: TrainResult) -> str:
                 ("digest", f"`{adapter.digest}`"),
                 ("size", f"{adapter.num_bytes:,} bytes"),
                 ("base", f"{base.name} ({config.dtype})"),
-                ("method", f"{config.method}, rank {config.rank}"),
+                ("method", _method(config)),
                 *(
                     (f"layers of {site}", ", ".join(map(str, spec.layers)))
                     for site, spec in adapter.spec.sites.items()
@@ -183,3 +183,13 @@ def _cell(text: str, limit: int = 160) -> str:
     flat = " ".join(text.split())
     short = flat if len(flat) <= limit else f"{flat[: limit - 1]}…"
     return short.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _method(config: TrainConfig) -> str:
+    """The method with its sizes."""
+    sizes = []
+    if config.intervention is not None:
+        sizes.append(f"rank {config.rank}")
+    if config.num_virtual:
+        sizes.append(f"{config.num_virtual} virtual tokens")
+    return ", ".join([config.method, *sizes])

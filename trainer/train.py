@@ -70,8 +70,8 @@ def train(
     if loaded is None:
         with progress.stage("loading the base model"):
             loaded = load_model(config.model, dtype=config.dtype)
-    tokenizer = loaded.tokenizer
-    context = loaded.description.max_positions
+    tokenizer, description = loaded.tokenizer, loaded.description
+    context = description.max_positions - config.num_virtual
     rows = {
         split: tokenise(
             dataset,
@@ -86,8 +86,13 @@ def train(
     collator = Collator(config.rule)
 
     result = fit(model, rows["train"], rows["valid"], config, collator, progress)
-    edits = model.to_edits()
-    check_finite(edits)
+    edits, prefix = model.to_edits(), model.to_prefix()
+    check_finite(edits, prefix)
+
+    def as_file(metrics: Mapping[str, float]) -> bytes:
+        virtual = None if model.virtual is None else model.virtual.spec()
+        spec = build_spec(config, description, datasets, result, metrics, command, virtual)
+        return encode_adapter(spec, edits, prefix)
 
     held_out = [split for split in rows if split != "train"]
     metrics = {"valid_loss": result.best.valid_loss, "base_valid_loss": result.epochs[0].valid_loss}
@@ -97,21 +102,16 @@ def train(
         split = held_out[-1]
         metrics |= _label_choice(config, model, loaded, datasets[split], rows[split], progress)
 
-    candidate = encode_adapter(
-        build_spec(config, loaded.description, datasets, result, metrics, command), edits
-    )
     evaluations = _evaluate(
         config,
         loaded,
-        decode_adapter(candidate),
+        decode_adapter(as_file(metrics)),
         {split: (datasets[split], rows[split]) for split in held_out},
         progress,
     )
     for split, evaluation in evaluations.items():
         metrics |= {f"{split}_{name}": value for name, value in evaluation.metrics.items()}
-    data = encode_adapter(
-        build_spec(config, loaded.description, datasets, result, metrics, command), edits
-    )
+    data = as_file(metrics)
     finished = TrainResult(
         config=config,
         command=command,
@@ -161,6 +161,7 @@ def _new_model(config: TrainConfig, loaded: LoadedModel) -> ReftModel:
         config.placement(loaded.description),
         num_units=config.rule.num_units,
         prefixes=PrefixStore(loaded.model, config.prefix_cache_mb * 2**20),
+        virtual=config.virtual_tokens(loaded),
     )
 
 
@@ -203,6 +204,7 @@ def _evaluate(
     longest_answer = max(len(row.completion) for row in all_rows)
     max_tokens = config.max_new_tokens or longest_answer + _EXTRA_TOKENS
     longest_prompt = max(len(row.prompt) for row in all_rows)
+    longest_prompt += config.num_virtual
     context = loaded.description.max_positions
     max_tokens = min(max_tokens, context - longest_prompt)
     engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=longest_prompt + max_tokens))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from reft_core.errors import TrainingError
-from tests.factories import tiny_description
+from tests.factories import tiny_description, tiny_loaded
 from trainer.config import TrainConfig, load_config
 
 MINIMAL = "name: x\ntrain: train.jsonl\nvalid: sub/valid.jsonl\n"
@@ -188,3 +188,24 @@ def test_a_method_without_a_scale_refuses_one() -> None:
     config = TrainConfig(name="a", train="t", valid="v", alpha=16)
     with pytest.raises(TrainingError, match=r"scale: got 4.0.*methods with one are .*lora"):
         config.placement(tiny_description())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefix_length": 8}, "prefix_length needs a method with virtual tokens"),
+        ({"method": "prompt_tuning", "prefix_bottleneck": 8}, "prompt_tuning has not"),
+        ({"method": "prefix_tuning", "rank": 8}, "rank means nothing to prefix_tuning"),
+        ({"method": "mam"}, "positions must be 'prompt'"),
+        ({"method": "prefix_tuning", "prefix_length": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_virtual_tokens_where_they_make_no_sense_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(name="a", train="t", valid="v", **settings)
+
+
+def test_virtual_tokens_are_refused_where_attention_slides() -> None:
+    config = TrainConfig(name="a", train="t", valid="v", method="prefix_tuning")
+    with pytest.raises(TrainingError, match="attention slides"):
+        config.virtual_tokens(tiny_loaded("mistral"))

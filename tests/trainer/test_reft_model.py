@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from reft_core.methods import METHODS
 from reft_core.methods.placement import Placement
+from reft_core.methods.virtual import VIRTUAL_METHODS, VirtualTokens
 from reft_core.positions import PositionRule
 from reft_core.sites import describe_model, edit_site, find_layers
 from tests.factories import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
@@ -239,3 +240,96 @@ def test_edits_are_exported_by_layer_and_unit() -> None:
     h = torch.randn(5, model.interventions[0].sizes.out_size)
     for edit, intervention in zip(edits.values(), model.interventions, strict=True):
         torch.testing.assert_close(edit.delta(h), intervention(h, h), atol=1e-5, rtol=1e-5)
+
+
+def naive_virtual_loss(model: ReftModel, rows: list[TokenisedExample]) -> Tensor:
+    """One row at a time behind its virtual tokens; MAM's adapter edits every token."""
+    assert model.virtual is not None
+    layers, n = find_layers(model.base), model.virtual.length
+    losses = []
+    for row in rows:
+        tokens = torch.tensor([row.prompt + row.completion])
+        handles = []
+        for key, intervention in zip(model.keys, model.interventions, strict=True):
+
+            def edit(hidden: Tensor, x: Tensor, intervention=intervention) -> Tensor:
+                states = [
+                    h + intervention(h[None], x[0, at][None])[0] for at, h in enumerate(hidden[0])
+                ]
+                return torch.stack(states).unsqueeze(0)
+
+            handles.append(edit_site(layers[key.layer], key.site, edit))
+        if model.virtual.kind == "kv":
+            cache = DynamicCache()
+            for layer, (keys, values) in enumerate(model.virtual.keys_and_values()):
+                cache.update(keys[None], values[None], layer)
+            logits = model.base(input_ids=tokens, past_key_values=cache).logits[0]
+        else:
+            embedded = model.base.get_input_embeddings()(tokens[0])
+            embeds = torch.cat([model.virtual.embedding, embedded])[None]
+            logits = model.base(inputs_embeds=embeds, use_cache=False).logits[0, n:]
+        for handle in handles:
+            handle.remove()
+        predicted = logits[len(row.prompt) - 1 : -1]
+        losses.append(F.cross_entropy(predicted, torch.tensor(row.completion), reduction="none"))
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize(
+    ("method", "bottleneck"),
+    [("prefix_tuning", None), ("prefix_tuning", 5), ("prompt_tuning", None), ("mam", 5)],
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox"])
+def test_virtual_tokens_have_the_naive_gradients(
+    family: str, method: str, bottleneck: int | None
+) -> None:
+    kind, inner = VIRTUAL_METHODS[method].kind, VIRTUAL_METHODS[method].intervention
+    base = tiny_model(family)
+    description = describe_model(base, "tiny")
+    torch.manual_seed(3)
+    placement = None
+    if inner is not None:
+        layers = tuple(range(description.num_layers))
+        placement = Placement.on(description, inner, layers=layers, rank=2)
+    virtual = VirtualTokens(description, kind, 3, bottleneck=bottleneck)
+    model = ReftModel(base, placement, num_units=1, virtual=virtual)
+    with torch.no_grad():
+        for parameter in model.trainable():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    rule = PositionRule.parse("prompt")
+    ours, theirs = model(**Collator(rule)(ROWS))["loss"], naive_virtual_loss(model, ROWS)
+    assert_same(ours, theirs)
+    found = gradients(model, ours)
+    assert found.abs().max() > 1e-3
+    assert_same(found, gradients(model, theirs))
+
+
+def test_virtual_tokens_end_in_the_file_as_trained() -> None:
+    description = describe_model(tiny_model(), "tiny")
+    drawn = VirtualTokens(description, "kv", 3, bottleneck=5)
+    prefix, states = drawn.to_prefix(), drawn.keys_and_values()
+    for layer in range(NUM_LAYERS):
+        assert torch.equal(prefix.keys[layer], states[layer, 0])
+        assert torch.equal(prefix.values[layer], states[layer, 1])
+    shapes = drawn.spec().tensor_shapes(NUM_LAYERS, description.hidden_size)
+    assert {name: tuple(t.shape) for name, t in prefix.tensors().items()} == shapes
+    start = torch.randn(4, description.hidden_size)
+    embedding = VirtualTokens(description, "embedding", 4, start=start).to_prefix().embedding
+    assert embedding is not None
+    assert torch.equal(embedding, start)
+
+
+@pytest.mark.parametrize("method", ["loreft", "lora"])
+def test_base_only_is_the_base_model(method: str) -> None:
+    base, rule = tiny_model(), PositionRule.parse("prompt")
+    sites = ("linear:mlp.up_proj",) if method == "lora" else None
+    model = make_model(base, rule, method, sites=sites)
+    batch = Collator(rule)(ROWS)
+    with model.base_only():
+        plain = model(**batch)["loss"]
+    losses = []
+    for row in ROWS:
+        tokens = torch.tensor([row.prompt + row.completion])
+        predicted = base(input_ids=tokens).logits[0, len(row.prompt) - 1 : -1]
+        losses.append(F.cross_entropy(predicted, torch.tensor(row.completion), reduction="none"))
+    assert_same(plain, torch.cat(losses).mean())

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from reft_core.adapter import check_fits, read_adapter
 from reft_core.errors import AdapterError, TrainingError
+from tests.reference.slow import reference_logits
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
 from trainer import fit as fit_module
 from trainer.collate import Collator
@@ -182,3 +184,44 @@ def test_a_setting_the_base_cannot_satisfy_is_named(
     with pytest.raises((TrainingError, AdapterError), match=problem):
         run(make_config(tmp_path, **fields))
     assert not (tmp_path / "out").exists()
+
+
+def served_loss(config: TrainConfig, result: TrainResult) -> float:
+    """Mean loss over the test rows' completions, by the slow reference on the adapter file."""
+    assert config.test is not None
+    loaded, losses = byte_model(), []
+    rows = tokenise(load_dataset(config.test), loaded.tokenizer, config.rule, max_length=64)
+    for row in rows:
+        tokens = [*row.prompt, *row.completion]
+        logits = reference_logits(loaded.model, tokens, len(row.prompt), result.adapter)
+        predicted = logits[len(row.prompt) - 1 : -1]
+        losses += F.cross_entropy(
+            predicted, torch.tensor(row.completion), reduction="none"
+        ).tolist()
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("prefix_tuning", {"prefix_length": 5}),
+        ("prefix_tuning", {"prefix_length": 5, "prefix_bottleneck": 16}),
+        ("prompt_tuning", {"prefix_length": 6}),
+        ("mam", {"prefix_length": 3, "rank": 4, "positions": "prompt"}),
+    ],
+)
+def test_virtual_tokens_train_and_are_served_as_trained(
+    tmp_path: Path, method: str, settings: dict
+) -> None:
+    shared = {"method": method, "labels": ("y", "n"), "epochs": 4, "rank": 4}
+    config = make_config(tmp_path, **(shared | settings))
+    result = run(config)
+    spec = read_adapter(config.output).spec
+    assert spec.method == method
+    assert spec.prefix is not None
+    assert spec.prefix.length == settings["prefix_length"]
+    assert bool(spec.sites) == (method == "mam")
+    losses = [epoch.valid_loss for epoch in result.fit.epochs]
+    assert result.fit.best.valid_loss == min(losses[1:]) < losses[0]
+    # The file holds what was trained: it gives the same loss when it is read back.
+    assert result.metrics["test_loss"] == pytest.approx(served_loss(config, result), abs=1e-4)
