@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from reft_core.convert import METHODS_IN
 from reft_core.methods import METHODS
+from reft_core.methods.virtual import VIRTUAL_METHODS
 from server.cli import app
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -32,7 +33,7 @@ def test_every_method_has_a_row_that_names_its_facts(markdown):
         if line.startswith("| `")
         for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
     }
-    assert set(rows) == {*METHODS, "prefix_tuning", "prompt_tuning"}
+    assert set(rows) == {*METHODS, *VIRTUAL_METHODS}
     for name, method in METHODS.items():
         assert method.equation in rows[name]
         assert method.citation in rows[name]
