@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from reft_core.adapter import Adapter, EditKey
     from reft_core.sites import ModelDescription
+    from reft_core.spec import HeadSpec
 
 _MOST_SHOWN = 8
 _EDITED = "bold black on bright_yellow"
@@ -136,6 +137,8 @@ def _facts(adapter: Adapter, model: ModelDescription | None) -> Table:
         "method": spec.method,
         "positions": positions if spec.sites else "",
         "prefix": "" if prefix is None else f"{prefix.length} virtual tokens, {prefix.kind}",
+        "head": "" if spec.head is None else _head(spec.head),
+        "labels": ", ".join(spec.task.labels or ()),
         "subspaces": ", ".join(f"{k}: {_ranges(v)}" for k, v in (spec.subspaces or {}).items()),
         "strength": str(spec.strength),
         "template": "its own" if spec.template else "the base model's",
@@ -185,6 +188,12 @@ def _sites(adapter: Adapter) -> Table:
             f"{norm.mean:.3g}, at most {norm.largest:.3g} in layer {norm.largest_layer}",
         )
     return table
+
+
+def _head(head: HeadSpec) -> str:
+    """A classification head in a line."""
+    dense = "" if head.hidden is None else f", dense {head.hidden} with {head.activation}"
+    return f"pooling {head.pooling}{dense}"
 
 
 def _dead(adapter: Adapter, prompt_len: int | None) -> Iterable[str]:

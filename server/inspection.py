@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ class DeadEdits:
 def dead_edits(adapter: Adapter, prompt_len: int | None = None) -> DeadEdits:
     """Dead edits on a prompt of ``prompt_len`` tokens, or else on one that fits the rule."""
     prompt_len = prompt_len or _roomy_length(adapter.rule)
-    edits = PromptEdits((AdapterUse(adapter),), prompt_len)
+    reads: Literal["last", "all"] = "last" if adapter.head is None else "all"
+    edits = PromptEdits((AdapterUse(adapter),), prompt_len, reads)
     unread = {}
     for key in adapter.edits:
         edited, live = edits.positions[0][key.unit], edits.live_positions(0, key)
@@ -119,7 +120,8 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         for key, edit in adapter.edits.items()
         for part, tensor in edit.parts()
     }
-    return found | ({} if adapter.prefix is None else adapter.prefix.tensors())
+    found |= {} if adapter.prefix is None else adapter.prefix.tensors()
+    return found | ({} if adapter.head is None else adapter.head.tensors())
 
 
 def tensor_differences(a: Adapter, b: Adapter) -> list[TensorDifference]:

@@ -13,7 +13,7 @@ from reft_core.adapter import Adapter, EditKey, decode_adapter, encode_adapter
 from reft_core.convert import base_from_folder
 from reft_core.edits import Edit
 from reft_core.sites import ModelDescription
-from reft_core.spec import AdapterSpec, PositionSpec, SiteSpec, TemplateSpec
+from reft_core.spec import AdapterSpec, HeadSpec, PositionSpec, SiteSpec, TemplateSpec
 from server.cli import app
 from server.inspection import (
     dead_edits,
@@ -23,7 +23,12 @@ from server.inspection import (
     tensor_differences,
     tensors_of,
 )
-from tests.factories import random_adapter, random_prefix_adapter, tiny_description
+from tests.factories import (
+    random_adapter,
+    random_classifier_bytes,
+    random_prefix_adapter,
+    tiny_description,
+)
 from tests.server.fakes import make_adapter, make_tokenizer
 
 runner = CliRunner()
@@ -291,3 +296,17 @@ def test_diff_of_equal_and_of_different_files(tmp_path):
     assert "specs are equal" in output
     assert "12 of 12 tensors differ, 2 of them listed" in output
     assert output.count("block_output") == 2
+
+
+def test_a_head_is_shown_and_keeps_last_layer_edits_alive(tmp_path):
+    model = tiny_description()
+    head = HeadSpec(hidden=7, activation="tanh")
+    data = random_classifier_bytes(model, 3, head, positions="prompt")
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    adapter = decode_adapter(data)
+    assert dead_edits(adapter).unread == {}
+    assert "head.out.bias" in tensors_of(adapter)
+    shown = run("inspect", str(path)).output
+    assert "pooling first, dense 7 with tanh" in shown
+    assert "l0, l1, l2" in shown
