@@ -53,6 +53,10 @@ def mix(ingredients: Sequence[Ingredient], name: str) -> bytes:
     if len(adapters) < 2:
         raise InvalidRequest.because("adapters", len(adapters), "at least 2 to mix")
     for ingredient in ingredients:
+        if ingredient.adapter.head is not None:
+            raise InvalidRequest.because(
+                "adapters", ingredient.adapter.spec.name, "none with a head"
+            )
         if not math.isfinite(ingredient.strength):
             raise InvalidRequest.because("strength", ingredient.strength, "a finite number")
     specs = [adapter.spec for adapter in adapters]
@@ -81,7 +85,8 @@ def mix(ingredients: Sequence[Ingredient], name: str) -> bytes:
             "training": TrainingSpec(
                 tool="reft adapter mix",
                 data={
-                    spec.name: adapter.digest for spec, adapter in zip(specs, adapters, strict=True)
+                    f"adapter_{place}": f"{adapter.spec.name}@sha256:{adapter.digest}"
+                    for place, adapter in enumerate(adapters, 1)
                 },
             ),
         }
@@ -89,8 +94,7 @@ def mix(ingredients: Sequence[Ingredient], name: str) -> bytes:
     prefixed = _the_prefixed(ingredients)
     if prefixed is not None:
         mixed = mixed.model_copy(update={"prefix": prefixed.spec.prefix})
-    checked = AdapterSpec.model_validate(mixed.model_dump())
-    return encode_adapter(checked, edits, prefixed.prefix if prefixed else None)
+    return encode_adapter(mixed, edits, prefixed.prefix if prefixed else None)
 
 
 def _same(field: str, values: Sequence[object]) -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from reft_core.adapter import Adapter, decode_adapter
-from reft_core.errors import InvalidRequest
+from reft_core.errors import AdapterFileInvalid, InvalidRequest
 from reft_core.mix import MIXED, Ingredient, mix
+from reft_core.spec import HeadSpec
 from tests.factories import (
     random_adapter,
+    random_classifier_bytes,
     random_prefix_adapter,
     random_prompt,
     tiny_description,
@@ -94,7 +96,10 @@ def test_the_file_says_what_it_was_mixed_from() -> None:
     spec = decode_adapter(mix([Ingredient(first, 0.7), Ingredient(second, 0.5)], "both")).spec
     assert spec.name == "both"
     assert spec.description == "Mixed from loreft-1 at 0.7, loreft-2 at 0.5"
-    assert spec.training.data == {"loreft-1": first.digest, "loreft-2": second.digest}
+    assert spec.training.data == {
+        "adapter_1": f"loreft-1@sha256:{first.digest}",
+        "adapter_2": f"loreft-2@sha256:{second.digest}",
+    }
 
 
 @pytest.mark.parametrize(
@@ -119,3 +124,16 @@ def test_what_cannot_be_mixed_is_refused(first: dict, second: dict, message: str
 def test_one_adapter_is_no_mix() -> None:
     with pytest.raises(InvalidRequest, match="at least 2"):
         mix([Ingredient(made("loreft", 1), 1.0)], "mixed")
+
+
+def test_a_bad_name_is_refused() -> None:
+    pair = [Ingredient(made("loreft", seed), 1.0) for seed in (1, 2)]
+    with pytest.raises(AdapterFileInvalid, match=r"spec\.name"):
+        mix(pair, "no spaces, please")
+
+
+def test_heads_are_refused() -> None:
+    data = random_classifier_bytes(tiny_description(), 2, HeadSpec(), positions="l1")
+    pair = [Ingredient(made("loreft", 1), 1.0), Ingredient(decode_adapter(data), 1.0)]
+    with pytest.raises(InvalidRequest, match="none with a head"):
+        mix(pair, "mixed")
