@@ -426,6 +426,20 @@ def position_spec(rule: str, *, tied: bool, anchor: Anchor, cap: Cap) -> Positio
         raise InvalidRequest.because(option, first.get("input"), first["msg"]) from None
 
 
+def whole_prompt(options: ConvertOptions, method: str, source: str) -> PositionSpec:
+    """Positions of a method that reads the whole prompt, once the options agree with it."""
+    recorded = {
+        "method": method,
+        "positions": "prompt",
+        "tied": True,
+        "anchor": "prompt_end",
+        "cap": "shared",
+    }
+    for option, value in recorded.items():
+        options.agreeing(option, value, f"{source} reads the whole prompt")
+    return position_spec("prompt", tied=True, anchor="prompt_end", cap="shared")
+
+
 def ask_template(options: ConvertOptions, source: str) -> TemplateSpec | None:
     """The template option, which ``source`` does not record; None is the base model's own."""
     value = options.required(
@@ -456,6 +470,17 @@ def check_layers(layers: Iterable[int], base: ModelDescription, file: str) -> No
                 explain(f"{file}: layer", layer, f"0 to {base.num_layers - 1}, as in {base.name}"),
                 field="layer",
             )
+
+
+def kv_prefix(rows: Tensor, base: ModelDescription) -> tuple[PrefixSpec, Prefix]:
+    """Keys and values of every layer from ``rows`` (n, 2·layers·KH·D), one a virtual token.
+
+    A row is key of layer 0, value of layer 0, key of layer 1, …
+    """
+    n, heads, head_dim = len(rows), base.num_kv_heads, base.head_dim
+    halves = rows.view(n, 2 * base.num_layers, heads, head_dim).permute(1, 2, 0, 3)
+    spec = PrefixSpec(kind="kv", length=n, num_kv_heads=heads, head_dim=head_dim)
+    return spec, Prefix(tuple(halves[0::2]), tuple(halves[1::2]))  # each (KH, n, D)
 
 
 def assemble(

@@ -20,12 +20,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from reft_core.adapter import EditKey, Prefix
 from reft_core.convert.common import (
@@ -36,16 +32,17 @@ from reft_core.convert.common import (
     ask_name,
     ask_template,
     assemble,
-    check_layers,
     field_of,
     find_file,
     invalid,
+    kv_prefix,
     list_folder,
-    position_spec,
     read_json,
     read_pickle,
     read_safetensors,
+    whole_prompt,
 )
+from reft_core.convert.linear_maps import LinearMap, lora_edit, place_linear_maps
 from reft_core.edits import Edit
 from reft_core.errors import AdapterMismatch, UnsupportedFeature, explain
 from reft_core.methods.base import Phase
@@ -146,16 +143,8 @@ def from_peft(source: Path, options: ConvertOptions) -> Converted:
             f"{CONFIG_FILE}: peft_type", kind, "one of " + ", ".join(METHOD_OF)
         )
     _check_config(config, _LORA_FIELDS if kind == "LORA" else _PROMPT_FIELDS)
-    recorded = {
-        "method": METHOD_OF[kind],
-        "activation": "identity",
-        "positions": "prompt",
-        "tied": True,
-        "anchor": "prompt_end",
-        "cap": "shared",
-    }
-    for option, value in recorded.items():
-        options.agreeing(option, value, f"{CONFIG_FILE}: {kind} reads the whole prompt")
+    options.agreeing("activation", "identity", f"{CONFIG_FILE}: {kind}")
+    positions = whole_prompt(options, METHOD_OF[kind], f"{CONFIG_FILE}: {kind}")
     phase: Phase = "prompt"
     if kind == "LORA":
         phase = options.phase or "all"
@@ -163,7 +152,7 @@ def from_peft(source: Path, options: ConvertOptions) -> Converted:
         options.not_used(("phase",), f"{kind} edits no hidden states")
     conventions = Conventions(
         method=METHOD_OF[kind],
-        positions=position_spec("prompt", tied=True, anchor="prompt_end", cap="shared"),
+        positions=positions,
         template=ask_template(options, _SOURCE),
         name=ask_name(options, _SOURCE),
         tool="converted from PEFT",
@@ -191,17 +180,6 @@ def _check_config(config: Mapping[str, Any], known: set[str]) -> None:
 
 
 # -- LoRA ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Module:
-    """One linear map that LoRA acts on."""
-
-    path: str
-    """In the base model, such as ``model.layers.0.self_attn.q_proj``."""
-    layers_path: str
-    layer: int
-    site: str
 
 
 def _read_lora(
@@ -238,20 +216,9 @@ def _read_lora(
         a = tensors.take(f"{name}A.weight", (r, in_size))
         b = tensors.take(f"{name}B.weight", (out_size, r))
         scale = alpha / (math.sqrt(r) if use_rslora else r)
-        edits[EditKey(module.layer, module.site, 0)] = _lora_edit(a, b, scale)
+        edits[EditKey(module.layer, module.site, 0)] = lora_edit(a, b, scale)
     tensors.finish()
     return edits
-
-
-def _lora_edit(a: Tensor, b: Tensor, scale: float) -> Edit:
-    """s·(xAᵀ)Bᵀ; a rank above the map's own is multiplied out, since it cannot be used."""
-    (r, in_size), out_size = a.shape, b.shape[0]
-    down, up = a.mT, b.mT
-    if r > min(in_size, out_size):
-        product = down @ up  # (in, out)
-        wide = in_size >= out_size
-        down, up = (product, torch.eye(out_size)) if wide else (torch.eye(in_size), product)
-    return Edit(down=down, up=up, scale=scale, source="input")
 
 
 class _Patterns:
@@ -291,7 +258,7 @@ def _pattern(text: str, key: str) -> re.Pattern[str]:
     raise invalid(CONFIG_FILE, key, text, "the end of a module's path, or a simple pattern of it")
 
 
-def _modules(tensors: TensorFile, base: ModelDescription) -> list[_Module]:
+def _modules(tensors: TensorFile, base: ModelDescription) -> list[LinearMap]:
     """The linear maps that the file's keys name, all in one list of layers."""
     paths = {}
     for key in tensors.keys:
@@ -308,33 +275,11 @@ def _modules(tensors: TensorFile, base: ModelDescription) -> list[_Module]:
         paths[match["path"]] = key
     if not paths:
         raise invalid(tensors.file, "keys", [], "at least one pair lora_A, lora_B")
-    modules = [_place(path, key, tensors.file, base) for path, key in paths.items()]
-    check_layers((module.layer for module in modules), base, tensors.file)
-    lists = sorted({module.layers_path for module in modules})
-    if len(lists) != 1:
-        raise invalid(tensors.file, "keys", lists, "modules of one list of layers")
-    return modules
-
-
-def _place(path: str, key: str, file: str, base: ModelDescription) -> _Module:
-    """Layer and site of a module's path, which ends in a linear map of a layer."""
-    numbers = list(re.finditer(r"\.(\d{1,5})\.", path))
-    for number in numbers:
-        site = f"linear:{path[number.end() :]}"
-        if site in base.sites:
-            return _Module(path, path[: number.start()], int(number[1]), site)
-    known = ", ".join(site.removeprefix("linear:") for site in base.sites if ":" in site)
-    if not numbers:
-        raise UnsupportedFeature.because(
-            f"{file}: {key}", path, f"LoRA inside the decoder layers, on some of {known}"
-        )
-    raise AdapterMismatch(
-        explain(f"{file}: {key}", path, f"a layer's {known}, as in {base.name}"), field=key
-    )
+    return place_linear_maps(paths, tensors.file, base)
 
 
 def _check_targets(
-    config: Mapping[str, Any], modules: list[_Module], base: ModelDescription, file: str
+    config: Mapping[str, Any], modules: list[LinearMap], base: ModelDescription, file: str
 ) -> None:
     """The modules in the tensor file are those the config targets, so that none was lost.
 
@@ -404,9 +349,7 @@ def _read_prefix(
     n = _num_virtual(config, facts, base.name)
     rows = tensors.take(_PROMPT_TENSOR, (n, 2 * base.num_layers * heads * head_dim))
     tensors.finish()
-    halves = rows.view(n, 2 * base.num_layers, heads, head_dim).permute(1, 2, 0, 3)
-    spec = PrefixSpec(kind="kv", length=n, num_kv_heads=heads, head_dim=head_dim)
-    return spec, Prefix(tuple(halves[0::2]), tuple(halves[1::2]))  # each (KH, n, D)
+    return kv_prefix(rows, base)
 
 
 def _read_prompt(
