@@ -46,6 +46,9 @@ class ModelDescription:
     num_parameters: int
     sites: Mapping[str, tuple[int, int]]
     """Input and output width of each site that a layer has."""
+    rotary: tuple[float, ...] = ()
+    """Angle by which one position turns each pair of a head's halves; empty where it is not
+    known or not all there is to a position. Only the converters ask."""
 
     def to_base_spec(self) -> BaseModelSpec:
         """How an adapter trained on this model names it."""

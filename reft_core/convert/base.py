@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from reft_core.errors import UnsupportedModel, explain
@@ -25,6 +34,9 @@ _DEMO_CONFIG = {
 }
 """Its shape, written down: reading it from the demo's package means de-quantising first."""
 
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose angles do not depend on a text's length."""
+
 
 def describe_config(config: PreTrainedConfig, name: str) -> ModelDescription:
     """The description of the causal language model that ``config`` makes.
@@ -39,7 +51,18 @@ def describe_config(config: PreTrainedConfig, name: str) -> ModelDescription:
             explain("base", config.model_type, "a model type with a causal language model"),
             field="base",
         ) from None
-    return describe_model(model, name)
+    return replace(describe_model(model, name), rotary=_rotary(model))
+
+
+def _rotary(model: PreTrainedModel) -> tuple[float, ...]:
+    """The angles of a Llama's or Mistral's rotary embedding, if they are the same for any text."""
+    for module in model.modules():
+        if isinstance(module, LlamaRotaryEmbedding | MistralRotaryEmbedding):
+            if module.rope_type not in _FIXED_ROPE:
+                return ()
+            rebuilt = type(module)(module.config)  # the module's own are on the meta device
+            return tuple(rebuilt.inv_freq.tolist())
+    return ()
 
 
 def base_from_folder(model: str, name: str | None = None) -> ModelDescription:
