@@ -51,17 +51,22 @@ def describe_config(config: PreTrainedConfig, name: str) -> ModelDescription:
             explain("base", config.model_type, "a model type with a causal language model"),
             field="base",
         ) from None
-    return replace(describe_model(model, name), rotary=_rotary(model))
+    description = describe_model(model, name)
+    return replace(description, rotary=_rotary(model, description.head_dim))
 
 
-def _rotary(model: PreTrainedModel) -> tuple[float, ...]:
-    """The angles of a Llama's or Mistral's rotary embedding, if they are the same for any text."""
+def _rotary(model: PreTrainedModel, head_dim: int) -> tuple[float, ...]:
+    """The angles of a Llama's or Mistral's rotary embedding, if they are all that positions do.
+
+    They are not where angles depend on a text's length, or a window hides what is far behind.
+    """
     for module in model.modules():
         if isinstance(module, LlamaRotaryEmbedding | MistralRotaryEmbedding):
-            if module.rope_type not in _FIXED_ROPE:
+            if module.rope_type not in _FIXED_ROPE or getattr(model.config, "sliding_window", None):
                 return ()
             rebuilt = type(module)(module.config)  # the module's own are on the meta device
-            return tuple(rebuilt.inv_freq.tolist())
+            angles = tuple(rebuilt.inv_freq.tolist())
+            return angles if 2 * len(angles) == head_dim else ()
     return ()
 
 

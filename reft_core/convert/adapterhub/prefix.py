@@ -83,8 +83,8 @@ def read(saved: SavedAdapter, options: ConvertOptions) -> Converted:
         raise UnsupportedFeature.because(
             f"{CONFIG_FILE}: model_type",
             options.base.architecture,
-            "llama or mistral: a prefix moves our prompts by its length, and only the keys of "
-            "plain rotary embedding can be moved along",
+            "llama or mistral with plain rotary positions and no window: a prefix moves our "
+            "prompts by its length, and elsewhere its keys cannot be moved along",
         )
     n = _whole(saved, "prefix_length", MAX_PREFIX)
     rows = _rows(saved, saved.read_tensors(), n, options.base)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter
 from reft_core.convert import ConvertOptions, convert
@@ -502,19 +502,25 @@ def test_keys_are_turned_to_where_the_prompt_begins() -> None:
     assert adapter.spec.training.hyperparameters["attention"] == "eager"
 
 
+_SMALL = {
+    "vocab_size": 8,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
 @pytest.mark.parametrize(
     "config",
     [
         GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8),
-        LlamaConfig(
-            vocab_size=8,
-            hidden_size=16,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
-        ),
+        LlamaConfig(**_SMALL, rope_parameters=_DYNAMIC),
+        MistralConfig(**_SMALL, sliding_window=8),
     ],
+    ids=lambda config: config.model_type,
 )
 def test_a_prefix_needs_plain_rotary_positions(config: PreTrainedConfig, tmp_path: Path) -> None:
     base = describe_config(config, "other")
