@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,9 +46,9 @@ class ModelDescription:
     num_parameters: int
     sites: Mapping[str, tuple[int, int]]
     """Input and output width of each site that a layer has."""
-    rotary: tuple[float, ...] = ()
-    """Angle by which one position turns each pair of a head's halves; empty where it is not
-    known or not all there is to a position. Only the converters ask."""
+    rotary: tuple[float, ...] = field(default=(), compare=False)
+    """Angle by which one position turns each pair of a head's halves; empty where it is not all
+    there is to a position. Only a base described for conversion has it."""
 
     def to_base_spec(self) -> BaseModelSpec:
         """How an adapter trained on this model names it."""

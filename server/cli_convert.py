@@ -92,11 +92,20 @@ def convert(
             f"{adapter.spec.name}: {adapter.spec.method}, {adapter.spec.num_parameters:,} "
             f"parameters, {len(data):,} bytes in {out} ({adapter.digest})"
         )
-        error = adapter.spec.training.hyperparameters.get("rotation_error", 0)
+        facts = adapter.spec.training.hyperparameters
+        error = facts.get("rotation_error", 0)
         if float(error) > _BROKEN_ROTATION:
             console.print(
                 f"note: R is far from orthonormal (RᵀR − I up to {float(error):.2g}); weight decay "
                 "on it does that. It is kept as it is, since the other library computes with it.",
+                style="yellow",
+                soft_wrap=True,
+            )
+        if facts.get("source_attention") == "eager":
+            console.print(
+                "note: this is the prefix as `adapters` computes it with eager attention. With "
+                "sdpa, its default, it hides some or all of the prefix, and a prefix trained so "
+                "will act differently here.",
                 style="yellow",
                 soft_wrap=True,
             )

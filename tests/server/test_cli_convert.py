@@ -81,6 +81,15 @@ def test_a_broken_rotation_is_mentioned(tmp_path):
     assert "far from orthonormal" in result.output
 
 
+def test_a_prefix_that_may_have_been_hidden_is_mentioned(tmp_path):
+    source = str(FIXTURES / "adapterhub" / "prefix-pickle" / "adapter")
+    result = convert(source, "adapters", tmp_path / "a.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "eager attention" in result.output
+    lora = str(FIXTURES / "adapterhub" / "lora" / "adapter")
+    assert "note" not in convert(lora, "adapters", tmp_path / "b.safetensors").output
+
+
 def test_an_existing_file_is_replaced_on_request_only(tmp_path):
     out = tmp_path / "a.safetensors"
     out.write_text("precious")

@@ -13,9 +13,10 @@ leaves unrotated, are turned by n positions: each query then sees them as it did
 absolute positions, for which nothing makes up, and is refused.
 
 This is what `adapters` 1.3.0 computes with ``attn_implementation="eager"``. With sdpa, its
-default, it inverts a mask that is none: a prompt alone or a padded batch does not see the
-prefix at all, and with a mask of ones token i sees the first i + 1 keys, prefix included. What
-was trained so is not what is imported.
+default, it inverts a mask that is none: without a mask, or in a padded batch, no token sees the
+prefix; with a mask of ones token i sees the first i + 1 keys, prefix included. What was trained
+so is not what is imported, and nothing stored tells; ``source_attention`` in the file's
+provenance says which is meant.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def read(saved: SavedAdapter, options: ConvertOptions) -> Converted:
     spec, prefix = kv_prefix(rows, options.base)
     turned = Prefix(tuple(_turn(key, n, options.base.rotary) for key in prefix.keys), prefix.values)
     conventions = saved.conventions(
-        "prefix_tuning", positions, options, facts={"attention": "eager"}
+        "prefix_tuning", positions, options, facts={"source_attention": "eager"}
     )
     return assemble({}, conventions, options, (spec, turned))
 

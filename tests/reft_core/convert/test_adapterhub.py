@@ -499,7 +499,7 @@ def test_keys_are_turned_to_where_the_prompt_begins() -> None:
     expected = 4 * torch.tensor([10000 ** (-2 * i / 6) for i in range(3)])
     turned = pairs[1] * torch.polar(torch.ones(3), expected)
     torch.testing.assert_close(pairs[0], turned)
-    assert adapter.spec.training.hyperparameters["attention"] == "eager"
+    assert adapter.spec.training.hyperparameters["source_attention"] == "eager"
 
 
 _SMALL = {
