@@ -84,6 +84,8 @@ _KEY = re.compile(
     r"[\w.]*?\.(?P<layer>\d{1,5})\.(?P<place>attention_adapters|output_adapters)"
     r"\.adapters\.(?P<name>.+)\.(?P<part>adapter_(?:down\.0|up)\.(?:weight|bias)|scaling)"
 )
+_KNOWN = ("gpt2", "llama", "mistral")
+"""Architectures that `adapters` has classes for, which need no interface."""
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 _ARCHITECTURES = ("gpt2", *_LLAMA_LIKE)
 _INTERFACE = {
@@ -197,8 +199,10 @@ def _mlp_adapter_reads(
     saved: SavedAdapter, base: ModelDescription
 ) -> Literal["stream", "mlp_input"]:
     """What an adapter at the MLP gets beside the MLP's output."""
-    if saved.interface is None:
+    if saved.interface is None and base.architecture in _KNOWN:
         return "stream"
+    if saved.interface is None:
+        raise invalid(INTERFACE_FILE, "file", None, f"one, with {base.architecture}")
     if base.architecture not in _LLAMA_LIKE:
         raise UnsupportedFeature.because(
             f"{INTERFACE_FILE}: model_type", base.architecture, "one of " + ", ".join(_LLAMA_LIKE)

@@ -482,6 +482,16 @@ def test_layers_that_were_not_compared_are_refused(tmp_path: Path) -> None:
         convert(folder, "adapters", options(base=base))
 
 
+def test_a_model_without_classes_needs_its_interface(tmp_path: Path) -> None:
+    folder = _copy("series-interface", tmp_path)
+    _change(folder / "adapter_config.json", {"model_type": "qwen2"})
+    base = replace(options().base, architecture="qwen2")
+    assert convert(folder, "adapters", options(base=base))
+    (folder / "adapter_interface.json").unlink()
+    with pytest.raises(AdapterFileInvalid, match=r"adapter_interface\.json: file: got None"):
+        convert(folder, "adapters", options(base=base))
+
+
 # -- prefix tuning -----------------------------------------------------------------------------
 
 
