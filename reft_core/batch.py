@@ -44,6 +44,19 @@ class AdapterUse:
         return [key for key in self.edits if self.source and sites[key.site].interchange]
 
     @cached_property
+    def edits_decode(self) -> bool:
+        """Whether it edits generated tokens too."""
+        return any(site.phase == "all" for site in self.adapter.spec.sites.values())
+
+    def decode_keys(self) -> list[EditKey]:
+        """The edits that act on generated tokens: sites of phase ``all``, and of a rule whose
+        units are untied, the last one's parameters."""
+        sites, last_unit = self.adapter.spec.sites, self.adapter.rule.num_units - 1
+        return [
+            key for key in self.edits if sites[key.site].phase == "all" and key.unit == last_unit
+        ]
+
+    @cached_property
     def edits(self) -> Mapping[EditKey, Edit]:
         """The adapter's edits with the subspace factors worked in."""
         if not self.subspaces:
@@ -106,12 +119,20 @@ class PromptEdits:
         token's logits are read, so a last-layer edit lives at that position alone.
         """
         positions = self.positions[place][key.unit]
-        last_layer = self.uses[place].adapter.spec.base.num_layers - 1
-        is_read = self.reads == "all" or key.layer < last_layer
-        if is_read or key.site not in _READ_BY_LOGITS_ONLY:
+        if self.reads == "all" or not self._only_for_logits(place, key):
             return positions
         last = self.num_virtual + self.prompt_len - 1
         return (last,) if last in positions else ()
+
+    def units_behind_kv(self, place: int) -> set[int]:
+        """Units of the ``place``-th adapter that change keys or values, at any layer."""
+        edits = self.uses[place].edits
+        return {key.unit for key in edits if not self._only_for_logits(place, key)}
+
+    def _only_for_logits(self, place: int, key: EditKey) -> bool:
+        """Whether the model's logits at an edited position are all that the edit can change."""
+        last_layer = self.uses[place].adapter.spec.base.num_layers - 1
+        return key.layer == last_layer and key.site in _READ_BY_LOGITS_ONLY
 
     @cached_property
     def num_edits(self) -> int:
@@ -125,11 +146,7 @@ class PromptEdits:
     @cached_property
     def edits_decode(self) -> bool:
         """Whether generated tokens are edited too."""
-        return any(
-            site.phase == "all"
-            for _, use in self.active()
-            for site in use.adapter.spec.sites.values()
-        )
+        return any(use.edits_decode for _, use in self.active())
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,11 @@ class PackedChunk:
         """Rows of those positions that lie in this chunk."""
         offsets = (position - self.first_position for position in positions)
         return [self.row + offset for offset in offsets if 0 <= offset < self.length]
+
+    def rows_from(self, position: int) -> list[int]:
+        """Rows of the positions from this one on that lie in this chunk."""
+        first = max(position - self.first_position, 0)
+        return list(range(self.row + first, self.row + self.length))
 
     def position_of(self, row: int) -> int:
         """The position that stands in a row of this chunk."""
@@ -225,7 +247,11 @@ class _PlanBuilder:
 
 
 def build_plan(chunks: Iterable[PackedChunk], device: torch.device | str = "cpu") -> EditPlan:
-    """The edits of one packed prefill."""
+    """The edits of one packed prefill.
+
+    A chunk may reach beyond the prompt, when a sequence that had generated tokens is computed
+    again; those tokens are edited as they were in their decode steps.
+    """
     builder = _PlanBuilder()
     for chunk in chunks:
         if chunk.edits is None:
@@ -243,6 +269,9 @@ def build_plan(chunks: Iterable[PackedChunk], device: torch.device | str = "cpu"
                     builder.add_own(depth, use, key, rows, use.source_parts[key][places])
                 elif rows:
                     builder.add(depth, use, key, rows)
+            if generated := chunk.rows_from(chunk.edits.num_virtual + chunk.edits.prompt_len):
+                for key in use.decode_keys():
+                    builder.add(depth, use, key, generated)
     return builder.build(device)
 
 
@@ -251,16 +280,13 @@ def build_decode_plan(
 ) -> EditPlan:
     """The edits of one decode step, row i being sequence i's new token.
 
-    Only sites of phase ``all`` act on generated tokens, with the parameters of their last
-    unit (the suffix's, where a rule is untied). None for rows without adapters.
+    See :meth:`AdapterUse.decode_keys`. None for rows without adapters.
     """
     builder = _PlanBuilder()
     for row, edits in enumerate(rows):
         if edits is None or not edits.edits_decode:
             continue
         for depth, use in edits.active():
-            sites, last_unit = use.adapter.spec.sites, use.adapter.rule.num_units - 1
-            for key in use.edits:
-                if sites[key.site].phase == "all" and key.unit == last_unit:
-                    builder.add(depth, use, key, [row])
+            for key in use.decode_keys():
+                builder.add(depth, use, key, [row])
     return builder.build(device)

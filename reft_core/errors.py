@@ -15,6 +15,7 @@
     ├── UnsupportedModel          the base model lacks a structure we need
     ├── EngineError
     │   ├── EngineOverloaded      the queue is full; try again later
+    │   ├── DeadlineExceeded      the request's own time was up
     │   ├── EngineUnavailable     the engine is draining, stopped or dead
     │   └── RequestFailed         this one request failed while it ran
     └── TrainingError             a training config or data set cannot be used
@@ -113,6 +114,10 @@ class EngineOverloaded(EngineError):
 
 class EngineUnavailable(EngineError):
     """The engine is draining, stopped or dead."""
+
+
+class DeadlineExceeded(EngineError):
+    """The request did not end within its deadline."""
 
 
 class RequestFailed(EngineError):

@@ -61,6 +61,12 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(default=16, ge=1, description="requests decoded together")
     max_waiting: int = Field(default=1024, ge=1, description="queued requests; beyond: 429")
     max_prefill_tokens: int = Field(default=512, ge=1, description="prompt tokens a step")
+    kv_tokens: int | None = Field(
+        default=None, ge=2, description="tokens of all running requests; None: as slots allow"
+    )
+    prefix_cache_bytes: int = Field(
+        default=256 * MIB, ge=0, description="keys and values of prompts seen before; 0: none"
+    )
     adapter_memory_bytes: int = Field(default=1024 * MIB, ge=MIB, description="loaded adapters")
 
     max_body_bytes: int = Field(default=2 * MIB, ge=1024, description="a JSON request body")
@@ -115,6 +121,8 @@ class Settings(BaseSettings):
             max_num_seqs=self.max_num_seqs,
             max_waiting=self.max_waiting,
             max_prefill_tokens=self.max_prefill_tokens,
+            kv_tokens=self.kv_tokens,
+            prefix_cache_bytes=self.prefix_cache_bytes,
             num_threads=self.num_threads,
         )
 

@@ -19,6 +19,11 @@ class EngineConfig:
     """Requests that may wait for a slot before new ones are refused."""
     max_prefill_tokens: int = 512
     """Prompt tokens computed in one step; longer prompts are prefilled in chunks."""
+    kv_tokens: int | None = None
+    """Tokens that all running requests may hold together, at least ``max_model_len``; beyond,
+    requests lose their slot and are computed again. None: what the slots have room for."""
+    prefix_cache_bytes: int = 256 * 1024 * 1024
+    """Memory for the keys and values of prompts seen before; 0 remembers none."""
     num_threads: int | None = None
     """CPU threads of the compute; None leaves torch's choice."""
 
@@ -26,5 +31,10 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_waiting", "max_prefill_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidRequest.because(name, getattr(self, name), "at least 1")
+        if self.kv_tokens is not None and self.kv_tokens < self.max_model_len:
+            allowed = f"at least max_model_len, {self.max_model_len}"
+            raise InvalidRequest.because("kv_tokens", self.kv_tokens, allowed)
+        if self.prefix_cache_bytes < 0:
+            raise InvalidRequest.because("prefix_cache_bytes", self.prefix_cache_bytes, "0 or more")
         if self.num_threads is not None and self.num_threads < 1:
             raise InvalidRequest.because("num_threads", self.num_threads, "at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import threading
 import time
@@ -25,12 +26,15 @@ from reft_core.engine.interface import (
     Token,
 )
 from reft_core.engine.kv import SlotKV
+from reft_core.engine.prefix_cache import PrefixCache
+from reft_core.engine.provenance import Provenance
 from reft_core.engine.runner import ModelRunner
 from reft_core.engine.sampler import sample
 from reft_core.engine.scheduler import Chunk, Scheduler
 from reft_core.engine.sequence import Sequence
 from reft_core.errors import (
     AdapterMismatch,
+    DeadlineExceeded,
     EngineOverloaded,
     EngineUnavailable,
     InvalidRequest,
@@ -67,7 +71,9 @@ class EmbeddedEngine:
         parameter = next(loaded.model.parameters())
         self._device = parameter.device
         self._kv, self._runner = run_in_own_thread(lambda: self._build(parameter.dtype))
-        self._scheduler = Scheduler(config, self._kv)
+        self._cache = PrefixCache(self._kv, config.prefix_cache_bytes)
+        self._scheduler = Scheduler(config, self._kv, self._cache)
+        self._deadlines: list[tuple[float, int, Sequence]] = []
 
         self._changed = threading.Condition()
         self._inbox: deque[Sequence] = deque()
@@ -179,6 +185,9 @@ class EmbeddedEngine:
             edits_applied_total=self._runner.num_edits_applied,
             prefill_steps_total=self._prefill_steps,
             decode_steps_total=self._decode_steps,
+            cached_tokens_total=self._cache.num_hit_tokens,
+            cached_blocks=len(self._cache),
+            preemptions_total=self._scheduler.num_preemptions,
         )
 
     def start(self) -> None:
@@ -315,12 +324,10 @@ class EmbeddedEngine:
         generator = None
         if params.seed is not None:
             generator = torch.Generator().manual_seed(params.seed)
-        num_virtual = 0 if edits is None else edits.num_virtual
-        token_ids = [0] * num_virtual + list(request.prompt)
-        sequence = Sequence(request, sink, edits, stop_ids, token_ids, generator=generator)
-        if edits is not None and edits.prefixed is not None and edits.prefixed.has_kv_prefix:
-            sequence.num_computed = num_virtual
-        return sequence
+        provenance = None
+        if not any(choice.source for choice in request.adapters):  # those use the slot first
+            provenance = Provenance.of(edits, len(request.prompt), request.tenant)
+        return Sequence(request, sink, edits, stop_ids, provenance, generator)
 
     # Called from the engine's thread alone ------------------------------------------------
 
@@ -359,8 +366,22 @@ class EmbeddedEngine:
             self._cancelled.clear()
         for sequence in arrived:
             self._scheduler.add(sequence)
+            if sequence.request.deadline_s is not None:
+                due = sequence.submitted_at + sequence.request.deadline_s
+                heapq.heappush(self._deadlines, (due, id(sequence), sequence))
         for sequence in cancelled:
             self._finish(sequence, None, "cancelled")
+        self._end_overdue()
+
+    def _end_overdue(self) -> None:
+        """End the sequences whose deadline has passed."""
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            request = sequence.request
+            if self._open.get(request.request_id) is sequence:
+                message = f"the request did not end within its deadline of {request.deadline_s} s"
+                self._fail(sequence, DeadlineExceeded(message))
 
     def _prefill(self, chunks: list[Chunk]) -> None:
         """Prefill chunks together; if that fails, each alone, so only the guilty one ends."""
@@ -377,18 +398,20 @@ class EmbeddedEngine:
         self._prefill_steps += 1
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
+            self._cache.store(chunk.sequence, tail=chunk.completes_prompt)
             self._prompt_tokens += chunk.end - chunk.start
         self._take_tokens(logits, [c.sequence for c in chunks if c.completes_prompt])
 
     def _decode(self, rows: list[Sequence]) -> None:
-        """Decode one token for every ready sequence among ``rows``."""
+        """Decode one token for every ready sequence among ``rows``; if that fails, for each
+        alone, so only the guilty one ends."""
         ready = [sequence for sequence in rows if sequence.is_prefilled]
         try:
             logits = self._runner.decode(rows)
-        except Exception as error:
+        except Exception:
             log.exception("a decode of %d sequences failed", len(ready))
             for sequence in ready:
-                self._fail(sequence, RequestFailed(f"decode failed: {error}"))
+                self._decode_alone(sequence)
             return
         self._decode_steps += 1
         if len(ready) < len(rows):
@@ -397,15 +420,29 @@ class EmbeddedEngine:
             sequence.num_computed += 1
         self._take_tokens(logits, ready)
 
+    def _decode_alone(self, sequence: Sequence) -> None:
+        """Decode one sequence's token, the rows before its own left idle."""
+        try:
+            rows = self._scheduler.running[: sequence.slot + 1]
+            logits = self._runner.decode(rows, only=sequence)
+        except Exception as error:
+            self._fail(sequence, RequestFailed(f"decode failed: {error}"))
+            return
+        self._decode_steps += 1
+        sequence.num_computed += 1
+        self._take_tokens(logits[-1:], [sequence])
+
     def _take_tokens(self, logits: torch.Tensor, sequences: list[Sequence]) -> None:
         """Sample each sequence's next token, deliver it, and end those that are done."""
         if not sequences:
             return
         for sequence, token in zip(sequences, sample(logits, sequences), strict=True):
             if isinstance(token, RequestFailed):
+                self._cache.forget(sequence)
                 self._fail(sequence, token)
                 continue
             self._generated_tokens += 1
+            self._scheduler.charge(sequence, 1)
             sequence.token_ids.append(token.token_id)
             if not sequence.first_token_at:
                 sequence.first_token_at = time.monotonic()
@@ -428,6 +465,8 @@ class EmbeddedEngine:
         error: ReftError | None = None,
     ) -> None:
         """Free a sequence's slot and deliver its last output."""
+        if sequence.slot >= 0 and error is None:
+            self._cache.store(sequence, tail=True)
         self._scheduler.remove(sequence)
         self._close(sequence, token, reason, error)
 
@@ -441,7 +480,8 @@ class EmbeddedEngine:
         """Deliver the last output and forget the request."""
         request_id = sequence.request.request_id
         timings = sequence.timings(time.monotonic())
-        self._deliver(sequence, Output(request_id, token, reason, error, timings))
+        cached = min(sequence.num_cached, sequence.prompt_end)
+        self._deliver(sequence, Output(request_id, token, reason, error, timings, cached))
         with self._changed:
             self._open.pop(request_id, None)
             self._cancelled.discard(request_id)  # its id may come again

@@ -16,6 +16,8 @@ from reft_core.sites import ModelDescription
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 1_000_000
+MAX_DEADLINE_S = 7 * 24 * 3600.0
 _MAX_SEED = 2**63 - 1
 
 
@@ -117,6 +119,18 @@ class Request:
     completion: tuple[int, ...] = ()
     """Tokens to take in turn instead of choosing any, to learn their log-probabilities.
     Stop tokens among them end nothing, and of ``params`` only ``logprobs`` counts."""
+    priority: int = 0
+    """Lower is more urgent: admitted first, and the last to lose its slot."""
+    tenant: str = ""
+    """Slots are shared fairly between tenants and their adapters, and what one tenant's prompts
+    leave in the prefix cache is not used for another's."""
+    deadline_s: float | None = None
+    """Seconds from submission after which it ends with :class:`DeadlineExceeded`."""
+
+    def __post_init__(self) -> None:
+        _check("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, whole=True)
+        if self.deadline_s is not None:
+            _check("deadline_s", self.deadline_s, 0, MAX_DEADLINE_S, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -162,6 +176,8 @@ class Output:
     finish_reason: FinishReason | None = None
     error: ReftError | None = None
     timings: Timings | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache; told by the last output."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +206,10 @@ class EngineStats:
     edits_applied_total: int
     prefill_steps_total: int
     decode_steps_total: int
+    cached_tokens_total: int
+    """Tokens that were taken from the prefix cache instead of being computed."""
+    cached_blocks: int
+    preemptions_total: int
 
 
 OutputSink = Callable[[Output], None]

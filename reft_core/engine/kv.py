@@ -26,12 +26,29 @@ class SlotKV:
         device: torch.device | str,
     ) -> None:
         shape = (num_slots, model.num_kv_heads, slot_len, model.head_dim)
+        self._model = model
         self.num_slots = num_slots
         self.slot_len = slot_len
+        self.num_layers = model.num_layers
         self.keys = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)
         ]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys and values are."""
+        return self.keys[0].device
+
+    def bytes_of(self, num_tokens: int) -> int:
+        """Bytes that the keys and values of this many tokens take."""
+        per_layer = self._model.num_kv_heads * self._model.head_dim * self.keys[0].itemsize
+        return 2 * self.num_layers * per_layer * num_tokens
+
+    def like(self, num_slots: int, slot_len: int) -> SlotKV:
+        """Another store for the same model, with slots of another number and length."""
+        dtype, device = self.keys[0].dtype, self.device
+        return SlotKV(self._model, num_slots, slot_len, dtype=dtype, device=device)
 
     def append(self, layer: int, slot: int, start: int, key: Tensor, value: Tensor) -> None:
         """Store key and value (KH, n, D) at positions start..start+n-1 of a slot."""

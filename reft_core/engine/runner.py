@@ -84,14 +84,16 @@ class ModelRunner:
         return logits[0]
 
     @torch.inference_mode()
-    def decode(self, running: Sequence[EngineSequence]) -> Tensor:
+    def decode(
+        self, running: Sequence[EngineSequence], only: EngineSequence | None = None
+    ) -> Tensor:
         """One token for each slot 0..B-1; ``running[i]`` owns slot i. Float32 logits (B, V).
 
-        Rows of sequences that are still being prefilled are idle: they compute something
-        meaningless, and the key they store at their next position is overwritten when that
-        position is prefilled or decoded.
+        Rows of sequences that are still being prefilled are idle, and of all but one if ``only``
+        is given: they compute something meaningless, and the key they store at their next
+        position is overwritten when that position is prefilled or decoded.
         """
-        ready = [sequence.is_prefilled for sequence in running]
+        ready = [s.is_prefilled and only in (None, s) for s in running]
         tokens = [s.token_ids[-1] if ok else 0 for s, ok in zip(running, ready, strict=True)]
         positions = [sequence.num_computed for sequence in running]
         position_ids = torch.tensor(positions, device=self._device)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
 
 from reft_core.batch import PromptEdits
 from reft_core.engine.interface import OutputSink, Request, Timings
+from reft_core.engine.provenance import BLOCK_TOKENS, Provenance
+
+Flow = tuple[str, tuple[str, ...]]
+"""Whose request it is, and the digests of the adapters it uses."""
 
 
 @dataclass(eq=False)
@@ -20,17 +25,55 @@ class Sequence:
     edits: PromptEdits | None
     stop_ids: frozenset[int]
     """Tokens that end it: the request's own, and the model's unless it ignores them."""
-    token_ids: list[int]
+    provenance: Provenance | None = None
+    """Names of its blocks in the prefix cache; None keeps it out of the cache."""
+    generator: torch.Generator | None = None
+    """Source of randomness when the request has a seed."""
+    token_ids: list[int] = field(init=False)
     """A placeholder for each virtual token, the prompt, then generated tokens."""
     slot: int = -1
     """Row of the KV store; -1 while waiting. Owned by the scheduler."""
     num_computed: int = 0
     """Tokens whose keys and values are in the slot."""
-    generator: torch.Generator | None = None
-    """Source of randomness when the request has a seed."""
+    prefill_target: int = 0
+    """Tokens to prefill before the next one can be sampled: those of the prompt, and after a
+    preemption also those generated before it."""
+    has_started: bool = False
+    """Whether anything of it was computed, or taken from the prefix cache, in its slot."""
+    num_cached: int = 0
+    """Most tokens it took from the prefix cache at once."""
     submitted_at: float = field(default_factory=time.monotonic)
     admitted_at: float = 0.0
     first_token_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.token_ids = [0] * self.num_virtual + list(self.request.prompt)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again with an empty slot, as far as it has come."""
+        adapter = self.edits.prefixed if self.edits else None
+        has_kv_prefix = adapter is not None and adapter.has_kv_prefix
+        self.num_computed = self.num_virtual if has_kv_prefix else 0
+        self.prefill_target = len(self.token_ids)
+        self.has_started = False
+
+    @property
+    def flow(self) -> Flow:
+        """What it shares its part of the engine with."""
+        return self.request.tenant, tuple(choice.digest for choice in self.request.adapters)
+
+    @property
+    def was_admitted(self) -> bool:
+        """Whether it has, or had, a slot."""
+        return self.admitted_at > 0
+
+    @property
+    def prompt_block_names(self) -> Seq[bytes]:
+        """Names of the full blocks that prefilling it computes."""
+        if self.provenance is None:
+            return ()
+        return self.provenance.block_names(self.token_ids, self.prefill_target // BLOCK_TOKENS)
 
     @property
     def num_virtual(self) -> int:
@@ -38,24 +81,24 @@ class Sequence:
         return 0 if self.edits is None else self.edits.num_virtual
 
     @property
-    def prefill_len(self) -> int:
+    def prompt_end(self) -> int:
         """Tokens before the first generated one: the virtual ones and the original prompt."""
         return self.num_virtual + len(self.request.prompt)
 
     @property
     def num_generated(self) -> int:
         """Tokens generated so far."""
-        return len(self.token_ids) - self.prefill_len
+        return len(self.token_ids) - self.prompt_end
 
     @property
     def generated_ids(self) -> list[int]:
         """The generated tokens."""
-        return self.token_ids[self.prefill_len :]
+        return self.token_ids[self.prompt_end :]
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether the whole prompt's keys and values are in the slot."""
-        return self.num_computed >= self.prefill_len
+        """Whether all that was known when it got its slot is in there."""
+        return self.num_computed >= self.prefill_target
 
     def timings(self, now: float) -> Timings:
         """Seconds by stage, for a sequence that ends at ``now``."""

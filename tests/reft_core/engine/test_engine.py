@@ -6,7 +6,9 @@ certain; those about the engine's own thread start it.
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,8 +30,10 @@ from reft_core.engine.interface import AdapterChoice, Output, Request, SamplingP
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.runner import ModelRunner
 from reft_core.engine.scheduler import Chunk
+from reft_core.engine.sequence import Sequence as EngineSequence
 from reft_core.errors import (
     AdapterMismatch,
+    DeadlineExceeded,
     EngineOverloaded,
     EngineUnavailable,
     InvalidRequest,
@@ -755,29 +759,76 @@ def test_a_prefill_that_raises_fails_its_own_request_alone(
     assert_idle(engine)
 
 
-def test_a_decode_that_raises_ends_its_batch_and_not_the_engine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Those that decode fail; one that is still prefilled, and later ones, are answered."""
+def test_a_decode_that_raises_ends_the_guilty_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is taken apart; neighbours, and one that is still prefilled, are answered."""
     engine = make_engine(max_prefill_tokens=8)
-    decoding = [submit(engine, f"r{i}", random_prompt(4, i)) for i in range(2)]
+    decoding = {name: submit(engine, name, random_prompt(4, i)) for i, name in enumerate("abc")}
+    engine.step()
     engine.step()
     prefilling = submit(engine, "prefilling", LONG)
-    with monkeypatch.context() as patch:
+    real = ModelRunner.decode
 
-        def fail(self: ModelRunner, running: object) -> torch.Tensor:
+    def decode(
+        self: ModelRunner, running: Sequence[EngineSequence], only: EngineSequence | None = None
+    ) -> torch.Tensor:
+        if "b" in [s.request.request_id for s in ([only] if only else running)]:
             raise RuntimeError("out of memory")
+        return real(self, running, only)
 
-        patch.setattr(ModelRunner, "decode", fail)
-        engine.step()
-    for recorder in decoding:
-        assert isinstance(recorder.error, RequestFailed)
-        assert "out of memory" in str(recorder.error)
-    after = submit(engine, "after", SHORT)
-    finish(engine, prefilling, after)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "decode", decode)
+        finish(engine, *decoding.values(), prefilling)
+    bad = decoding.pop("b")
+    assert isinstance(bad.error, RequestFailed)
+    assert "out of memory" in str(bad.error)
     assert prefilling.token_ids == expected(LONG)
-    assert after.token_ids == expected(SHORT)
+    for name, recorder in decoding.items():
+        assert recorder.token_ids == expected(random_prompt(4, "abc".index(name)))
     assert_idle(engine)
+
+
+# Deadlines --------------------------------------------------------------------------------
+
+
+def test_a_deadline_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting or running; those without one, and those that ended in time, are untouched."""
+    engine = make_engine(max_num_seqs=2)
+    recorders = {name: Recorder() for name in ("done", "running", "free", "waiting")}
+    for name, seconds in (("done", 5.0), ("running", 10.0), ("free", None), ("waiting", 10.0)):
+        request = Request(name, SHORT, greedy(1 if name == "done" else 9), deadline_s=seconds)
+        engine.submit(request, recorders[name])
+    for _ in range(3):
+        engine.step()
+    later = time.monotonic() + 11
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    engine.submit(Request("done", SHORT, greedy(2)), again := Recorder())  # its id came back
+    finish(engine, again, *recorders.values())
+    assert {name: recorder.finish_reason for name, recorder in recorders.items()} == {
+        "done": "length",
+        "running": "error",
+        "free": "length",
+        "waiting": "error",
+    }
+    for name in ("running", "waiting"):
+        assert isinstance(recorders[name].error, DeadlineExceeded)
+        assert "deadline of 10.0 s" in str(recorders[name].error)
+    assert recorders["free"].token_ids == expected(SHORT, greedy(9))
+    assert again.finish_reason == "length"
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deadline_s": 0.0}, "deadline_s: got 0.0, expected a number above 0"),
+        ({"deadline_s": float("nan")}, "deadline_s: got nan"),
+        ({"priority": 0.5}, "priority: got 0.5, expected a whole number"),
+        ({"priority": 10**7}, "priority: got 10000000, expected a whole number from -1000000"),
+    ],
+)
+def test_a_request_checks_its_own_numbers(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(message)}"):
+        Request("r", SHORT, GREEDY, **options)
 
 
 # Adapters come and go ---------------------------------------------------------------------

@@ -26,8 +26,9 @@ PROMPT = (1, 3, 3)
 def sequence(params: SamplingParams, generated: tuple[int, ...] = ()) -> Sequence:
     generator = None if params.seed is None else torch.Generator().manual_seed(params.seed)
     request = Request("r", PROMPT, params)
-    tokens = [*PROMPT, *generated]
-    return Sequence(request, print, None, frozenset(), tokens, generator=generator)
+    made = Sequence(request, print, None, frozenset(), generator=generator)
+    made.token_ids += generated
+    return made
 
 
 def choose(logits: Tensor, params: SamplingParams, generated: tuple[int, ...] = ()) -> Token:
@@ -195,10 +196,9 @@ def test_penalties_do_not_see_virtual_tokens(kind: Literal["kv", "embedding"]) -
     request = Request("r", PROMPT, params)
 
     def chosen(generated: list[int]) -> int:
-        tokens = [0, 0, *PROMPT, *generated]
-        (token,) = sample(
-            logits.clone().unsqueeze(0), [Sequence(request, print, edits, frozenset(), tokens)]
-        )
+        one = Sequence(request, print, edits, frozenset())
+        one.token_ids += generated
+        (token,) = sample(logits.clone().unsqueeze(0), [one])
         assert isinstance(token, Token)
         return token.token_id
 

@@ -13,6 +13,7 @@ from reft_core.batch import AdapterUse, PromptEdits
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.interface import Request, SamplingParams
 from reft_core.engine.kv import SlotKV
+from reft_core.engine.prefix_cache import PrefixCache
 from reft_core.engine.scheduler import Scheduler
 from reft_core.engine.sequence import Sequence
 from tests.factories import random_prefix_adapter, tiny_description
@@ -37,14 +38,30 @@ class FakeKV:
         self.calls.append("clear")
 
 
+class NoCache:
+    """A prefix cache that remembers nothing."""
+
+    num_rows = 0
+
+    def num_known(self, _names: object) -> int:
+        return 0
+
+    def restore(self, _sequence: Sequence) -> None:
+        pass
+
+    def store(self, _sequence: Sequence, *, tail: bool) -> None:
+        pass
+
+
 def make(num_slots: int = 3, budget: int = 100) -> tuple[Scheduler, FakeKV]:
     kv = FakeKV(num_slots)
-    return Scheduler(EngineConfig(max_prefill_tokens=budget), cast(SlotKV, kv)), kv
+    config = EngineConfig(max_prefill_tokens=budget)
+    return Scheduler(config, cast(SlotKV, kv), cast(PrefixCache, NoCache())), kv
 
 
 def sequence(name: str, prompt_len: int = 4) -> Sequence:
     request = Request(name, tuple(range(3, 3 + prompt_len)), SamplingParams())
-    return Sequence(request, print, None, frozenset(), list(request.prompt))
+    return Sequence(request, print, None, frozenset())
 
 
 def prefixed_sequence(name: str, kind: Literal["kv", "embedding"], prompt_len: int) -> Sequence:
@@ -52,10 +69,7 @@ def prefixed_sequence(name: str, kind: Literal["kv", "embedding"], prompt_len: i
     adapter = random_prefix_adapter(tiny_description(), kind, length=3)
     request = Request(name, tuple(range(3, 3 + prompt_len)), SamplingParams())
     edits = PromptEdits((AdapterUse(adapter),), prompt_len)
-    tokens = [0, 0, 0, *request.prompt]
-    made = Sequence(request, print, edits, frozenset(), tokens)
-    made.num_computed = 3 if kind == "kv" else 0
-    return made
+    return Sequence(request, print, edits, frozenset())
 
 
 def names(sequences: list[Sequence]) -> str:
@@ -147,7 +161,7 @@ def test_virtual_embeddings_are_prefilled_and_virtual_keys_are_not(
 ) -> None:
     scheduler, kv = make(budget=4)
     first = prefixed_sequence("a", kind, 4)
-    assert (first.num_virtual, first.prefill_len, first.num_generated) == (3, 7, 0)
+    assert (first.num_virtual, first.prompt_end, first.num_generated) == (3, 7, 0)
     scheduler.add(first)
     scheduler.add(sequence("b", 2))
     for expected in steps:
@@ -227,7 +241,7 @@ def test_a_waiting_sequence_leaves_the_others_in_order() -> None:
     scheduler, kv = running()
     for name in "def":
         scheduler.add(sequence(name))
-    scheduler.remove(scheduler.waiting[1])
+    scheduler.remove(list(scheduler.waiting)[1])
     assert names(list(scheduler.waiting)) == "df"
     assert names(scheduler.running) == "abc"
     assert kv.calls == []
