@@ -103,7 +103,9 @@ def _build_services(
         engine=engine,
         registry=registry,
         residency=residency,
-        generator=Generator(engine, registry, residency, loaded.tokenizer, metrics),
+        generator=Generator(
+            engine, registry, residency, loaded.tokenizer, metrics, settings.request_timeout_s
+        ),
         metrics=metrics,
         lifecycle=Lifecycle(engine, settings.drain_timeout_s),
     )

@@ -58,6 +58,7 @@ class Job:
     """Let answers grow to the end of the context instead of ``params.max_tokens``."""
     n: int = 1
     stops: tuple[str, ...] = ()
+    priority: int = 0
     complete: Complete | None = None
     """Score these completions, one a choice, instead of generating ``n``."""
 
@@ -86,6 +87,7 @@ class _Choice:
 
     request_id: str
     text: ChoiceText
+    num_cached_tokens: int = 0
     last_token_at: float | None = None
     ended: bool = False
     """No more of its outputs are wanted."""
@@ -101,8 +103,10 @@ class Generator:
         residency: Residency,
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
+        timeout_s: float | None = None,
     ) -> None:
         self._engine = engine
+        self._timeout_s = timeout_s
         self._registry = registry
         self._residency = residency
         self._tokenizer = tokenizer
@@ -214,6 +218,11 @@ class Generation:
         return sum(map(len, self.prompts))
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of all prompts that the first choice of each took from the prefix cache."""
+        return sum(choice.num_cached_tokens for choice in self._choices[:: self.n])
+
+    @property
     def num_completion_tokens(self) -> int:
         """Tokens generated so far, over all choices."""
         return sum(choice.text.num_tokens for choice in self._choices)
@@ -234,6 +243,8 @@ class Generation:
                     self._params(len(prompt), i),
                     adapters,
                     completion,
+                    priority=job.priority,
+                    deadline_s=owner._timeout_s,
                 )
                 ticket = owner._engine.submit(request, self._sink(index, choice))
                 self._choices.append(choice)
@@ -309,6 +320,7 @@ class Generation:
         choice = self._choices[index]
         if choice.ended:
             return None
+        choice.num_cached_tokens = output.num_cached_tokens
         reason = output.finish_reason
         if output.token is None or reason in ("error", "cancelled"):
             self._end(choice, "error")

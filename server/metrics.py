@@ -118,6 +118,7 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
         ("num_requests_waiting", "Requests waiting for a slot", stats.num_waiting),
         ("num_slots", "Requests the batch can hold", stats.num_slots),
         ("kv_cache_usage_perc", "Share of the key-value store in use, 1 is full", kv_share),
+        ("prefix_cache_blocks", "Blocks in the prefix cache", stats.cached_blocks),
         ("resident_adapters", "Adapters in the engine", stats.num_resident_adapters),
         (
             "adapter_resident_bytes",
@@ -131,6 +132,12 @@ def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
     """Name, meaning and value of what only grows."""
     return [
         ("prompt_tokens", "Prompt tokens prefilled", stats.prompt_tokens_total),
+        (
+            "prefix_cache_hit_tokens",
+            "Tokens taken from the prefix cache",
+            stats.cached_tokens_total,
+        ),
+        ("preemptions", "Requests that lost their slot for a while", stats.preemptions_total),
         ("generation_tokens", "Tokens generated", stats.generated_tokens_total),
         ("edits_applied", "Hidden states edited by adapters", stats.edits_applied_total),
         ("prefill_steps", "Forward passes over prompts", stats.prefill_steps_total),

@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     )
     adapter_memory_bytes: int = Field(default=1024 * MIB, ge=MIB, description="loaded adapters")
 
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, le=604800, description="a request that takes longer ends with a 504"
+    )
     max_body_bytes: int = Field(default=2 * MIB, ge=1024, description="a JSON request body")
     max_adapter_bytes: int = Field(default=64 * MIB, ge=1024, description="one adapter file")
     max_n: int = Field(default=8, ge=1, le=128, description="choices a request")

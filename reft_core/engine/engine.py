@@ -177,7 +177,7 @@ class EmbeddedEngine:
             num_waiting=max(0, len(self._open) - len(running)),
             num_slots=self._kv.num_slots,
             kv_tokens_used=sum(sequence.num_computed for sequence in running),
-            kv_tokens_capacity=self._kv.num_slots * self._kv.slot_len,
+            kv_tokens_capacity=self._scheduler.kv_tokens,
             num_resident_adapters=len(adapters),
             resident_adapter_bytes=sum(adapter.num_bytes for adapter in adapters),
             prompt_tokens_total=self._prompt_tokens,
@@ -451,7 +451,9 @@ class EmbeddedEngine:
             elif sequence.num_generated == sequence.request.params.max_tokens:
                 self._finish(sequence, token, "length")
             else:
-                self._deliver(sequence, Output(sequence.request.request_id, token))
+                cached = sequence.num_cached_prompt_tokens
+                output = Output(sequence.request.request_id, token, num_cached_tokens=cached)
+                self._deliver(sequence, output)
 
     def _fail(self, sequence: Sequence, error: ReftError) -> None:
         """End one sequence with its error."""
@@ -480,8 +482,10 @@ class EmbeddedEngine:
         """Deliver the last output and forget the request."""
         request_id = sequence.request.request_id
         timings = sequence.timings(time.monotonic())
-        cached = min(sequence.num_cached, sequence.prompt_end)
-        self._deliver(sequence, Output(request_id, token, reason, error, timings, cached))
+        self._deliver(
+            sequence,
+            Output(request_id, token, reason, error, timings, sequence.num_cached_prompt_tokens),
+        )
         with self._changed:
             self._open.pop(request_id, None)
             self._cancelled.discard(request_id)  # its id may come again

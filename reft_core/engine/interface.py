@@ -177,7 +177,7 @@ class Output:
     error: ReftError | None = None
     timings: Timings | None = None
     num_cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache; told by the last output."""
+    """Tokens of the prompt that came from the prefix cache."""
 
 
 @dataclass(frozen=True)

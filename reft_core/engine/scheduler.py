@@ -45,7 +45,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, kv: SlotKV, cache: PrefixCache) -> None:
         self._max_prefill_tokens = config.max_prefill_tokens
-        self._kv_tokens = config.kv_tokens or kv.num_slots * kv.slot_len
+        self.kv_tokens = config.kv_tokens or kv.num_slots * kv.slot_len
         self._kv = kv
         self._cache = cache
         self.waiting = FairQueue()
@@ -94,7 +94,7 @@ class Scheduler:
         Slots are dense but prompts finish in any order, so rows in between may belong to
         sequences that are not ready; the runner leaves those idle.
         """
-        while self._num_reserved > self._kv_tokens:
+        while self._num_reserved > self.kv_tokens:
             self._preempt(max(self.running, key=_urgency))
         num_rows = max((s.slot + 1 for s in self.running if s.is_prefilled), default=0)
         return self.running[:num_rows]
@@ -121,7 +121,7 @@ class Scheduler:
         while len(self.running) < self._kv.num_slots and (sequence := self.waiting.peek()):
             headroom = _HEADROOM * len(self.running)
             wanted = self._num_reserved + len(sequence.token_ids) + headroom
-            if self.running and wanted > self._kv_tokens:
+            if self.running and wanted > self.kv_tokens:
                 return
             self.waiting.take(sequence)
             sequence.slot = len(self.running)

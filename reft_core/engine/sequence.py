@@ -86,6 +86,11 @@ class Sequence:
         return self.num_virtual + len(self.request.prompt)
 
     @property
+    def num_cached_prompt_tokens(self) -> int:
+        """Tokens of the request's own prompt that came from the prefix cache."""
+        return max(0, min(self.num_cached, self.prompt_end) - self.num_virtual)
+
+    @property
     def num_generated(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_end

@@ -137,6 +137,7 @@ class SamplingFields(AdapterRequest):
     min_p: float | None = Field(None, description="extension")
     repetition_penalty: float | None = Field(None, description="extension")
     stop_token_ids: list[int] = Field(default=[], max_length=128, description="extension")
+    priority: int = Field(0, description="extension; lower is more urgent")
     ignore_eos: bool = Field(False, description="extension; generate up to max_tokens")
 
     user: str | None = Field(None, description="accepted, without effect")
@@ -201,19 +202,29 @@ def _default(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
+class PromptTokensDetails(BaseModel):
+    """Where a prompt's tokens came from."""
+
+    cached_tokens: int = Field(description="taken from the prefix cache instead of computed")
+
+
 class Usage(BaseModel):
     """Token counts. A prompt counts once, however many choices it has."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
     def of(cls, generation: Generation) -> Usage:
         """The counts of a generation so far."""
         prompt, completion = generation.num_prompt_tokens, generation.num_completion_tokens
         return cls(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=generation.num_cached_tokens),
         )
 
 

@@ -49,6 +49,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         fill_context=limit is None,
         n=body.num_choices,
         stops=tuple(body.stop),
+        priority=body.priority,
     )
     head = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
 

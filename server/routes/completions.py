@@ -45,6 +45,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         params=body.sampling(16 if body.max_tokens is None else body.max_tokens, body.logprobs),
         n=body.num_choices,
         stops=tuple(body.stop),
+        priority=body.priority,
     )
     head: dict[str, Any] = {
         "id": new_id("cmpl"),

@@ -238,6 +238,9 @@ class FakeEngine:
             edits_applied_total=7,
             prefill_steps_total=len(self.submitted),
             decode_steps_total=self.num_tokens,
+            cached_tokens_total=11,
+            cached_blocks=2,
+            preemptions_total=1,
         )
 
     def start(self) -> None:

@@ -40,7 +40,12 @@ def test_a_completion_has_openais_shape_and_ours(server):
         {"index": 0, "text": "I am base.", "logprobs": None, "finish_reason": "stop"}
     ]
     # Ten letters and the stop token.
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 11, "total_tokens": 13}
+    assert body["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 11,
+        "total_tokens": 13,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert body["reft"] == {
         "adapter": None,
         "version": None,
@@ -244,7 +249,12 @@ def test_a_stream_reports_the_adapter_first_and_usage_last(server):
     assert all("reft" not in chunk for chunk in chunks[1:])
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 3,
+        "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 @dataclass

@@ -58,7 +58,7 @@ def run(params: SamplingParams, **config: Any) -> tuple[EmbeddedEngine, list[Rec
         if all(recorder.finish_reason for recorder in recorders):
             return engine, recorders
         assert sum(len(s.token_ids) for s in engine._scheduler.running) <= (
-            engine._scheduler._kv_tokens + len(engine._scheduler.running)
+            engine._scheduler.kv_tokens + len(engine._scheduler.running)
         )
         engine.step()
     pytest.fail("not done after 500 steps")

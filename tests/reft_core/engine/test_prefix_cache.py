@@ -208,8 +208,8 @@ def test_weaker_names_are_caught(
         (Ask(None), Ask("a", strength=0.0), 39),  # at strength 0 it is the base
         (Ask(None), Ask("top"), 39),  # the last block's output reaches no key and no value
         (Ask("kv prefix"), Ask(None), 0),
-        (Ask("kv prefix"), Ask("kv prefix"), 42),
-        (Ask("embedded"), Ask("embedded"), 42),
+        (Ask("kv prefix"), Ask("kv prefix"), 39),
+        (Ask("embedded"), Ask("embedded"), 39),
         (Ask(None, tenant="x"), Ask(None, tenant="y"), 0),
         (Ask(None, tenant="x"), Ask(None, tenant="x"), 39),
         (Ask("b", tenant="x"), Ask("b", tenant="y"), 0),
