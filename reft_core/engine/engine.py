@@ -98,7 +98,7 @@ class EmbeddedEngine:
             dtype=dtype,
             device=self._device,
         )
-        return kv, ModelRunner(self._loaded, kv)
+        return kv, ModelRunner(self._loaded, kv, fused=self._config.forward == "auto")
 
     # Called from any thread ---------------------------------------------------------------
 

@@ -64,9 +64,9 @@ def greedy(max_tokens: int) -> SamplingParams:
     return replace(GREEDY, max_tokens=max_tokens)
 
 
-def make_engine(*adapters: Adapter, **config: int) -> EmbeddedEngine:
+def make_engine(*adapters: Adapter, **config: Any) -> EmbeddedEngine:
     """An engine that is not started, over four slots of 64 tokens unless told otherwise."""
-    sizes = {"max_num_seqs": 4, "max_model_len": 64} | config
+    sizes: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64} | config
     engine = EmbeddedEngine(tiny_loaded(), EngineConfig(**sizes))
     for adapter in adapters:
         engine.load_adapter(adapter)
@@ -859,7 +859,7 @@ def test_unloading_does_not_disturb_who_runs(steps: int) -> None:
 
 def test_decode_runs_no_edit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hook on any module and no call of apply_edits; while prefill has both."""
-    apply_edits, forward = kernels_module.apply_edits, ModelRunner._forward
+    apply_edits, forward = kernels_module.apply_edits, ModelRunner._by_transformers
     hooks: dict[str, list[int]] = {"prefill": [], "decode": []}
     applied: list[str] = []
     phase = ""
@@ -875,9 +875,9 @@ def test_decode_runs_no_edit_code(monkeypatch: pytest.MonkeyPatch) -> None:
         hooks[phase].append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
         return forward(self, *args)
 
-    engine = make_engine(mild_adapter(), max_prefill_tokens=8)
+    engine = make_engine(mild_adapter(, forward="transformers"), max_prefill_tokens=8)
     monkeypatch.setattr(kernels_module, "apply_edits", spy_apply)
-    monkeypatch.setattr(ModelRunner, "_forward", spy_forward)
+    monkeypatch.setattr(ModelRunner, "_by_transformers", spy_forward)
     recorders = [submit(engine, f"r{i}", LONG[: 5 + i], GREEDY, mild_adapter()) for i in range(3)]
     finish(engine, *recorders)
     assert hooks["decode"], "there was a decode"
@@ -896,8 +896,8 @@ def test_decode_has_hooks_only_while_an_adapter_asks_for_them(
     """One that edits generated tokens, for a while, beside one that does not; its rows alone
     are edited.
     """
-    engine = make_engine(everywhere(), mild_adapter(), max_prefill_tokens=8)
-    forward, apply_edits = ModelRunner._forward, kernels_module.apply_edits
+    engine = make_engine(everywhere(, forward="transformers"), mild_adapter(), max_prefill_tokens=8)
+    forward, apply_edits = ModelRunner._by_transformers, kernels_module.apply_edits
     decodes: list[tuple[int, set[int]]] = []
     """Hooks of each decode, and rows it edits."""
     rows: set[int] | None = None
@@ -917,7 +917,7 @@ def test_decode_has_hooks_only_while_an_adapter_asks_for_them(
         return logits
 
     monkeypatch.setattr(kernels_module, "apply_edits", spy_apply)
-    monkeypatch.setattr(ModelRunner, "_forward", spy_forward)
+    monkeypatch.setattr(ModelRunner, "_by_transformers", spy_forward)
     prompt = LONG[:5]
     quiet = submit(engine, "prompt only", prompt, greedy(12), mild_adapter())
     step_until(engine, lambda: len(quiet.tokens) >= 3)

@@ -1,0 +1,110 @@
+"""The faster forward computes what transformers' code computes, edits included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from reft_core.engine import fused as fused_module
+from reft_core.engine import runner as runner_module
+from reft_core.engine.config import EngineConfig
+from reft_core.engine.engine import EmbeddedEngine
+from reft_core.engine.fused import FAMILIES, FusedForward
+from reft_core.engine.generate import Completion, generate
+from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
+from tests.factories import random_adapter, random_prompt, tiny_loaded, tiny_model
+
+pytestmark = pytest.mark.skipif(
+    not FusedForward.is_for(tiny_model()), reason="this torch has no oneDNN"
+)
+PARAMS = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=5)
+
+
+def answers(family: str, forward: str, **options: Any) -> list[Completion]:
+    """Prompts of several lengths, in chunks, half of them with a random adapter."""
+    loaded = tiny_loaded(family)
+    config = {"max_num_seqs": 3, "max_model_len": 64, "max_prefill_tokens": 7}
+    engine = EmbeddedEngine(loaded, EngineConfig(forward=forward, **config))  # type: ignore[arg-type]
+    assert (engine._runner._fused is not None) == (forward == "auto")
+    adapter = random_adapter(loaded.description, size=2.0, positions="f2+l2", **options)
+    engine.load_adapter(adapter)
+    choices = ((), (AdapterChoice(adapter.digest),))
+    requests = [
+        Request(str(i), random_prompt(4 + 5 * i, i), PARAMS, choices[i % 2]) for i in range(6)
+    ]
+    engine.start()
+    try:
+        return generate(engine, requests)
+    finally:
+        engine.stop()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", ["block_output", "attn_output", "mlp_output"])
+def test_equals_transformers(family: str, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = answers(family, "transformers", sites=(site,))
+    _forbid_transformers_after_the_check(monkeypatch)
+    fast = answers(family, "auto", sites=(site,))
+    for one, other in zip(slow, fast, strict=True):
+        assert one.token_ids == other.token_ids
+        for left, right in zip(one.tokens, other.tokens, strict=True):
+            assert left.logprob == pytest.approx(right.logprob, abs=1e-4)
+
+
+def _forbid_transformers_after_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runner_module.ModelRunner._by_transformers
+
+    def checked(self: Any, *args: Any) -> torch.Tensor:
+        assert self._fused is None, "the faster forward was passed by"
+        return real(self, *args)
+
+    monkeypatch.setattr(runner_module.ModelRunner, "_by_transformers", checked)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sites": ("heads",)}, {"method": "lora", "sites": ("linear:self_attn.v_proj",)}],
+)
+def test_edits_it_does_not_pass_by_go_through_transformers(options: dict[str, Any]) -> None:
+    slow, fast = (answers("llama", forward, **options) for forward in ("transformers", "auto"))
+    assert [c.token_ids for c in slow] == [c.token_ids for c in fast]
+
+
+def test_decode_calls_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    real = fused_module.apply_edits
+
+    def spy(hidden: torch.Tensor, x: torch.Tensor, edits: Any) -> None:
+        rows.append(len(hidden))
+        real(hidden, x, edits)
+
+    monkeypatch.setattr(fused_module, "apply_edits", spy)
+    loaded = tiny_loaded()
+    engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=64))
+    adapter = random_adapter(loaded.description, positions="f2+l2")
+    engine.load_adapter(adapter)
+    request = Request("r", random_prompt(9), PARAMS, (AdapterChoice(adapter.digest),))
+    engine.start()
+    try:
+        (completion,) = generate(engine, [request])
+    finally:
+        engine.stop()
+    assert len(completion.tokens) == PARAMS.max_tokens
+    assert set(rows) == {9}, "edits ran in the one prefill and in no decode step"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
+def test_other_families_keep_their_own_code(family: str) -> None:
+    assert not FusedForward.is_for(tiny_model(family))
+
+
+def test_one_that_disagrees_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = FusedForward.__call__
+    monkeypatch.setattr(FusedForward, "__call__", lambda *args: real(*args) + 1.0)
+    engine = EmbeddedEngine(tiny_loaded(), EngineConfig(max_model_len=64))
+    assert engine._runner._fused is None
+    assert "the faster forward is not used" in caplog.text
