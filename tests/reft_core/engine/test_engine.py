@@ -875,7 +875,7 @@ def test_decode_runs_no_edit_code(monkeypatch: pytest.MonkeyPatch) -> None:
         hooks[phase].append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
         return forward(self, *args)
 
-    engine = make_engine(mild_adapter(, forward="transformers"), max_prefill_tokens=8)
+    engine = make_engine(mild_adapter(), forward="transformers", max_prefill_tokens=8)
     monkeypatch.setattr(kernels_module, "apply_edits", spy_apply)
     monkeypatch.setattr(ModelRunner, "_by_transformers", spy_forward)
     recorders = [submit(engine, f"r{i}", LONG[: 5 + i], GREEDY, mild_adapter()) for i in range(3)]
@@ -896,7 +896,7 @@ def test_decode_has_hooks_only_while_an_adapter_asks_for_them(
     """One that edits generated tokens, for a while, beside one that does not; its rows alone
     are edited.
     """
-    engine = make_engine(everywhere(, forward="transformers"), mild_adapter(), max_prefill_tokens=8)
+    engine = make_engine(everywhere(), mild_adapter(), forward="transformers", max_prefill_tokens=8)
     forward, apply_edits = ModelRunner._by_transformers, kernels_module.apply_edits
     decodes: list[tuple[int, set[int]]] = []
     """Hooks of each decode, and rows it edits."""
