@@ -38,6 +38,9 @@ class Settings(BaseSettings):
         default="auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
     )
     device: str = Field(default="auto", description="auto: cuda where there is one, else cpu")
+    forward: Literal["auto", "transformers"] = Field(
+        default="auto", description="auto: packed weights where they help, twice the memory"
+    )
     num_threads: int | None = Field(default=None, ge=1, description="None: torch's choice")
     cache_dir: Path | None = Field(default=None, description="derived files; None: ~/.cache")
 
@@ -126,6 +129,7 @@ class Settings(BaseSettings):
             max_prefill_tokens=self.max_prefill_tokens,
             kv_tokens=self.kv_tokens,
             prefix_cache_bytes=self.prefix_cache_bytes,
+            forward=self.forward,
             num_threads=self.num_threads,
         )
 
