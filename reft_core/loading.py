@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import shutil
 import tempfile
@@ -159,3 +160,12 @@ def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return folder
+
+
+def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """``cache`` under the name that ``model.forward`` takes it by.
+
+    transformers 5.24 renamed ``past_key_values`` to ``cache``.
+    """
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}

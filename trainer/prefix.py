@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from reft_core.loading import cache_argument
+
 Tokens = tuple[int, ...]
 
 
@@ -67,8 +69,8 @@ class PrefixStore:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(self._base.base_model, cache),
         )
         return torch.stack([t for layer in cache.layers for t in (layer.keys, layer.values)], dim=1)
 

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from reft_core.adapter import EditKey, Prefix
 from reft_core.edits import Edit
+from reft_core.loading import cache_argument
 from reft_core.methods import Intervention
 from reft_core.methods.placement import Placement
 from reft_core.methods.virtual import VirtualTokens
@@ -150,8 +151,8 @@ class ReftModel(nn.Module):
             input_ids=input_ids[:, split:],
             attention_mask=attention_mask,
             position_ids=position_ids[:, split:],
-            past_key_values=cache,
             use_cache=cache is not None,
+            **cache_argument(self.base, cache),
         )
 
     def _with_virtual(
@@ -183,8 +184,8 @@ class ReftModel(nn.Module):
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument(self.base, cache),
             )
         embedded = self.base.get_input_embeddings()(input_ids)  # (B, T, d)
         virtual = self.virtual.embedding.to(embedded.dtype).expand(size, -1, -1)

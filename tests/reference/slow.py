@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from reft_core.adapter import Adapter
 from reft_core.edits import Edit, activate
+from reft_core.loading import cache_argument
 from reft_core.sites import find_layers
 
 _PATHS = {
@@ -169,7 +170,7 @@ def _forward(model: PreTrainedModel, tokens: list[int], adapters: list[Adapter])
         cache = DynamicCache()
         for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             cache.update(key[None], value[None], layer)
-        return model(input_ids=ids, past_key_values=cache).logits[0].float()
+        return model(input_ids=ids, **cache_argument(model, cache)).logits[0].float()
     return model(input_ids=ids, use_cache=False).logits[0].float()
 
 

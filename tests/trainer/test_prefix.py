@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from reft_core.loading import cache_argument
 from tests.factories import tiny_model
 from trainer.prefix import PrefixStore
 
@@ -38,7 +39,9 @@ def test_states_are_the_models_own_whatever_shares_the_batch() -> None:
     found = states(PrefixStore(model, 2**20).cache(*arguments(ROWS)))
     for row, tokens in enumerate(ROWS[:2]):
         alone = DynamicCache()
-        model.model(input_ids=torch.tensor([tokens]), past_key_values=alone, use_cache=True)
+        model.model(
+            input_ids=torch.tensor([tokens]), use_cache=True, **cache_argument(model.model, alone)
+        )
         torch.testing.assert_close(
             found[:, row, :, WIDTH - len(tokens) :], states(alone)[:, 0], atol=1e-5, rtol=1e-5
         )

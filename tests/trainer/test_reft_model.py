@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from reft_core.loading import cache_argument
 from reft_core.methods import METHODS
 from reft_core.methods.placement import Placement
 from reft_core.methods.virtual import VIRTUAL_METHODS, VirtualTokens
@@ -263,7 +264,7 @@ def naive_virtual_loss(model: ReftModel, rows: list[TokenisedExample]) -> Tensor
             cache = DynamicCache()
             for layer, (keys, values) in enumerate(model.virtual.keys_and_values()):
                 cache.update(keys[None], values[None], layer)
-            logits = model.base(input_ids=tokens, past_key_values=cache).logits[0]
+            logits = model.base(input_ids=tokens, **cache_argument(model.base, cache)).logits[0]
         else:
             embedded = model.base.get_input_embeddings()(tokens[0])
             embeds = torch.cat([model.virtual.embedding, embedded])[None]
