@@ -1,9 +1,11 @@
 """The forward of Llama-like models on a CPU, with fewer and faster operations.
 
 Computes what transformers' code computes, over weights that oneDNN has laid out for its own
-kernels: one product for query, key and value, one for gate and up. It serves the forwards whose
-edits act at the sites it passes by; the runner gives all others to transformers' code, and
-compares the two when it starts. The packed weights are a second copy of the model's.
+kernels: one product for query, key and value, one for gate and up. What lies between the products
+is done by compiled loops where this machine can compile them (:mod:`native`), else by torch. It
+serves the forwards whose edits act at the sites it passes by; the runner gives all others to
+transformers' code, and compares the two when it starts. The packed weights are a second copy of
+the model's.
 
 Letters: B sequences, T new tokens of each, N = B·T, H query heads, KH key-value heads, D head
 size, d model width.
@@ -15,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_core.batch import EditPlan
 from reft_core.engine.attention import ForwardBatch
+from reft_core.engine.native.operations import NativeOperations
+from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.kernels import apply_edits
 from reft_core.sites import find_layers
 
@@ -49,6 +52,13 @@ class PackedLinear:
         )
         return product
 
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The same added to ``other`` (N, out), rounded once."""
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x, other, self._weight, self._bias, "add"
+        )
+        return total
+
 
 @dataclass(frozen=True)
 class _Norm:
@@ -56,36 +66,45 @@ class _Norm:
 
     weight: Tensor
     eps: float
+    operations: Operations
 
     @classmethod
-    def of(cls, module: Any) -> _Norm | None:
-        return None if module is None else cls(module.weight, module.variance_epsilon)
+    def of(cls, module: Any, operations: Operations) -> _Norm:
+        return cls(module.weight, module.variance_epsilon, operations)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.operations.rms_norm(x, self.weight, self.eps)
 
 
 class _Layer:
     """One decoder layer."""
 
-    def __init__(self, layer: Any, index: int) -> None:
+    def __init__(self, layer: Any, index: int, operations: Operations) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._index = index
+        self._operations = operations
         self._head_dim: int = attention.head_dim
-        self._num_queries = attention.q_proj.out_features // self._head_dim
-        self._num_keys = attention.k_proj.out_features // self._head_dim
-        self._scale: float = attention.scaling
-        self._window: int | None = getattr(attention, "sliding_window", None)
-        if self._window is None and attention.config.model_type == "mistral":
-            self._window = attention.config.sliding_window
-        self._norms = _Norm.of(layer.input_layernorm), _Norm.of(layer.post_attention_layernorm)
-        self._query_norm = _Norm.of(getattr(attention, "q_norm", None))
-        self._key_norm = _Norm.of(getattr(attention, "k_norm", None))
+        window: int | None = getattr(attention, "sliding_window", None)
+        if window is None and attention.config.model_type == "mistral":
+            window = attention.config.sliding_window
+        self._layout = HeadLayout(
+            layer=index,
+            num_queries=attention.q_proj.out_features // self._head_dim,
+            num_keys=attention.k_proj.out_features // self._head_dim,
+            scale=attention.scaling,
+            window=window,
+        )
+        self._before_attention = _Norm.of(layer.input_layernorm, operations)
+        self._before_mlp = _Norm.of(layer.post_attention_layernorm, operations)
+        self._head_norms: tuple[_Norm, _Norm] | None = None
+        if hasattr(attention, "q_norm"):
+            norms = (_Norm.of(norm, operations) for norm in (attention.q_norm, attention.k_norm))
+            self._head_norms = next(norms), next(norms)
         self._qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
         self._out = PackedLinear(attention.o_proj)
         self._gate_up = PackedLinear(mlp.gate_proj, mlp.up_proj)
         self._down = PackedLinear(mlp.down_proj)
-        self._activation = mlp.act_fn
+        self._activation = None if _is_silu(mlp.act_fn) else mlp.act_fn
 
     @property
     def num_bytes(self) -> int:
@@ -100,36 +119,44 @@ class _Layer:
         sin: Tensor,
         batch: ForwardBatch,
         plan: EditPlan,
-    ) -> None:
-        """Change h (N, d) in place to what the layer puts out, its edits included."""
-        before_attention, before_mlp = self._norms
-        assert before_attention is not None
-        assert before_mlp is not None
-        x = before_attention(h)
-        h += self._edited("attn_output", self._attention(x, shape, cos, sin, batch), x, plan)
-        x = before_mlp(h)
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        h += self._edited("mlp_output", self._down(self._activation(gate).mul_(up)), x, plan)
-        self._edited("block_output", h, h, plan)
+    ) -> Tensor:
+        """What the layer puts out for h (N, d), its edits included; h may be overwritten."""
+        x = self._before_attention(h)
+        attended = self._attend(x, shape, cos, sin, batch)
+        h = self._added(h, self._out, attended, "attn_output", x, plan)
+        x = self._before_mlp(h)
+        h = self._added(h, self._down, self._activated(x), "mlp_output", x, plan)
+        return self._edited("block_output", h, h, plan)
 
-    def _attention(
+    def _attend(
         self, x: Tensor, shape: tuple[int, int], cos: Tensor, sin: Tensor, batch: ForwardBatch
     ) -> Tensor:
-        """The attention's output (N, d)."""
-        num_queries, num_keys = self._num_queries, self._num_keys
+        """Attention (N, H·D) before the output projection."""
         heads = self._qkv(x).view(len(x), -1, self._head_dim)  # (N, H + 2·KH, D)
-        turned, value = heads.tensor_split([num_queries + num_keys], dim=1)
-        if self._query_norm is not None and self._key_norm is not None:
-            query, key = turned.tensor_split([num_queries], dim=1)
-            turned = torch.cat((self._query_norm(query), self._key_norm(key)), dim=1)
-        left, right = turned.chunk(2, dim=-1)
-        turned = turned * cos + torch.cat((right, left), dim=-1) * sin
-        query, key = turned.tensor_split([num_queries], dim=1)
-        query, key, value = (
-            part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value)
-        )  # (B, heads, T, D)
-        attended = batch.attend(self._index, query, key, value, self._scale, self._window, None)
-        return self._out(attended.reshape(len(x), -1))
+        if self._head_norms is not None:
+            sizes = (self._layout.num_queries, self._layout.num_keys)
+            for norm, part in zip(
+                self._head_norms, heads.split((*sizes, sizes[1]), 1), strict=False
+            ):
+                part.copy_(norm(part))
+        return self._operations.attend(heads, self._layout, cos, sin, batch, shape)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        """act(gate) ∘ up (N, width) of the MLP."""
+        gate_up = self._gate_up(x)
+        if self._activation is None:
+            return self._operations.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        product: Tensor = self._activation(gate).mul_(up)
+        return product
+
+    def _added(
+        self, h: Tensor, linear: PackedLinear, y: Tensor, site: str, x: Tensor, plan: EditPlan
+    ) -> Tensor:
+        """h plus the edited output of ``linear`` for y, all (N, ·); x is the site's input."""
+        if (self._index, site) not in plan.places:
+            return linear.plus(y, h)
+        return h.add_(self._edited(site, linear(y), x, plan))
 
     def _edited(self, site: str, output: Tensor, x: Tensor, plan: EditPlan) -> Tensor:
         """A site's output (N, d), changed in place by its edits."""
@@ -141,12 +168,20 @@ class _Layer:
 class FusedForward:
     """See the module. Weights are packed on construction."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, native: bool = True) -> None:
         inner: Any = model.get_decoder()
         self._embed: nn.Embedding = inner.embed_tokens
         self._rotary = inner.rotary_emb
-        self._norm = _Norm.of(inner.norm)
-        self._layers = [_Layer(layer, i) for i, layer in enumerate(find_layers(model))]
+        layers = find_layers(model)
+        first: Any = layers[0]
+        self.operations = Operations()
+        if native:
+            self.operations = (
+                NativeOperations.where_available(model.dtype, first.self_attn.head_dim)
+                or self.operations
+            )
+        self._norm = _Norm.of(inner.norm, self.operations)
+        self._layers = [_Layer(layer, i, self.operations) for i, layer in enumerate(layers)]
         head: Any = model.get_output_embeddings()
         self._head = PackedLinear(head)
         self.num_bytes = self._head.num_bytes + sum(layer.num_bytes for layer in self._layers)
@@ -186,16 +221,20 @@ class FusedForward:
         ``keep`` selects the K of T columns whose logits are wanted: indices, the last so many,
         or 0 for all.
         """
-        assert self._norm is not None
         num_rows, num_columns = tokens.shape
         hidden = self._embed(tokens)  # (B, T, d), a fresh tensor
-        cos, sin = self._rotary(hidden, positions)  # (B, T, D)
-        half = sin.shape[-1] // 2
-        signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        cos, signed = (angle.flatten(0, 1).unsqueeze(1) for angle in (cos, signed))  # (N, 1, D)
+        dtype = self.operations.angle_dtype or hidden.dtype
+        angles = self._rotary(hidden.new_empty(0, dtype=dtype), positions)
+        cos, sin = (angle.flatten(0, 1).contiguous() for angle in angles)  # (N, D)
         h = hidden.flatten(0, 1)
         for layer in self._layers:
-            layer(h, (num_rows, num_columns), cos, signed, batch, plan)
+            h = layer(h, (num_rows, num_columns), cos, sin, batch, plan)
         columns = keep if isinstance(keep, Tensor) else slice(-keep if keep else None, None)
-        kept = hidden[:, columns]
+        kept = h.unflatten(0, (num_rows, num_columns))[:, columns]
         return self._head(self._norm(kept.flatten(0, 1))).unflatten(0, kept.shape[:2])
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    """Whether an activation is x·sigmoid(x), by whatever class."""
+    probe = torch.linspace(-4, 4, 9)
+    return torch.equal(activation(probe), nn.functional.silu(probe))

@@ -1,0 +1,222 @@
+// What a forward of a Llama-like model does between its matrix products, on a CPU.
+//
+// Plain loops that a C++17 compiler turns into vector code for the machine at hand; no headers
+// but the standard library's. Numbers are stored as float32 or bfloat16 and computed in float32.
+// A NaN or infinity comes out as one, so that the engine still sees which request made it.
+//
+// Letters: N rows, B sequences, H query heads, KH key-value heads, G = H / KH, D head size.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kLeastParallel = 16384;  // numbers for which waking other threads pays
+constexpr int64_t kMostHeadSize = 256;
+constexpr int kQueriesAtOnce = 4;  // query heads that read a key while it is in registers
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(bfloat16 x) {
+  const uint32_t wide = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, bfloat16* to) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, sizeof wide);
+  const uint32_t rounded = wide + 0x7fff + ((wide >> 16) & 1);  // to nearest, ties to even
+  to->bits = value != value ? 0x7fc0 : uint16_t(rounded >> 16);
+}
+
+// e^x as 2^whole · 2^rest, the latter by a polynomial (minimax on [0, 1), error 2e-7). For x <= 0
+// or moderate; below -87 it stays at about 1e-38. Branch-free, so that loops over it vectorise.
+inline float exponential(float x) {
+  const float scaled = std::min(std::max(x, -87.0f), 88.0f) * 1.44269504f;
+  const float whole = __builtin_floorf(scaled), rest = scaled - whole;
+  float power = 1.8775767e-3f;
+  power = power * rest + 8.9893397e-3f;
+  power = power * rest + 5.5826318e-2f;
+  power = power * rest + 2.4015361e-1f;
+  power = power * rest + 6.9315308e-1f;
+  power = power * rest + 9.9999994e-1f;
+  const int32_t exponent = (int32_t(whole) + 127) * (1 << 23);
+  float factor;
+  std::memcpy(&factor, &exponent, sizeof factor);
+  return x == x ? power * factor : x;
+}
+
+template <typename T>
+void rms_norm(const T* x, const T* weight, T* out, int64_t N, int64_t d, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (N * d >= kLeastParallel)
+  for (int64_t row = 0; row < N; ++row) {
+    const T* from = x + row * d;
+    T* to = out + row * d;
+    float squares = 0;
+    for (int64_t i = 0; i < d; ++i) squares += load(from[i]) * load(from[i]);
+    const float factor = 1.0f / __builtin_sqrtf(squares / float(d) + eps);
+    for (int64_t i = 0; i < d; ++i) store(load(from[i]) * factor * load(weight[i]), to + i);
+  }
+}
+
+template <typename T>
+void silu_mul(const T* gate_up, T* out, int64_t N, int64_t width, int threads) {
+#pragma omp parallel for num_threads(threads) if (N * width >= kLeastParallel)
+  for (int64_t row = 0; row < N; ++row) {
+    const T *gate = gate_up + row * 2 * width, *up = gate + width;
+    T* to = out + row * width;
+    for (int64_t i = 0; i < width; ++i) {
+      const float g = load(gate[i]);
+      store(g / (1.0f + exponential(-g)) * load(up[i]), to + i);
+    }
+  }
+}
+
+// One head (D) turned by its position's angles; `from` and `to` may be the same.
+template <typename T, typename U>
+inline void rotate(const T* from, U* to, const float* cosines, const float* sines, int64_t D,
+                   float scale) {
+  const int64_t half = D / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float left = load(from[i]), right = load(from[i + half]);
+    store((left * cosines[i] - right * sines[i]) * scale, to + i);
+    store((right * cosines[i + half] + left * sines[i + half]) * scale, to + i + half);
+  }
+}
+
+template <typename T>
+void rotate_heads(T* heads, const float* cosines, const float* sines, int64_t N, int64_t turned,
+                  int64_t stride, int64_t D, int threads) {
+#pragma omp parallel for num_threads(threads) if (N * turned * D >= kLeastParallel)
+  for (int64_t row = 0; row < N; ++row)
+    for (int64_t head = 0; head < turned; ++head) {
+      T* at = heads + row * stride + head * D;
+      rotate(at, at, cosines + row * D, sines + row * D, D, 1.0f);
+    }
+}
+
+// Softmax-weighted sum of n values, for Q queries that share them.
+template <typename T, int Q, int Width>
+inline void attend_some(const float* queries, const T* keys, const T* values, int64_t n,
+                        int64_t head_size, float* scores, T* out) {
+  const int64_t D = Width ? Width : head_size;  // a constant where it is known
+  for (int64_t l = 0; l < n; ++l) {
+    const T* key = keys + l * D;
+    float sums[Q] = {};
+    for (int64_t i = 0; i < D; ++i) {
+      const float k = load(key[i]);
+      for (int q = 0; q < Q; ++q) sums[q] += queries[q * D + i] * k;
+    }
+    for (int q = 0; q < Q; ++q) scores[q * n + l] = sums[q];
+  }
+  float totals[Q];
+  for (int q = 0; q < Q; ++q) {
+    float* weights = scores + q * n;
+    float largest = weights[0], total = 0;
+    for (int64_t l = 1; l < n; ++l) largest = std::max(largest, weights[l]);
+    for (int64_t l = 0; l < n; ++l) {
+      weights[l] = exponential(weights[l] - largest);
+      total += weights[l];
+    }
+    totals[q] = total;
+  }
+  float sums[Q][Width ? Width : kMostHeadSize] = {};
+  for (int64_t l = 0; l < n; ++l) {
+    const T* value = values + l * D;
+    for (int64_t i = 0; i < D; ++i) {
+      const float v = load(value[i]);
+      for (int q = 0; q < Q; ++q) sums[q][i] += scores[q * n + l] * v;
+    }
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int64_t i = 0; i < D; ++i) store(sums[q][i] / totals[q], out + q * D + i);
+}
+
+struct DecodeArguments {
+  const void* heads;       // (B, H + 2·KH, D): queries, keys, values, not yet turned
+  const float *cosines, *sines;  // (B, D)
+  void *keys, *values;     // (slots, KH, slot_len, D), slot b being sequence b's
+  const int64_t* positions;  // (B,), of the new token
+  void* out;               // (B, H, D)
+  int64_t B, H, KH, D, slot_len;
+  int64_t window;          // positions that a query sees, itself included; 0: all
+  float scale;
+  int32_t threads;
+};
+
+template <typename T, int Width>
+void attend_decode(const DecodeArguments& a) {
+  const int64_t D = a.D, G = a.H / a.KH;
+#pragma omp parallel num_threads(a.threads)
+  {
+    std::vector<float> queries(G * D), scores(kQueriesAtOnce * a.slot_len);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < a.B * a.KH; ++item) {
+      const int64_t b = item / a.KH, kh = item % a.KH, at = a.positions[b];
+      const T* row = static_cast<const T*>(a.heads) + b * (a.H + 2 * a.KH) * D;
+      const float *cosines = a.cosines + b * D, *sines = a.sines + b * D;
+      T* keys = static_cast<T*>(a.keys) + item * a.slot_len * D;
+      T* values = static_cast<T*>(a.values) + item * a.slot_len * D;
+      rotate(row + (a.H + kh) * D, keys + at * D, cosines, sines, D, 1.0f);
+      std::memcpy(values + at * D, row + (a.H + a.KH + kh) * D, D * sizeof(T));
+      for (int64_t g = 0; g < G; ++g)
+        rotate(row + (kh * G + g) * D, queries.data() + g * D, cosines, sines, D, a.scale);
+      const int64_t first = a.window ? std::max<int64_t>(0, at + 1 - a.window) : 0;
+      T* out = static_cast<T*>(a.out) + (b * a.H + kh * G) * D;
+      for (int64_t g = 0; g < G; g += kQueriesAtOnce) {
+        const auto attend = [&](auto count) {
+          attend_some<T, decltype(count)::value, Width>(
+              queries.data() + g * D, keys + first * D, values + first * D, at + 1 - first, D,
+              scores.data(), out + g * D);
+        };
+        switch (std::min<int64_t>(G - g, kQueriesAtOnce)) {
+          case 1: attend(std::integral_constant<int, 1>{}); break;
+          case 2: attend(std::integral_constant<int, 2>{}); break;
+          case 3: attend(std::integral_constant<int, 3>{}); break;
+          default: attend(std::integral_constant<int, kQueriesAtOnce>{});
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void attend_decode_by_size(const DecodeArguments& arguments) {
+  switch (arguments.D) {
+    case 64: return attend_decode<T, 64>(arguments);
+    case 128: return attend_decode<T, 128>(arguments);
+    default: return attend_decode<T, 0>(arguments);
+  }
+}
+
+}  // namespace
+
+#define FOR_EACH_TYPE(DEFINE) DEFINE(float, float32) DEFINE(bfloat16, bfloat16)
+
+#define DEFINE(T, NAME)                                                                         \
+  extern "C" void rms_norm_##NAME(const T* x, const T* weight, T* out, int64_t N, int64_t d,    \
+                                  float eps, int32_t threads) {                                 \
+    rms_norm(x, weight, out, N, d, eps, threads);                                               \
+  }                                                                                             \
+  extern "C" void silu_mul_##NAME(const T* gate_up, T* out, int64_t N, int64_t width,           \
+                                  int32_t threads) {                                            \
+    silu_mul(gate_up, out, N, width, threads);                                                  \
+  }                                                                                             \
+  extern "C" void rotate_heads_##NAME(T* heads, const float* cosines, const float* sines,       \
+                                      int64_t N, int64_t turned, int64_t stride, int64_t D,     \
+                                      int32_t threads) {                                        \
+    rotate_heads(heads, cosines, sines, N, turned, stride, D, threads);                         \
+  }                                                                                             \
+  extern "C" void attend_decode_##NAME(const DecodeArguments* arguments) {                      \
+    attend_decode_by_size<T>(*arguments);                                                       \
+  }
+FOR_EACH_TYPE(DEFINE)

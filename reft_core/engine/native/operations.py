@@ -1,0 +1,106 @@
+"""The fused forward's operations by the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reft_core.engine.attention import DecodeBatch
+from reft_core.engine.native.build import load_library
+from reft_core.engine.operations import HeadLayout, Operations
+
+MOST_HEAD_SIZE = 256
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_SIGNATURES = {
+    "rms_norm": [*[c_void_p] * 3, c_int64, c_int64, c_float, c_int32],
+    "silu_mul": [*[c_void_p] * 2, c_int64, c_int64, c_int32],
+    "rotate_heads": [*[c_void_p] * 3, *[c_int64] * 4, c_int32],
+    "attend_decode": [c_void_p],
+}
+
+
+class _DecodeArguments(Structure):
+    """``DecodeArguments`` of kernels.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("heads", "cosines", "sines", "keys", "values")),
+        *((name, c_void_p) for name in ("positions", "out")),
+        *((name, c_int64) for name in ("B", "H", "KH", "D", "slot_len", "window")),
+        ("scale", c_float),
+        ("threads", c_int32),
+    )
+
+
+class NativeOperations(Operations):
+    """See :class:`Operations`. Angles are float32 and so is all arithmetic, whatever the dtype."""
+
+    angle_dtype = torch.float32
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._functions: dict[str, Any] = {}
+        for name, types in _SIGNATURES.items():
+            function = getattr(library, f"{name}_{_NAMES[dtype]}")
+            function.argtypes, function.restype = types, None
+            self._functions[name] = function
+
+    @classmethod
+    def where_available(cls, dtype: torch.dtype, head_size: int) -> Operations | None:
+        """The operations, if this machine can compile them and they serve these numbers."""
+        if dtype not in _NAMES or head_size > MOST_HEAD_SIZE or head_size % 2:
+            return None
+        library = load_library()
+        return None if library is None else cls(library, dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See :class:`Operations`."""
+        x = x.contiguous()
+        out, width = torch.empty_like(x), x.shape[-1]
+        self._functions["rms_norm"](
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See :class:`Operations`."""
+        num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(num_rows, width)
+        self._functions["silu_mul"](
+            gate_up.data_ptr(), out.data_ptr(), num_rows, width, torch.get_num_threads()
+        )
+        return out
+
+    def rotate_(self, heads: Tensor, layout: HeadLayout, cos: Tensor, sin: Tensor) -> None:
+        """See :class:`Operations`."""
+        num_rows, num_heads, head_size = heads.shape
+        self._functions["rotate_heads"](
+            heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), num_rows,
+            layout.num_queries + layout.num_keys, num_heads * head_size, head_size,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def attend_decode(
+        self,
+        heads: Tensor,
+        layout: HeadLayout,
+        cos: Tensor,
+        sin: Tensor,
+        batch: DecodeBatch,
+    ) -> Tensor:
+        """See :class:`Operations`."""
+        keys, values = batch.kv.keys[layout.layer], batch.kv.values[layout.layer]
+        num_rows, _, head_size = heads.shape
+        out = heads.new_empty(num_rows, layout.num_queries * head_size)
+        arguments = _DecodeArguments(
+            heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(),
+            batch.positions.data_ptr(), out.data_ptr(), num_rows, layout.num_queries,
+            layout.num_keys, head_size, batch.kv.slot_len, layout.window or 0, layout.scale,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        self._functions["attend_decode"](byref(arguments))
+        return out

@@ -1,0 +1,97 @@
+"""What the fused forward does between its matrix products.
+
+Letters: N rows, B sequences, H query heads, KH key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reft_core.engine.attention import DecodeBatch, ForwardBatch
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How one layer's heads are laid out and attend: H queries, then KH keys, KH values."""
+
+    layer: int
+    num_queries: int
+    num_keys: int
+    scale: float
+    window: int | None
+    """Positions that a query sees, itself included; None: all before it."""
+
+
+class Operations:
+    """The operations by torch, on any device. Also what faster ones are measured against."""
+
+    angle_dtype: torch.dtype | None = None
+    """Dtype of ``cos`` and ``sin``; None: the model's."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x²) + eps) ∘ weight over the last dimension."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) ∘ up of (N, 2·width), gates first; (N, width)."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def rotate_(self, heads: Tensor, layout: HeadLayout, cos: Tensor, sin: Tensor) -> None:
+        """Turn the queries and keys among ``heads`` (N, H + 2·KH, D) in place.
+
+        cos and sin (N, D), both halves of D alike, as transformers' rotary embedding gives them.
+        """
+        turned = heads[:, : layout.num_queries + layout.num_keys]
+        left, right = turned.chunk(2, dim=-1)
+        swapped = torch.cat((-right, left), dim=-1)
+        turned.copy_(turned * cos.unsqueeze(1) + swapped * sin.unsqueeze(1))
+
+    def attend(
+        self,
+        heads: Tensor,
+        layout: HeadLayout,
+        cos: Tensor,
+        sin: Tensor,
+        batch: ForwardBatch,
+        shape: tuple[int, int],
+    ) -> Tensor:
+        """Attention (N, H·D) of N = B·T new tokens, ``shape`` being (B, T).
+
+        Turns ``heads`` and stores their keys and values in the batch's slots.
+        """
+        if isinstance(batch, DecodeBatch):
+            return self.attend_decode(heads, layout, cos, sin, batch)
+        return self._attend_turned(heads, layout, cos, sin, batch, shape)
+
+    def attend_decode(
+        self,
+        heads: Tensor,
+        layout: HeadLayout,
+        cos: Tensor,
+        sin: Tensor,
+        batch: DecodeBatch,
+    ) -> Tensor:
+        """:meth:`attend` for one new token of each of B sequences; (B, H·D)."""
+        return self._attend_turned(heads, layout, cos, sin, batch, (len(heads), 1))
+
+    def _attend_turned(
+        self,
+        heads: Tensor,
+        layout: HeadLayout,
+        cos: Tensor,
+        sin: Tensor,
+        batch: ForwardBatch,
+        shape: tuple[int, int],
+    ) -> Tensor:
+        self.rotate_(heads, layout, cos, sin)
+        sizes = (layout.num_queries, layout.num_keys, layout.num_keys)
+        query, key, value = (
+            part.unflatten(0, shape).transpose(1, 2) for part in heads.split(sizes, dim=1)
+        )  # (B, heads, T, D)
+        attended = batch.attend(layout.layer, query, key, value, layout.scale, layout.window, None)
+        return attended.reshape(len(heads), -1)
