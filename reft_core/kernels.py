@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from reft_core.batch import EditPlan, RowEdit
 from reft_core.edits import stack_edits
+from reft_core.native.edits import apply_natively
 from reft_core.sites import edit_site
 
 LEAST_STACK = 3
@@ -23,9 +24,13 @@ def apply_edits(hidden: Tensor, x: Tensor, edits: Iterable[RowEdit]) -> None:
     """Change rows of ``hidden`` (N, d) in place, in order: h ← h + strength · Δ(h, x).
 
     ``x`` (N, d_x) is the site's input. The sum is taken in float32 and rounded once to
-    ``hidden``'s dtype. Edits of one depth that are alike in shape go through one batched
-    product; the others one by one, each two thin products on its gathered rows.
+    ``hidden``'s dtype. On a CPU compiled loops do it where there are any; else edits of one depth
+    that are alike in shape go through one batched product, and the others one by one, each two
+    thin products on its gathered rows.
     """
+    edits = list(edits)
+    if apply_natively(hidden, edits):
+        return
     for group in _alike(edits):
         if len(group) < LEAST_STACK:
             for row_edit in group:

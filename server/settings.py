@@ -38,8 +38,9 @@ class Settings(BaseSettings):
         default="auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
     )
     device: str = Field(default="auto", description="auto: cuda where there is one, else cpu")
-    forward: Literal["auto", "transformers"] = Field(
-        default="auto", description="auto: packed weights where they help, twice the memory"
+    forward: Literal["auto", "torch", "transformers"] = Field(
+        default="auto",
+        description="auto: packed weights and compiled loops where they help, twice the memory",
     )
     num_threads: int | None = Field(default=None, ge=1, description="None: torch's choice")
     cache_dir: Path | None = Field(default=None, description="derived files; None: ~/.cache")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from reft_core.errors import InvalidRequest
+
+Forward = Literal["auto", "torch", "transformers"]
+"""Whose code computes the model."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class EngineConfig:
     requests lose their slot and are computed again. None: what the slots have room for."""
     prefix_cache_bytes: int = 256 * 1024 * 1024
     """Memory for the keys and values of prompts seen before; 0 remembers none."""
-    forward: Literal["auto", "transformers"] = "auto"
-    """``auto`` packs a copy of a Llama-like model's weights for a faster forward on a CPU;
-    ``transformers`` saves that memory."""
+    forward: Forward = "auto"
+    """``auto`` packs a copy of a Llama-like model's weights for a faster forward on a CPU, and
+    compiles what lies between them if there is a compiler; ``torch`` compiles nothing;
+    ``transformers`` saves the memory."""
     num_threads: int | None = None
     """CPU threads of the compute; None leaves torch's choice."""
 
@@ -40,7 +44,8 @@ class EngineConfig:
             raise InvalidRequest.because("kv_tokens", self.kv_tokens, allowed)
         if self.prefix_cache_bytes < 0:
             raise InvalidRequest.because("prefix_cache_bytes", self.prefix_cache_bytes, "0 or more")
-        if self.forward not in ("auto", "transformers"):
-            raise InvalidRequest.because("forward", self.forward, "'auto' or 'transformers'")
+        if self.forward not in get_args(Forward):
+            allowed = f"one of {', '.join(get_args(Forward))}"
+            raise InvalidRequest.because("forward", self.forward, allowed)
         if self.num_threads is not None and self.num_threads < 1:
             raise InvalidRequest.because("num_threads", self.num_threads, "at least 1")

@@ -98,7 +98,7 @@ class EmbeddedEngine:
             dtype=dtype,
             device=self._device,
         )
-        return kv, ModelRunner(self._loaded, kv, fused=self._config.forward == "auto")
+        return kv, ModelRunner(self._loaded, kv, self._config.forward)
 
     # Called from any thread ---------------------------------------------------------------
 

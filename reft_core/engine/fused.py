@@ -2,10 +2,10 @@
 
 Computes what transformers' code computes, over weights that oneDNN has laid out for its own
 kernels: one product for query, key and value, one for gate and up. What lies between the products
-is done by compiled loops where this machine can compile them (:mod:`native`), else by torch. It
-serves the forwards whose edits act at the sites it passes by; the runner gives all others to
-transformers' code, and compares the two when it starts. The packed weights are a second copy of
-the model's.
+is done by compiled loops (:mod:`reft_core.native`) where this machine can compile them, else by
+torch. It serves the forwards whose edits act at the sites it passes by; the runner gives all
+others to transformers' code, and compares the two when it starts. The packed weights are a second
+copy of the model's.
 
 Letters: B sequences, T new tokens of each, N = B·T, H query heads, KH key-value heads, D head
 size, d model width.
@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from reft_core.batch import EditPlan
 from reft_core.engine.attention import ForwardBatch
-from reft_core.engine.native.operations import NativeOperations
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.kernels import apply_edits
+from reft_core.native.operations import NativeOperations
 from reft_core.sites import find_layers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

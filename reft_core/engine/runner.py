@@ -20,6 +20,7 @@ from reft_core.engine.attention import (
     PrefillBatch,
     Segment,
 )
+from reft_core.engine.config import Forward
 from reft_core.engine.fused import FusedForward
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.scheduler import Chunk
@@ -46,7 +47,7 @@ class ModelRunner:
     an adapter that declares to edit generated tokens too.
     """
 
-    def __init__(self, loaded: LoadedModel, kv: SlotKV, *, fused: bool = True) -> None:
+    def __init__(self, loaded: LoadedModel, kv: SlotKV, forward: Forward = "auto") -> None:
         self._model = loaded.model
         self._layers = find_layers(loaded.model)
         self._kv = kv
@@ -55,8 +56,8 @@ class ModelRunner:
         self.num_edits_applied = 0
         self._fused: FusedForward | None = None
         self._check_against_model()
-        if fused and FusedForward.is_for(loaded.model):
-            self._try_fused()
+        if forward != "transformers" and FusedForward.is_for(loaded.model):
+            self._try_fused(native=forward == "auto")
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -200,11 +201,11 @@ class ModelRunner:
         finally:
             handle.remove()
 
-    def _try_fused(self) -> None:
+    def _try_fused(self, *, native: bool) -> None:
         """Take the fused forward if it computes what the model does."""
         started = time.monotonic()
         try:
-            self._fused = FusedForward(self._model)
+            self._fused = FusedForward(self._model, native=native)
             self._check_against_model()
         except Exception as error:
             self._fused = None

@@ -12,11 +12,21 @@ from reft_core.batch import RowEdit
 from reft_core.edits import Activation, Edit
 from reft_core.kernels import apply_edits
 from reft_core.methods import METHODS, SiteSizes, get_method
+from reft_core.native import edits as native_edits
 from tests.factories import assert_close
 from tests.reference.slow import reference_delta
 
 N, D, X = 12, 16, 20
 """Rows, width of the site's output, width of its input."""
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for the compiled loops and for torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(native_edits, "load_library", lambda: None)
+    elif native_edits.load_library() is None:
+        pytest.skip("no C++ compiler here")
 
 
 def random_edit(method: str, rank: int = 3, activation: Activation = "identity") -> Edit:
@@ -181,3 +191,29 @@ def test_depths_are_applied_in_order() -> None:
     assert (expected - swapped).abs().max() > 1e-2, "the order matters here"
     apply_edits(hidden, NO_INPUT, [*first, *second])
     assert_close(hidden, expected)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 8, 13, 16])
+@pytest.mark.parametrize("num_rows", [1, 4, 7])
+def test_every_rank_and_number_of_rows(rank: int, num_rows: int) -> None:
+    """The compiled loops take ranks and rows in groups; all ends of groups are met."""
+    edits = [row_edit(random_edit("loreft", rank), list(range(num_rows)))]
+    hidden = torch.randn(N, D)
+    expected = loop(hidden, edits)
+    apply_edits(hidden, NO_INPUT, edits)
+    assert_close(hidden, expected)
+
+
+def test_what_the_compiled_loops_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine's adapters take that way: folded and contiguous, whatever the ReFT method."""
+    if native_edits.load_library() is None:
+        pytest.skip("torch's operations know all edits")
+    hidden = torch.randn(N, D)
+    for method in ("loreft", "direft", "direft_orthonormal", "noreft", "red", "steering"):
+        edit = random_edit(method).fold().to(dtype=torch.float32)
+        assert native_edits.apply_natively(hidden, [row_edit(edit, [0])]), method
+    before = hidden.clone()
+    others = [random_edit("loreft", activation="relu"), random_edit("parallel_adapter")]
+    for edit in others:
+        assert not native_edits.apply_natively(hidden, [row_edit(edit, [0])])
+    assert_close(hidden, before, tolerance=0)

@@ -27,7 +27,7 @@ def answers(family: str, forward: str, **options: Any) -> list[Completion]:
     loaded = tiny_loaded(family)
     config = {"max_num_seqs": 3, "max_model_len": 64, "max_prefill_tokens": 7}
     engine = EmbeddedEngine(loaded, EngineConfig(forward=forward, **config))  # type: ignore[arg-type]
-    assert (engine._runner._fused is not None) == (forward == "auto")
+    assert (engine._runner._fused is not None) == (forward != "transformers")
     adapter = random_adapter(loaded.description, size=2.0, positions="f2+l2", **options)
     engine.load_adapter(adapter)
     choices = ((), (AdapterChoice(adapter.digest),))
@@ -43,10 +43,13 @@ def answers(family: str, forward: str, **options: Any) -> list[Completion]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("site", ["block_output", "attn_output", "mlp_output"])
-def test_equals_transformers(family: str, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("forward", ["auto", "torch"])
+def test_equals_transformers(
+    family: str, site: str, forward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = answers(family, "transformers", sites=(site,))
     _forbid_transformers_after_the_check(monkeypatch)
-    fast = answers(family, "auto", sites=(site,))
+    fast = answers(family, forward, sites=(site,))
     for one, other in zip(slow, fast, strict=True):
         assert one.token_ids == other.token_ids
         for left, right in zip(one.tokens, other.tokens, strict=True):

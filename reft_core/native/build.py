@@ -14,9 +14,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from reft_core.loading import DEFAULT_CACHE
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+FUNCTION_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""The dtypes of hidden states that there are kernels for."""
 COMPILERS = ("c++", "g++", "clang++")
 """Tried in this order."""
 

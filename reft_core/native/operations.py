@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from reft_core.engine.attention import DecodeBatch
-from reft_core.engine.native.build import load_library
 from reft_core.engine.operations import HeadLayout, Operations
+from reft_core.native.build import FUNCTION_SUFFIXES, load_library
 
 MOST_HEAD_SIZE = 256
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _SIGNATURES = {
     "rms_norm": [*[c_void_p] * 3, c_int64, c_int64, c_float, c_int32],
     "silu_mul": [*[c_void_p] * 2, c_int64, c_int64, c_int32],
@@ -44,14 +43,14 @@ class NativeOperations(Operations):
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self._functions: dict[str, Any] = {}
         for name, types in _SIGNATURES.items():
-            function = getattr(library, f"{name}_{_NAMES[dtype]}")
+            function = getattr(library, f"{name}_{FUNCTION_SUFFIXES[dtype]}")
             function.argtypes, function.restype = types, None
             self._functions[name] = function
 
     @classmethod
     def where_available(cls, dtype: torch.dtype, head_size: int) -> Operations | None:
         """The operations, if this machine can compile them and they serve these numbers."""
-        if dtype not in _NAMES or head_size > MOST_HEAD_SIZE or head_size % 2:
+        if dtype not in FUNCTION_SUFFIXES or head_size > MOST_HEAD_SIZE or head_size % 2:
             return None
         library = load_library()
         return None if library is None else cls(library, dtype)

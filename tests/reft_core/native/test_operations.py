@@ -1,0 +1,129 @@
+"""The compiled loops compute what the same operations by torch do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from reft_core.engine.attention import DecodeBatch
+from reft_core.engine.kv import SlotKV
+from reft_core.engine.operations import HeadLayout, Operations
+from reft_core.native.build import load_library
+from reft_core.native.operations import NativeOperations
+from tests.factories import assert_close, tiny_description
+
+pytestmark = pytest.mark.skipif(load_library() is None, reason="no C++ compiler here")
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+"""Of bfloat16: torch rounds between the steps, the compiled loops only at the end."""
+
+
+def native(dtype: torch.dtype, head_size: int = 8) -> Operations:
+    found = NativeOperations.where_available(dtype, head_size)
+    assert found is not None
+    return found
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert_close(found.float(), expected.float(), TOLERANCE[found.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5), (7, 16), (300, 96), (2, 3, 10)])
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    close(
+        native(dtype).rms_norm(x, weight, 1e-5),
+        Operations().rms_norm(x.float(), weight.float(), 1e-5),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(dtype: torch.dtype) -> None:
+    """Also where e^x leaves float32's range."""
+    gate = torch.cat([torch.linspace(-200, 200, 4001), torch.linspace(-12, 12, 2399)])
+    gate_up = torch.cat([gate, torch.randn(len(gate))]).expand(3, -1).contiguous().to(dtype)
+    close(native(dtype).silu_mul(gate_up), Operations().silu_mul(gate_up.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation(dtype: torch.dtype) -> None:
+    layout = HeadLayout(layer=0, num_queries=3, num_keys=2, scale=1.0, window=None)
+    heads, angles = torch.randn(5, 7, 8).to(dtype), torch.randn(5, 4).repeat(1, 2)
+    expected = heads.float()
+    Operations().rotate_(expected, layout, angles.cos(), angles.sin())
+    native(dtype).rotate_(heads, layout, angles.cos(), angles.sin())
+    close(heads, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [6, 64, 80, 128])
+@pytest.mark.parametrize("num_queries", [1, 3, 4, 7])
+@pytest.mark.parametrize("window", [None, 4])
+def test_decode_attention(
+    dtype: torch.dtype, head_size: int, num_queries: int, window: int | None
+) -> None:
+    """Queries per key from one to more than are read at once, contexts of every length."""
+    num_keys = 2
+    description = replace(tiny_description(), num_kv_heads=num_keys, head_dim=head_size)
+    stores = [
+        SlotKV(description, 5, 24, dtype=some, device="cpu") for some in (dtype, torch.float32)
+    ]
+    for tensors in zip(*((*kv.keys, *kv.values) for kv in stores), strict=True):
+        tensors[0].normal_()
+        tensors[1].copy_(tensors[0])
+    positions = torch.tensor([0, 3, 11, 23])
+    layout = HeadLayout(1, num_queries * num_keys, num_keys, head_size**-0.5, window)
+    heads = torch.randn(4, layout.num_queries + 2 * num_keys, head_size).to(dtype)
+    angles = torch.randn(4, head_size // 2).repeat(1, 2)
+    found, expected = (
+        operations.attend_decode(
+            heads.to(kv.keys[0].dtype),
+            layout,
+            angles.cos(),
+            angles.sin(),
+            DecodeBatch(kv, positions, int(positions.max()) + 1),
+        )
+        for operations, kv in zip((native(dtype, head_size), Operations()), stores, strict=True)
+    )
+    close(found, expected)
+    for compiled, by_torch in zip(stores[0].keys, stores[1].keys, strict=True):
+        close(compiled, by_torch)
+    for compiled, by_torch in zip(stores[0].values, stores[1].values, strict=True):
+        assert_close(compiled.float(), by_torch, 0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    operations = native(torch.float32)
+    x = torch.randn(2, 8)
+    x[1, 3] = bad
+    normed = operations.rms_norm(x, torch.ones(8), 1e-5)
+    assert torch.isfinite(normed[0]).all()
+    assert not torch.isfinite(normed[1]).all()
+    gated = operations.silu_mul(torch.cat([x, torch.ones(2, 8)], dim=1))
+    assert torch.isfinite(gated[0]).all()
+    assert bad == -torch.inf or not torch.isfinite(gated[1]).all()  # silu(-inf) is 0
+
+
+def test_a_nan_among_the_keys_reaches_its_own_sequence_only() -> None:
+    kv = SlotKV(tiny_description(), 2, 16, dtype=torch.float32, device="cpu")
+    kv.keys[0][1, 0, 2, 5] = torch.nan
+    num_keys, head_size = kv.keys[0].shape[1], kv.keys[0].shape[3]
+    layout = HeadLayout(0, 2 * num_keys, num_keys, 1.0, None)
+    heads = torch.randn(2, 4 * num_keys, head_size)
+    angles = torch.ones(2, head_size)
+    batch = DecodeBatch(kv, torch.tensor([4, 4]), 5)
+    found = native(torch.float32, head_size).attend_decode(heads, layout, angles, angles, batch)
+    assert torch.isfinite(found[0]).all()
+    assert torch.isnan(found[1]).any()
+
+
+def test_head_sizes_and_dtypes_it_does_not_serve() -> None:
+    assert NativeOperations.where_available(torch.float16, 64) is None
+    assert NativeOperations.where_available(torch.float32, 512) is None
+    assert NativeOperations.where_available(torch.float32, 7) is None
