@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ import reft_core.batch as batch_module
 import reft_core.kernels as kernels_module
 from reft_core.adapter import Adapter, EditKey, Prefix, decode_adapter, encode_adapter
 from reft_core.engine.attention import DecodeBatch
-from reft_core.engine.config import EngineConfig
+from reft_core.engine.config import EngineConfig, Forward
 from reft_core.engine.engine import MAX_STRENGTH, EmbeddedEngine
 from reft_core.engine.generate import generate
 from reft_core.engine.interface import AdapterChoice, Output, Request, SamplingParams
@@ -679,7 +679,9 @@ POISONINGS = [
 ]
 
 
-def run_after_poison(way: Callable[[EmbeddedEngine], None]) -> tuple[Recorder, list[Recorder]]:
+def run_after_poison(
+    way: Callable[[EmbeddedEngine], None], forward: str
+) -> tuple[Recorder, list[Recorder]]:
     """A long neighbour that decodes throughout, and short requests in every other slot after."""
     engine = make_engine(
         poison(),
@@ -688,6 +690,7 @@ def run_after_poison(way: Callable[[EmbeddedEngine], None]) -> tuple[Recorder, l
         mild_adapter(),
         max_num_seqs=3,
         max_prefill_tokens=8,
+        forward=forward,
     )
     neighbour = submit(engine, "neighbour", LONG, greedy(30), mild_adapter())
     step_until(engine, lambda: len(neighbour.tokens) >= 1)
@@ -699,16 +702,17 @@ def run_after_poison(way: Callable[[EmbeddedEngine], None]) -> tuple[Recorder, l
     return neighbour, after
 
 
+@pytest.mark.parametrize("forward", get_args(Forward))
 @pytest.mark.parametrize("way", POISONINGS)
 def test_a_poisonous_adapter_hurts_neither_neighbours_nor_successors(
-    way: Callable[[EmbeddedEngine], None],
+    way: Callable[[EmbeddedEngine], None], forward: str
 ) -> None:
     """NaN left in a slot reaches the next request there: attention weighs it 0, and 0·NaN is NaN.
 
     The neighbour's context is longer than the successors', so their rows attend, masked, over
     what the poisoned request left behind.
     """
-    neighbour, after = run_after_poison(way)
+    neighbour, after = run_after_poison(way, forward)
     assert neighbour.token_ids == expected(LONG, greedy(30), mild_adapter())
     for successor in after:
         assert successor.error is None, successor.error
@@ -721,9 +725,9 @@ def test_a_poisonous_adapter_hurts_neither_neighbours_nor_successors(
 def test_without_clearing_the_poison_would_spread(
     monkeypatch: pytest.MonkeyPatch, way: Callable[[EmbeddedEngine], None]
 ) -> None:
-    """The control of the test above: it can fail."""
+    """The control of the test above: it can fail, where attention reads what it then masks."""
     monkeypatch.setattr(SlotKV, "clear", lambda self, *_: None)
-    neighbour, after = run_after_poison(way)
+    neighbour, after = run_after_poison(way, "torch")
     assert neighbour.token_ids == expected(LONG, greedy(30), mild_adapter())
     assert any(successor.token_ids != expected(SHORT) for successor in after)
 
