@@ -1,16 +1,20 @@
 """Ways to apply a place's edits, and how much of a prefill edits take.
 
-Ways, for A adapters of rank r with 14 rows each (f7+l7) in a packed (N, d) tensor:
+Ways, for A adapters of rank r with K rows each in a packed (N, d) tensor:
 
+- compiled: one pass of the compiled loops over all edits (CPU);
+- stacked: one bmm over (A, K, d) rows and (A, d, r) stacks, made within the call, as a plan is used
+  once a layer;
 - loop: two thin products an adapter on its own rows;
-- stacked: one bmm over (A, 14, d) rows and (A, d, r) stacks, which are made once and not timed;
-- served: what the server runs. It stacks within each call, as a plan is used once a layer, from
-  three adapters on, and loops below;
-- gather: each row multiplied with its own copy of the weights, (14·A, d, r).
+- gather: each row multiplied with its own copy of the weights, (K·A, d, r).
 
-All read and write the same rows and must agree. Every repeat runs each way in turn. The share
-of prefill is the time inside ``apply_edits`` over that of the whole packed forward, for 16
-prompts with an adapter each (rank 8, f7+l7, all layers), against the same forward without.
+All read and write the same rows and must agree. Every repeat runs each way in turn. K is 14 as for
+f7+l7, and for a few cells 1 (a decode step of a ``phase: all`` adapter) and 64 (a ``prompt`` rule).
+``served`` is the way that the server takes in a cell, and ``why`` says how it compares.
+
+The share of prefill is measured on the served forward in bfloat16, for 16 prompts of 64 tokens with
+an adapter each (rank 8, f7+l7, all layers): the time inside ``apply_edits`` over that of the whole
+prefill, and what the whole took longer than the one without adapters just before it.
 
 The last line printed is JSON; the same goes to ``results/kernel.json``.
 """
@@ -20,59 +24,57 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import reft_core.engine.fused as fused
 import reft_core.kernels as kernels
 from benchmarks.adapter_tax import random_adapter
 from benchmarks.provenance import provenance, save
-from reft_core.batch import AdapterUse, PackedChunk, PromptEdits, RowEdit, build_plan
+from reft_core.batch import AdapterUse, PromptEdits, RowEdit
 from reft_core.edits import Edit
-from reft_core.loading import load_model
-from reft_core.sites import find_layers
+from reft_core.engine.interface import Request
+from reft_core.engine.kv import SlotKV
+from reft_core.engine.runner import ModelRunner
+from reft_core.engine.scheduler import Chunk
+from reft_core.engine.sequence import Sequence
+from reft_core.loading import LoadedModel, load_model
+from reft_core.native.edits import apply_natively
 
 ROWS = 14
+OTHER_ROWS = (1, 64)
+OTHER_ROWS_RANK = 8
 MAX_GATHER_BYTES = 1 << 30
-Way = Callable[[], None]
+Way = Callable[[], object]
+Spread = list[float]
+"""Smallest, median and largest over the repeats."""
 
 
 def ways_of(
-    hidden: Tensor, num_adapters: int, rank: int, device: torch.device
+    hidden: Tensor, num_adapters: int, num_rows: int, rank: int
 ) -> tuple[dict[str, Way], Callable[[], Tensor]]:
-    """Each way as a call that edits a copy of ``hidden`` (A·14, d), and what it left."""
-    size = hidden.shape[1]
+    """Each way as a call that edits a copy of ``hidden`` (A·K, d), and what it left."""
+    size, device = hidden.shape[1], hidden.device
     down = torch.randn(num_adapters, size, rank, device=device) / size**0.5
     up = torch.randn(num_adapters, rank, size, device=device) / rank**0.5
     bias = torch.randn(num_adapters, 1, rank, device=device)
     order = torch.randperm(len(hidden), device=device)
-    rows = order.view(num_adapters, ROWS)
+    rows = order.view(num_adapters, num_rows)
     edits = [
-        RowEdit(Edit(down=down[i], up=up[i], bias=bias[i, 0]), rows[i], 1.0)
+        RowEdit(Edit(down=down[i], up=up[i], bias=bias[i, 0]), rows[i], 1.0, depth=0)
         for i in range(num_adapters)
     ]
+    apart = [replace(edit, depth=None) for edit in edits]
     state = hidden.clone()
-    owner = torch.arange(num_adapters, device=device).repeat_interleave(ROWS)
-
-    together = [replace(edit, depth=0) for edit in edits]
-
-    def loop() -> None:
-        kernels.apply_edits(state, state, edits)
-
-    def served() -> None:
-        kernels.apply_edits(state, state, together)
-
-    def stacked() -> None:
-        h = state.index_select(0, order).float().view(num_adapters, ROWS, size)
-        edited = torch.baddbmm(h, torch.baddbmm(bias, h, down), up)
-        state.index_copy_(0, order, edited.view(-1, size).to(state.dtype))
+    owner = torch.arange(num_adapters, device=device).repeat_interleave(num_rows)
 
     def gather() -> None:
-        h = state.index_select(0, order).float().unsqueeze(1)  # (K, 1, d)
+        h = state.index_select(0, order).float().unsqueeze(1)  # (N, 1, d)
         inner = torch.bmm(h, down[owner]) + bias[owner]
         state.index_copy_(0, order, (h + torch.bmm(inner, up[owner])).squeeze(1).to(state.dtype))
 
@@ -81,36 +83,69 @@ def ways_of(
         state.copy_(hidden)
         return result
 
-    ways = {"loop": loop, "stacked": stacked, "served": served}
+    ways: dict[str, Way] = {
+        "loop": lambda: kernels.apply_by_torch(state, state, apart),
+        "stacked": lambda: kernels.apply_by_torch(state, state, edits, least_stack=1),
+    }
     if len(hidden) * size * rank * 4 * 2 <= MAX_GATHER_BYTES:
         ways["gather"] = gather
+    if apply_natively(state, edits):
+        state.copy_(hidden)
+        ways["compiled"] = lambda: apply_natively(state, edits)
     return ways, read
 
 
 @torch.inference_mode()
-def compare(
-    num_adapters: int, rank: int, size: int, dtype: torch.dtype, device: torch.device, repeats: int
-) -> dict[str, list[float]]:
-    """Microseconds of each way: smallest, median and largest over the repeats."""
-    hidden = torch.randn(num_adapters * ROWS, size, device=device).to(dtype)
-    ways, read = ways_of(hidden, num_adapters, rank, device)
+def compare(hidden: Tensor, num_adapters: int, rank: int, repeats: int) -> dict[str, Spread]:
+    """Microseconds of each way on ``hidden`` (A·K, d)."""
+    ways, read = ways_of(hidden, num_adapters, len(hidden) // num_adapters, rank)
     expected = None
     for name, way in ways.items():
         way()
         found = read().float()
         expected = found if expected is None else expected
         error = (found - expected).abs().max() / expected.abs().max()
-        if not error <= (1e-5 if dtype == torch.float32 else 1e-2):
+        if not error <= (1e-5 if hidden.dtype == torch.float32 else 1e-2):
             raise SystemExit(f"correctness gate: {name} differs from the loop by {error:.2g}")
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            times[name].append(_timed(way, device))
+            times[name].append(_timed(way, hidden.device))
             read()
+    return {name: _spread([1e6 * t for t in found], 1) for name, found in times.items()}
+
+
+def served_way(times: dict[str, Spread], num_adapters: int) -> str:
+    """Which of the ways the server takes; see ``reft_core/kernels.py``."""
+    if "compiled" in times:
+        return "compiled"
+    return "stacked" if num_adapters >= kernels.LEAST_STACK else "loop"
+
+
+def cell(times: dict[str, Spread], num_adapters: int) -> dict[str, Any]:
+    """One cell of the table: the times, the way served, and why."""
+    served = served_way(times, num_adapters)
+    others = {way: found[1] for way, found in times.items() if way != served}
+    best = min(others, key=lambda way: others[way])
+    ratio = others[best] / times[served][1]
     return {
-        name: [round(1e6 * t, 1) for t in (min(found), median(found), max(found))]
-        for name, found in times.items()
+        "microseconds_min_median_max": times,
+        "served": served,
+        "best_other": best,
+        "best_other_over_served": round(ratio, 2),
     }
+
+
+def reasons(table: dict[str, dict[str, Any]]) -> str:
+    """Why the server takes the ways it takes, from the table's own numbers."""
+    ratios = {name: entry["best_other_over_served"] for name, entry in table.items()}
+    slower = {name: ratio for name, ratio in ratios.items() if ratio < 1}
+    text = (
+        f"the way served is the fastest in {len(ratios) - len(slower)} of {len(ratios)} cells; "
+        f"the best other takes {min(ratios.values())} to {max(ratios.values())} of its time, "
+        f"median {median(ratios.values()):.2f}"
+    )
+    return text + (f"; slower in {slower}" if slower else "")
 
 
 def _timed(way: Way, device: torch.device) -> float:
@@ -124,54 +159,52 @@ def _timed(way: Way, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-@torch.inference_mode()
-def edit_share(model: str, device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Shares of a bfloat16 prefill: [smallest, median, largest] of the repeats.
+def _spread(values: list[float], digits: int) -> Spread:
+    return [round(value, digits) for value in (min(values), median(values), max(values))]
 
-    ``inside``: time in ``apply_edits`` over that of the forward. ``whole``: what the forward
-    with edits took longer than the one without just before it, hooks included.
-    """
-    loaded = load_model(model, dtype="bfloat16", device=device.type)
-    description, num_prompts, length = loaded.description, 16, 64
-    uses = [AdapterUse(random_adapter(description, 8, seed)) for seed in range(num_prompts)]
-    chunks = [
-        PackedChunk(i * length, 0, length, PromptEdits((use,), length))
-        for i, use in enumerate(uses)
-    ]
-    plan = build_plan(chunks, device)
-    layers = find_layers(loaded.model)
-    tokens = torch.randint(3, description.vocab_size, (num_prompts, length), device=device)
-    apply_edits = kernels.apply_edits
+
+def edit_share(loaded: LoadedModel, device: torch.device, repeats: int) -> dict[str, Spread]:
+    """Shares of a prefill of 16 prompts with an adapter each: ``inside`` and ``whole``."""
+    num_prompts, length = 16, 64
+    parameter = next(loaded.model.parameters())
+    kv = SlotKV(loaded.description, num_prompts, 128, dtype=parameter.dtype, device=device)
+    runner = ModelRunner(loaded, kv)
+    adapters = [random_adapter(loaded.description, 8, seed) for seed in range(num_prompts)]
+    prompts = torch.randint(3, loaded.description.vocab_size, (num_prompts, length)).tolist()
+
+    def chunks_of(edited: bool) -> list[Chunk]:
+        found = []
+        for slot, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+            edits = PromptEdits((AdapterUse(adapter.to(device)),), length) if edited else None
+            request = Request(str(slot), tuple(prompt))
+            sequence = Sequence(request, lambda _: None, edits, frozenset())
+            sequence.slot = slot
+            found.append(Chunk(sequence, 0, length))
+        return found
+
     inside = 0.0
+    real = kernels.apply_edits
 
-    def clocked(*args: object) -> None:
+    def clocked(*args: Any) -> None:
         nonlocal inside
-        started = time.perf_counter()
-        apply_edits(*args)  # type: ignore[arg-type]
-        inside += time.perf_counter() - started
+        inside += _timed(lambda: real(*args), device)
 
-    def forward() -> None:
-        loaded.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
-
-    def edited_forward() -> None:
-        with kernels.edited(layers, plan):
-            forward()
-
-    kernels.apply_edits = clocked  # type: ignore[assignment]
+    plain, with_edits = chunks_of(edited=False), chunks_of(edited=True)
     shares: dict[str, list[float]] = {"inside": [], "whole": []}
     try:
+        for module in (kernels, fused):
+            module.apply_edits = clocked  # type: ignore[attr-defined]
         for repeat in range(repeats + 2):
-            plain, inside = _timed(forward, device), 0.0
-            with_edits = _timed(edited_forward, device)
+            base = _timed(lambda: runner.prefill(plain), device)
+            inside = 0.0
+            edited = _timed(lambda: runner.prefill(with_edits), device)
             if repeat >= 2:  # the first two warm up
-                shares["inside"].append(inside / with_edits)
-                shares["whole"].append(with_edits / plain - 1)
+                shares["inside"].append(inside / edited)
+                shares["whole"].append(edited / base - 1)
     finally:
-        kernels.apply_edits = apply_edits
-    return {
-        name: [round(s, 4) for s in (min(found), median(found), max(found))]
-        for name, found in shares.items()
-    }
+        for module in (kernels, fused):
+            module.apply_edits = real  # type: ignore[attr-defined]
+    return {name: _spread(found, 4) for name, found in shares.items()}
 
 
 def main() -> None:
@@ -181,35 +214,35 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, default=576, help="hidden size of the comparison")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4, 8, 16, 64])
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 2, 3, 4, 16, 64, 256])
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    share = edit_share(options.model, device, options.repeats)
+    loaded = load_model(options.model, dtype="bfloat16", device=device.type)
+    share = edit_share(loaded, device, options.repeats)
     print("share of a bfloat16 prefill, 16 adapters of rank 8:", share)
-    table: dict[str, dict[str, list[float]]] = {}
-    fastest: dict[str, str] = {}
+    cells = [(rank, count, ROWS) for rank in options.ranks for count in options.adapters]
+    cells += [(OTHER_ROWS_RANK, count, k) for k in OTHER_ROWS for count in options.adapters]
+    table: dict[str, dict[str, Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        for rank in options.ranks:
-            for count in options.adapters:
-                name = f"{str(dtype).removeprefix('torch.')} r={rank} A={count}"
-                table[name] = compare(count, rank, options.size, dtype, device, options.repeats)
-                fastest[name] = min(table[name], key=lambda way: table[name][way][1])
-                print(f"{name:24} {fastest[name]:8} {table[name]}")
+        for rank, count, num_rows in cells:
+            name = f"{str(dtype).removeprefix('torch.')} r={rank} A={count} K={num_rows}"
+            hidden = torch.randn(count * num_rows, options.size, device=device).to(dtype)
+            table[name] = cell(compare(hidden, count, rank, options.repeats), count)
+            print(f"{name:28} {table[name]}")
     document = {
-        "model": options.model,
         **vars(options),
         **provenance(),
-        "microseconds_min_median_max": table,
-        "fastest": fastest,
+        "cells": table,
+        "why": reasons(table),
         "prefill_share_min_median_max": share,
     }
     print("saved to", save("kernel", document))
-    wins = dict(Counter(fastest.values()))
-    print(json.dumps({"edit_share_prefill_bf16": share["inside"][1], "fastest": wins}))
+    print(reasons(table))
+    print(json.dumps({"edit_share_prefill_bf16": share["inside"][1], "why": reasons(table)}))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -78,6 +79,28 @@ class Edit:
             tensor: Tensor | None = getattr(self, part)
             if tensor is not None:
                 yield part, tensor
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...] | None:
+        """Where down, up, bias, shift and gain lie in memory, 0 for absent ones.
+
+        For compiled loops, which know contiguous float32 tensors and a folded edit without an
+        activation; None for any other.
+        """
+        if self.activation != "identity" or self.source != "output" or self.scale != 1.0:
+            return None
+        tensors = (self.down, self.up, self.bias, self.shift, self.gain)
+        present = [tensor for tensor in tensors if tensor is not None]
+        if self.skip is not None or not all(
+            tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in present
+        ):
+            return None
+        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+    @property
+    def bias_stride(self) -> int:
+        """Numbers from one row's bias to the next one's: 0 unless each row has its own."""
+        return self.rank if self.bias is not None and self.bias.dim() == 2 else 0
 
     @property
     def num_parameters(self) -> int:

@@ -16,23 +16,32 @@ from reft_core.native.edits import apply_natively
 from reft_core.sites import edit_site
 
 LEAST_STACK = 3
-"""Fewest edits that are worth stacking, by benchmarks/kernel.py: the copies that make a stack
-cost less than the launches it saves, from three adapters on, at ranks 1 to 64."""
+"""Fewest edits that torch is worth stacking for, by benchmarks/kernel.py: below, the copies that
+make a stack cost more than the launches it saves."""
 
 
 def apply_edits(hidden: Tensor, x: Tensor, edits: Iterable[RowEdit]) -> None:
     """Change rows of ``hidden`` (N, d) in place, in order: h ← h + strength · Δ(h, x).
 
     ``x`` (N, d_x) is the site's input. The sum is taken in float32 and rounded once to
-    ``hidden``'s dtype. On a CPU compiled loops do it where there are any; else edits of one depth
-    that are alike in shape go through one batched product, and the others one by one, each two
-    thin products on its gathered rows.
+    ``hidden``'s dtype. Compiled loops do it where there are any, by benchmarks/kernel.py the
+    fastest way on a CPU; else torch.
     """
     edits = list(edits)
-    if apply_natively(hidden, edits):
-        return
+    if not apply_natively(hidden, edits):
+        apply_by_torch(hidden, x, edits)
+
+
+def apply_by_torch(
+    hidden: Tensor, x: Tensor, edits: Iterable[RowEdit], least_stack: int = LEAST_STACK
+) -> None:
+    """:func:`apply_edits` of any edits on any device.
+
+    At least ``least_stack`` edits of one depth that are alike in shape go through one batched
+    product; the others one by one, each two thin products on its gathered rows.
+    """
     for group in _alike(edits):
-        if len(group) < LEAST_STACK:
+        if len(group) < least_stack:
             for row_edit in group:
                 _apply(hidden, x, row_edit)
         else:

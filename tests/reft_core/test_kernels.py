@@ -24,8 +24,8 @@ N, D, X = 12, 16, 20
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds for the compiled loops and for torch's operations."""
     if request.param == "torch":
-        monkeypatch.setattr(native_edits, "load_library", lambda: None)
-    elif native_edits.load_library() is None:
+        monkeypatch.setattr(native_edits, "_function", lambda dtype: None)
+    elif native_edits._function(torch.float32) is None:
         pytest.skip("no C++ compiler here")
 
 
@@ -206,7 +206,7 @@ def test_every_rank_and_number_of_rows(rank: int, num_rows: int) -> None:
 
 def test_what_the_compiled_loops_know(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine's adapters take that way: folded and contiguous, whatever the ReFT method."""
-    if native_edits.load_library() is None:
+    if native_edits._function(torch.float32) is None:
         pytest.skip("torch's operations know all edits")
     hidden = torch.randn(N, D)
     for method in ("loreft", "direft", "direft_orthonormal", "noreft", "red", "steering"):
