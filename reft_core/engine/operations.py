@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reft_core.engine.attention import DecodeBatch, ForwardBatch
+from reft_core.engine.attention import DecodeBatch, ForwardBatch, PrefillBatch
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Operations:
         """
         if isinstance(batch, DecodeBatch):
             return self.attend_decode(heads, layout, cos, sin, batch)
+        if isinstance(batch, PrefillBatch):
+            return self.attend_prefill(heads, layout, cos, sin, batch)
         return self._attend_turned(heads, layout, cos, sin, batch, shape)
 
     def attend_decode(
@@ -78,6 +80,17 @@ class Operations:
     ) -> Tensor:
         """:meth:`attend` for one new token of each of B sequences; (B, H·D)."""
         return self._attend_turned(heads, layout, cos, sin, batch, (len(heads), 1))
+
+    def attend_prefill(
+        self,
+        heads: Tensor,
+        layout: HeadLayout,
+        cos: Tensor,
+        sin: Tensor,
+        batch: PrefillBatch,
+    ) -> Tensor:
+        """:meth:`attend` for the N packed tokens of a prefill; (N, H·D)."""
+        return self._attend_turned(heads, layout, cos, sin, batch, (1, len(heads)))
 
     def _attend_turned(
         self,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from dataclasses import astuple
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reft_core.engine.attention import DecodeBatch
+from reft_core.engine.attention import DecodeBatch, PrefillBatch
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.native.build import FUNCTION_SUFFIXES, load_library
 
@@ -20,6 +23,7 @@ _SIGNATURES = {
     "silu_mul": [*[c_void_p] * 2, c_int64, c_int64, c_int32],
     "rotate_heads": [*[c_void_p] * 3, *[c_int64] * 4, c_int32],
     "attend_decode": [c_void_p],
+    "attend_prefill": [c_void_p],
 }
 
 
@@ -30,6 +34,18 @@ class _DecodeArguments(Structure):
         *((name, c_void_p) for name in ("heads", "cosines", "sines", "keys", "values")),
         *((name, c_void_p) for name in ("positions", "out")),
         *((name, c_int64) for name in ("B", "H", "KH", "D", "slot_len", "window")),
+        ("scale", c_float),
+        ("threads", c_int32),
+    )
+
+
+class _PrefillArguments(Structure):
+    """``PrefillArguments`` of kernels.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("heads", "cosines", "sines", "keys", "values")),
+        *((name, c_void_p) for name in ("segments", "out")),
+        *((name, c_int64) for name in ("num_segments", "H", "KH", "D", "slot_len", "window")),
         ("scale", c_float),
         ("threads", c_int32),
     )
@@ -102,4 +118,26 @@ class NativeOperations(Operations):
             torch.get_num_threads(),
         )  # fmt: skip
         self._functions["attend_decode"](byref(arguments))
+        return out
+
+    def attend_prefill(
+        self,
+        heads: Tensor,
+        layout: HeadLayout,
+        cos: Tensor,
+        sin: Tensor,
+        batch: PrefillBatch,
+    ) -> Tensor:
+        """See :class:`Operations`."""
+        keys, values = batch.kv.keys[layout.layer], batch.kv.values[layout.layer]
+        num_rows, _, head_size = heads.shape
+        out = heads.new_empty(num_rows, layout.num_queries * head_size)
+        bounds = array("q", chain.from_iterable(astuple(segment) for segment in batch.segments))
+        arguments = _PrefillArguments(
+            heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(),
+            bounds.buffer_info()[0], out.data_ptr(), len(batch.segments), layout.num_queries,
+            layout.num_keys, head_size, batch.kv.slot_len, layout.window or 0, layout.scale,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        self._functions["attend_prefill"](byref(arguments))
         return out

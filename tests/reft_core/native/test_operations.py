@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from reft_core.engine.attention import DecodeBatch
+from reft_core.engine.attention import DecodeBatch, ForwardBatch, PrefillBatch, Segment
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.native.build import load_library
@@ -60,41 +61,82 @@ def test_rotation(dtype: torch.dtype) -> None:
     close(heads, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_size", [6, 64, 80, 128])
-@pytest.mark.parametrize("num_queries", [1, 3, 4, 7])
-@pytest.mark.parametrize("window", [None, 4])
-def test_decode_attention(
-    dtype: torch.dtype, head_size: int, num_queries: int, window: int | None
-) -> None:
-    """Queries per key from one to more than are read at once, contexts of every length."""
-    num_keys = 2
+def filled_stores(
+    dtype: torch.dtype, num_keys: int, head_size: int, slot_len: int
+) -> tuple[SlotKV, SlotKV]:
+    """Two stores of the same random numbers, the second in float32."""
     description = replace(tiny_description(), num_kv_heads=num_keys, head_dim=head_size)
-    stores = [
-        SlotKV(description, 5, 24, dtype=some, device="cpu") for some in (dtype, torch.float32)
-    ]
-    for tensors in zip(*((*kv.keys, *kv.values) for kv in stores), strict=True):
-        tensors[0].normal_()
-        tensors[1].copy_(tensors[0])
-    positions = torch.tensor([0, 3, 11, 23])
-    layout = HeadLayout(1, num_queries * num_keys, num_keys, head_size**-0.5, window)
-    heads = torch.randn(4, layout.num_queries + 2 * num_keys, head_size).to(dtype)
-    angles = torch.randn(4, head_size // 2).repeat(1, 2)
+    mine, exact = (
+        SlotKV(description, 5, slot_len, dtype=some, device="cpu")
+        for some in (dtype, torch.float32)
+    )
+    pairs = zip((*mine.keys, *mine.values), (*exact.keys, *exact.values), strict=True)
+    for some, other in pairs:
+        other.copy_(some.normal_())
+    return mine, exact
+
+
+def check_attention(
+    dtype: torch.dtype,
+    layout: HeadLayout,
+    stores: tuple[SlotKV, SlotKV],
+    batch_over: Callable[[SlotKV], ForwardBatch],
+    num_rows: int,
+) -> None:
+    """Outputs and what is left in the slots equal torch's, taken in float32."""
+    head_size = stores[0].keys[0].shape[-1]
+    heads = torch.randn(num_rows, layout.num_queries + 2 * layout.num_keys, head_size).to(dtype)
+    angles = torch.randn(num_rows, head_size // 2).repeat(1, 2)
     found, expected = (
-        operations.attend_decode(
+        operations.attend(
             heads.to(kv.keys[0].dtype),
             layout,
             angles.cos(),
             angles.sin(),
-            DecodeBatch(kv, positions, int(positions.max()) + 1),
+            batch_over(kv),
+            (1, num_rows),
         )
         for operations, kv in zip((native(dtype, head_size), Operations()), stores, strict=True)
     )
     close(found, expected)
-    for compiled, by_torch in zip(stores[0].keys, stores[1].keys, strict=True):
-        close(compiled, by_torch)
-    for compiled, by_torch in zip(stores[0].values, stores[1].values, strict=True):
-        assert_close(compiled.float(), by_torch, 0)
+    for mine, exact in zip(stores[0].keys, stores[1].keys, strict=True):
+        close(mine, exact)
+    for mine, exact in zip(stores[0].values, stores[1].values, strict=True):
+        assert_close(mine.float(), exact, 0)
+
+
+HEADS = [(6, 1), (64, 3), (80, 4), (128, 7)]
+"""Head sizes, and queries per key from one to more than are read at once."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_size", "per_key"), HEADS)
+@pytest.mark.parametrize("window", [None, 4])
+def test_decode_attention(
+    dtype: torch.dtype, head_size: int, per_key: int, window: int | None
+) -> None:
+    """Contexts of every length, the first token and a full slot among them."""
+    stores = filled_stores(dtype, 2, head_size, slot_len=24)
+    layout = HeadLayout(1, per_key * 2, 2, head_size**-0.5, window)
+    positions = torch.tensor([0, 3, 11, 23])
+    check_attention(dtype, layout, stores, lambda kv: DecodeBatch(kv, positions, 24), 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_size", "per_key"), HEADS)
+@pytest.mark.parametrize("window", [None, 1, 5, 70])
+def test_prefill_attention(
+    dtype: torch.dtype, head_size: int, per_key: int, window: int | None
+) -> None:
+    """Whole prompts and later chunks, shorter and longer than a block of keys or a task."""
+    stores = filled_stores(dtype, 2, head_size, slot_len=320)
+    layout = HeadLayout(0, per_key * 2, 2, head_size**-0.5, window)
+    sizes = [(0, 0, 1), (1, 0, 150), (2, 9, 64), (3, 63, 3), (4, 130, 190)]
+    segments, num_rows = [], 0
+    for slot, first_position, length in sizes:
+        segments.append(Segment(num_rows, num_rows + length, slot, first_position))
+        num_rows += length
+    check_attention(dtype, layout, stores, lambda kv: PrefillBatch(kv, segments), num_rows)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
