@@ -1,4 +1,4 @@
-"""Compiles ``kernels.cpp`` for this machine with the system's C++ compiler, once, and loads it."""
+"""Compiles the C++ beside it for this machine, by the system's compiler, once; and loads it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def _compiled(folder: Path = DEFAULT_CACHE / "native") -> Path:
         raise FileNotFoundError(f"no C++ compiler found: tried {', '.join(COMPILERS)}")
     flags = [*_FLAGS, *_FAST_SUMS, *_openmp()]
     version = _run([compiler, "--version"])
-    facts = (SOURCE.read_text(), compiler, version, *flags, _instruction_sets())
+    sources = (path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]pp")))
+    facts = (*sources, compiler, version, *flags, _instruction_sets())
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
     target = folder / f"{name}.so"
     if not target.is_file():
