@@ -43,6 +43,11 @@ class AdapterUse:
         sites = self.adapter.spec.sites
         return [key for key in self.edits if self.source and sites[key.site].interchange]
 
+    @property
+    def identity(self) -> tuple[str, float, tuple[tuple[str, float], ...]]:
+        """Equal for uses that compute the same function, an interchange's source aside."""
+        return self.adapter.digest, self.strength, self.subspaces
+
     @cached_property
     def edits_decode(self) -> bool:
         """Whether it edits generated tokens too."""
@@ -135,6 +140,14 @@ class PromptEdits:
         return key.layer == last_layer and key.site in _READ_BY_LOGITS_ONLY
 
     @cached_property
+    def first_stage(self) -> int | None:
+        """Layers, from the bottom, that compute at every position what the base model does;
+        None if all do, and their outputs and the logits are the base model's too. Virtual
+        tokens do not count as edits."""
+        stages = (stage_of(key.layer, key.site) for _, use in self.active() for key in use.edits)
+        return min(stages, default=None)
+
+    @cached_property
     def num_edits(self) -> int:
         """(layer, site, position) triples changed in the prompt, dead ones left out."""
         return sum(
@@ -191,6 +204,15 @@ Place = tuple[int, str]
 """A layer and a site in it."""
 
 
+def stage_of(layer: int, site: str) -> int:
+    """How many layers, from the bottom, an edit at this place leaves as they are.
+
+    An edit of a layer's output does not change what that layer computed, nor its keys and
+    values; one inside a layer does.
+    """
+    return layer + 1 if site == "block_output" else layer
+
+
 @dataclass(frozen=True)
 class EditPlan:
     """By layer and site, the edits to apply to that site's packed output, in order."""
@@ -202,6 +224,29 @@ class EditPlan:
         """(layer, site, row) triples the plan changes."""
         return sum(len(edit.rows) for edits in self.places.values() for edit in edits)
 
+    def between(self, first_stage: int, end_stage: int | None, rows: Tensor | None) -> EditPlan:
+        """The edits from one stage on and before another, if there is one.
+
+        Row i of the plan is row ``rows[i]`` there, or row i without ``rows``.
+        """
+        moved: dict[int, Tensor] = {}  # layers of an adapter mostly share their rows
+
+        def move(edit: RowEdit) -> RowEdit:
+            if rows is None:
+                return edit
+            if id(edit.rows) not in moved:
+                moved[id(edit.rows)] = rows[edit.rows]
+            return replace(edit, rows=moved[id(edit.rows)])
+
+        return EditPlan(
+            {
+                place: [move(edit) for edit in edits]
+                for place, edits in self.places.items()
+                if first_stage <= stage_of(*place)
+                and (end_stage is None or stage_of(*place) < end_stage)
+            }
+        )
+
 
 class _PlanBuilder:
     """Collects rows by edit. Requests that share an adapter share a :class:`RowEdit`, so an
@@ -210,13 +255,12 @@ class _PlanBuilder:
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, AdapterUse, EditKey], list[int]] = {}
-        self._canonical: dict[tuple[str, float, tuple[tuple[str, float], ...]], AdapterUse] = {}
+        self._canonical: dict[object, AdapterUse] = {}
         self._own: list[tuple[int, EditKey, list[int], Edit, float]] = []
 
     def add(self, depth: int, use: AdapterUse, key: EditKey, rows: list[int]) -> None:
         """Have the edit ``key`` of ``use``, ``depth``-th in its stack, change these rows."""
-        identity = (use.adapter.digest, use.strength, use.subspaces)
-        shared = self._canonical.setdefault(identity, use)
+        shared = self._canonical.setdefault(use.identity, use)
         self._rows.setdefault((depth, shared, key), []).extend(rows)
 
     def add_own(

@@ -54,13 +54,27 @@ class Segment:
     first_position: int
 
 
+@dataclass(frozen=True)
+class Copied:
+    """Tokens start..end-1 of a slot are those of another slot, ``source``."""
+
+    source: int
+    slot: int
+    start: int
+    end: int
+
+
 @dataclass
 class PrefillBatch:
-    """A packed prefill: q (1, H, N, D), k and v (1, KH, N, D), one segment a sequence."""
+    """A packed prefill: q (1, H, N, D), k and v (1, KH, N, D), one segment a sequence.
+
+    Keys and values of the segments are stored first; then ``copied`` in its order.
+    """
 
     kv: SlotKV
     segments: Sequence[Segment]
-    _masks: dict[tuple[Segment, int | None], Tensor] = field(default_factory=dict)
+    copied: Sequence[Copied] = ()
+    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
     def attend(
         self,
@@ -73,12 +87,10 @@ class PrefillBatch:
         softcap: float | None,
     ) -> Tensor:
         """See :class:`ForwardBatch`."""
+        self._store(layer, key, value)
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])  # (1, N, H, D)
         for segment in self.segments:
             rows = slice(segment.start, segment.end)
-            self.kv.append(
-                layer, segment.slot, segment.first_position, key[0, :, rows], value[0, :, rows]
-            )
             known = segment.first_position + segment.end - segment.start
             if segment.first_position == 0:  # all keys are the segment's own
                 keys, values = key[:, :, rows], value[:, :, rows]
@@ -93,12 +105,20 @@ class PrefillBatch:
             out[:, rows] = attended.transpose(1, 2)
         return out
 
+    def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put keys and values where they belong: first the new ones, then copies."""
+        for segment in self.segments:
+            rows, first = slice(segment.start, segment.end), segment.first_position
+            self.kv.append(layer, segment.slot, first, key[0, :, rows], value[0, :, rows])
+        for copied in self.copied:
+            self.kv.copy(layer, copied.source, copied.slot, copied.start, copied.end)
+
     def _mask(self, segment: Segment, window: int | None) -> Tensor:
         """Additive mask (n, L): causal, and within the sliding window if there is one."""
-        name = (segment, window)
+        num_rows = segment.end - segment.start
+        name = (segment.first_position, num_rows, window)
         if name not in self._masks:
             device = self.kv.keys[0].device
-            num_rows = segment.end - segment.start
             q_pos = segment.first_position + torch.arange(num_rows, device=device).unsqueeze(1)
             k_pos = torch.arange(segment.first_position + num_rows, device=device)
             self._masks[name] = _additive(k_pos, q_pos, window, self.kv.keys[0].dtype)

@@ -30,8 +30,9 @@ from reft_core.engine.prefix_cache import PrefixCache
 from reft_core.engine.provenance import Provenance
 from reft_core.engine.runner import ModelRunner
 from reft_core.engine.sampler import sample
-from reft_core.engine.scheduler import Chunk, Scheduler
+from reft_core.engine.scheduler import Scheduler
 from reft_core.engine.sequence import Sequence
+from reft_core.engine.sharing import Chunk
 from reft_core.errors import (
     AdapterMismatch,
     DeadlineExceeded,
@@ -72,7 +73,7 @@ class EmbeddedEngine:
         self._device = parameter.device
         self._kv, self._runner = run_in_own_thread(lambda: self._build(parameter.dtype))
         self._cache = PrefixCache(self._kv, config.prefix_cache_bytes)
-        self._scheduler = Scheduler(config, self._kv, self._cache)
+        self._scheduler = Scheduler(config, self._kv, self._cache, self._runner.can_branch)
         self._deadlines: list[tuple[float, int, Sequence]] = []
 
         self._changed = threading.Condition()
@@ -185,7 +186,7 @@ class EmbeddedEngine:
             edits_applied_total=self._runner.num_edits_applied,
             prefill_steps_total=self._prefill_steps,
             decode_steps_total=self._decode_steps,
-            cached_tokens_total=self._cache.num_hit_tokens,
+            cached_tokens_total=self._scheduler.num_taken_tokens,
             cached_blocks=len(self._cache),
             preemptions_total=self._scheduler.num_preemptions,
         )
@@ -391,7 +392,7 @@ class EmbeddedEngine:
             log.exception("a prefill of %d chunks failed", len(chunks))
             if len(chunks) > 1:
                 for chunk in chunks:
-                    self._prefill([chunk])
+                    self._prefill([chunk.alone()])
             else:
                 self._fail(chunks[0].sequence, RequestFailed(f"prefill failed: {error}"))
             return
@@ -399,7 +400,7 @@ class EmbeddedEngine:
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
             self._cache.store(chunk.sequence, tail=chunk.completes_prompt)
-            self._prompt_tokens += chunk.end - chunk.start
+            self._prompt_tokens += chunk.end - chunk.start - chunk.num_shared
         self._take_tokens(logits, [c.sequence for c in chunks if c.completes_prompt])
 
     def _decode(self, rows: list[Sequence]) -> None:

@@ -13,6 +13,7 @@ size, d model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_core.batch import EditPlan
+from reft_core.edits import Edit
 from reft_core.engine.attention import ForwardBatch
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.kernels import apply_edits
@@ -120,12 +122,16 @@ class _Layer:
         batch: ForwardBatch,
         plan: EditPlan,
     ) -> Tensor:
-        """What the layer puts out for h (N, d), its edits included; h may be overwritten."""
+        """What the layer puts out for h (N, d), the edits inside it included; h may be
+        overwritten."""
         x = self._before_attention(h)
         attended = self._attend(x, shape, cos, sin, batch)
         h = self._added(h, self._out, attended, "attn_output", x, plan)
         x = self._before_mlp(h)
-        h = self._added(h, self._down, self._activated(x), "mlp_output", x, plan)
+        return self._added(h, self._down, self._activated(x), "mlp_output", x, plan)
+
+    def edit_output(self, h: Tensor, plan: EditPlan) -> Tensor:
+        """What the layer puts out (N, d), changed in place by the edits of it."""
         return self._edited("block_output", h, h, plan)
 
     def _attend(
@@ -163,6 +169,18 @@ class _Layer:
         if edits := plan.places.get((self._index, site)):
             apply_edits(output, x, edits)
         return output
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Other rows, from one stage of a forward on: between a layer and the edits of its output."""
+
+    stage: int
+    """Layers computed before."""
+    rows: Tensor
+    """(N',) int64: the row that each of the N' new ones goes on from."""
+    batch: ForwardBatch
+    plan: EditPlan
 
 
 class FusedForward:
@@ -203,10 +221,15 @@ class FusedForward:
     def can_edit(plan: EditPlan) -> bool:
         """Whether all edits of a plan act where this forward passes by."""
         return all(
-            site in _SITES
-            and not (site == "block_output" and any(e.edit.source == "input" for e in edits))
+            FusedForward.passes_by(site, row_edit.edit)
             for (_, site), edits in plan.places.items()
+            for row_edit in edits
         )
+
+    @staticmethod
+    def passes_by(site: str, edit: Edit) -> bool:
+        """Whether an edit acts where this forward passes by, on what it has there."""
+        return site in _SITES and not (site == "block_output" and edit.source == "input")
 
     def __call__(
         self,
@@ -215,11 +238,13 @@ class FusedForward:
         batch: ForwardBatch,
         keep: Tensor | int,
         plan: EditPlan,
+        branches: Sequence[Branch] = (),
     ) -> Tensor:
         """Logits (B, K, V) for tokens and positions (B, T), in the model's dtype.
 
         ``keep`` selects the K of T columns whose logits are wanted: indices, the last so many,
-        or 0 for all.
+        or 0 for all. With ``branches``, in ascending order of stage, B is 1 and T becomes the
+        number of rows of the last one.
         """
         num_rows, num_columns = tokens.shape
         hidden = self._embed(tokens)  # (B, T, d), a fresh tensor
@@ -227,8 +252,13 @@ class FusedForward:
         angles = self._rotary(hidden.new_empty(0, dtype=dtype), positions)
         cos, sin = (angle.flatten(0, 1).contiguous() for angle in angles)  # (N, D)
         h = hidden.flatten(0, 1)
-        for layer in self._layers:
+        at_stage = {branch.stage: branch for branch in branches}
+        for stage, layer in enumerate(self._layers, 1):
             h = layer(h, (num_rows, num_columns), cos, sin, batch, plan)
+            if (branch := at_stage.get(stage)) is not None:
+                h, cos, sin = (tensor.index_select(0, branch.rows) for tensor in (h, cos, sin))
+                num_columns, batch, plan = len(h), branch.batch, branch.plan
+            h = layer.edit_output(h, plan)
         columns = keep if isinstance(keep, Tensor) else slice(-keep if keep else None, None)
         kept = h.unflatten(0, (num_rows, num_columns))[:, columns]
         return self._head(self._norm(kept.flatten(0, 1))).unflatten(0, kept.shape[:2])

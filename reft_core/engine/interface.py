@@ -177,7 +177,8 @@ class Output:
     error: ReftError | None = None
     timings: Timings | None = None
     num_cached_tokens: int = 0
-    """Tokens of the prompt that came from the prefix cache."""
+    """Tokens of the prompt that were not computed for this request: the prefix cache knew them,
+    or they were computed for another request that began in the same way."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class EngineStats:
     prefill_steps_total: int
     decode_steps_total: int
     cached_tokens_total: int
-    """Tokens that were taken from the prefix cache instead of being computed."""
+    """Tokens that were taken from the prefix cache, or from a sequence that runs beside, instead
+    of being computed."""
     cached_blocks: int
     preemptions_total: int
 

@@ -62,6 +62,11 @@ class SlotKV:
         self.keys[layer][rows, :, positions] = key
         self.values[layer][rows, :, positions] = value
 
+    def copy(self, layer: int, source: int, target: int, start: int, end: int) -> None:
+        """Copy tokens start..end-1 of one slot over another's, at one layer."""
+        for tensor in (self.keys[layer], self.values[layer]):
+            tensor[target, :, start:end] = tensor[source, :, start:end]
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of one slot over another."""
         for tensor in (*self.keys, *self.values):

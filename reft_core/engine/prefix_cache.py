@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reft_core.engine.kv import SlotKV
-from reft_core.engine.provenance import BLOCK_TOKENS, Item, Provenance, name_of
+from reft_core.engine.provenance import BLOCK_TOKENS, Item, Provenance, name_of, num_common
 from reft_core.engine.sequence import Sequence
 
 LEAST_MATCH = BLOCK_TOKENS
@@ -46,7 +46,6 @@ class PrefixCache:
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()  # least recently used first
         self._siblings: dict[tuple[bytes, Item], OrderedDict[bytes, _Block]] = {}
         self.num_rows = num_rows
-        self.num_hit_tokens = 0
 
     def __len__(self) -> int:
         """Blocks held, full or not."""
@@ -56,19 +55,20 @@ class PrefixCache:
         """How many of the first of these blocks are held."""
         return next((i for i, name in enumerate(names) if name not in self._blocks), len(names))
 
-    def restore(self, sequence: Sequence) -> None:
-        """Fill the start of a sequence's slot with what is known; advances ``num_computed``.
+    def restore(self, sequence: Sequence, beyond: int = 0) -> int:
+        """Fill the start of a sequence's slot with what is known, and return how many tokens.
 
-        At least the last token is left to compute, since its logits are wanted.
+        Nothing, and 0, if not more than ``beyond`` are known. At least the last token is left
+        to compute, since its logits are wanted.
         """
         provenance = sequence.provenance
         if provenance is None:
-            return
+            return 0
         path = self._match(provenance, sequence.token_ids)
         limit = len(sequence.token_ids) - 1
         length = min(sum(shared for _, shared in path), limit)
-        if length < max(LEAST_MATCH, sequence.num_virtual + 1):
-            return
+        if length < max(LEAST_MATCH, sequence.num_virtual + 1, beyond + 1):
+            return 0
         rows = torch.tensor([block.row for block, _ in path], device=self._pool.device)
         for layer in range(self._kv.num_layers):
             for pool, slots in self._pairs(layer):
@@ -76,9 +76,7 @@ class PrefixCache:
                 joined = blocks.transpose(0, 1).flatten(1, 2)  # (KH, n·BLOCK, D)
                 slots[sequence.slot, :, :length] = joined[:, :length]
         self._touch([block for block, _ in path])
-        sequence.num_computed = length
-        sequence.num_cached = max(sequence.num_cached, length)
-        self.num_hit_tokens += length
+        return length
 
     def store(self, sequence: Sequence, *, tail: bool) -> None:
         """Keep what a sequence's slot holds; with ``tail`` also a last block that is not full."""
@@ -129,8 +127,8 @@ class PrefixCache:
         if not rest:
             return path
         compared = self._begun_with(provenance.parent_of(num_known), rest[0])[-_MOST_SIBLINGS:]
-        best = max(compared, key=lambda block: _num_shared(block.items, rest), default=None)
-        return path if best is None else [*path, (best, _num_shared(best.items, rest))]
+        best = max(compared, key=lambda block: num_common(block.items, rest), default=None)
+        return path if best is None else [*path, (best, num_common(best.items, rest))]
 
     def _begun_with(self, parent: bytes, first: Item) -> list[_Block]:
         """The blocks after ``parent`` that begin with this token, latest last."""
@@ -140,7 +138,7 @@ class PrefixCache:
     def _insert(self, parent: bytes, items: tuple[Item, ...], kept: set[int]) -> _Block | None:
         """A row for a new block. None if it is known, or only ``kept`` rows could give way."""
         for other in self._begun_with(parent, items[0]):
-            shared = _num_shared(other.items, items)
+            shared = num_common(other.items, items)
             if shared == len(items):
                 return None  # a longer block, or the same, says all of it
             if shared == len(other.items):
@@ -194,11 +192,3 @@ class PrefixCache:
         if not self._siblings[key]:
             del self._siblings[key]
         self._free.append(block.row)
-
-
-def _num_shared(left: Seq[Item], right: Seq[Item]) -> int:
-    """Length of the common beginning."""
-    pairs = zip(left, right, strict=False)
-    return next(
-        (i for i, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right))
-    )

@@ -74,6 +74,17 @@ class Provenance:
             self._names.append(name_of(self.parent_of(index), block))
         return self._names[:num_blocks]
 
+    def num_same(self, other: Provenance, token_ids: Sequence[int], length: int) -> int:
+        """How many of the first ``length`` positions have the same keys and values under both;
+        their tokens are the same, ``token_ids``."""
+        if self.root != other.root:
+            return 0
+        num_full = length // BLOCK_TOKENS
+        names = [each.block_names(token_ids, num_full) for each in (self, other)]
+        start = num_common(*names) * BLOCK_TOKENS
+        end = min(start + BLOCK_TOKENS, length)
+        return start + num_common(*(each.items(token_ids, start, end) for each in (self, other)))
+
     def parent_of(self, index: int) -> bytes:
         """Name of what stands before block ``index``; the earlier names must be known."""
         return self._names[index - 1] if index else self.root
@@ -95,7 +106,19 @@ def name_of(parent: bytes, items: Sequence[Item]) -> bytes:
 
 def _identity(use: AdapterUse) -> bytes:
     """Which function a use of an adapter computes, its unit left open."""
-    return _hash(repr((use.adapter.digest, use.strength, use.subspaces)).encode())
+    return _hash(repr(use.identity).encode())
+
+
+def num_common(left: Sequence[object], right: Sequence[object]) -> int:
+    """Length of the common beginning."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:  # comparing slices is many times faster than comparing in a loop
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _hash(*parts: bytes) -> bytes:

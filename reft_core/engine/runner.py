@@ -15,16 +15,17 @@ from reft_core.adapter import EditKey
 from reft_core.batch import AdapterUse, EditPlan, PackedChunk, build_decode_plan, build_plan
 from reft_core.engine.attention import (
     ATTENTION_NAME,
+    Copied,
     DecodeBatch,
     ForwardBatch,
     PrefillBatch,
     Segment,
 )
 from reft_core.engine.config import Forward
-from reft_core.engine.fused import FusedForward
+from reft_core.engine.fused import Branch, FusedForward
 from reft_core.engine.kv import SlotKV
-from reft_core.engine.scheduler import Chunk
 from reft_core.engine.sequence import Sequence as EngineSequence
+from reft_core.engine.sharing import Chunk, Layout, Level, Own, lay_out
 from reft_core.errors import UnsupportedModel
 from reft_core.kernels import edited
 from reft_core.loading import LoadedModel
@@ -66,35 +67,84 @@ class ModelRunner:
         Fills their slots; the caller advances ``num_computed``. Returns float32 logits
         (K, V) of the last token of each chunk that completes its prompt, in order.
         """
+        for chunk in chunks:
+            if chunk.start <= chunk.sequence.num_virtual:
+                self._read_sources(chunk.sequence)
+                self._fill_prefix(chunk.sequence)
+        layout = lay_out(chunks)
         tokens: list[int] = []
         positions: list[int] = []
-        segments: list[Segment] = []
-        packed: list[PackedChunk] = []
-        last_rows: list[int] = []
         virtual: list[tuple[int, Tensor]] = []
-        for chunk in chunks:
-            sequence, row = chunk.sequence, len(tokens)
-            if chunk.start <= sequence.num_virtual:
-                self._read_sources(sequence)
-                self._fill_prefix(sequence)
-            virtual += _virtual_rows(chunk, row)
-            tokens += sequence.token_ids[chunk.start : chunk.end]
-            positions += range(chunk.start, chunk.end)
-            segments.append(Segment(row, len(tokens), sequence.slot, chunk.start))
-            packed.append(PackedChunk(row, chunk.start, chunk.end - chunk.start, sequence.edits))
-            if chunk.completes_prompt:
-                last_rows.append(len(tokens) - 1)
-        plan = build_plan(packed, self._device)
+        for chunk, own in zip(chunks, layout.first.own, strict=True):
+            tokens += chunk.sequence.token_ids[own.first : own.end]
+            positions += range(own.first, own.end)
+            virtual += _virtual_rows(chunk.sequence, own)
+        plan = build_plan(
+            [
+                PackedChunk(own.row, own.first, own.end - own.first, chunk.sequence.edits)
+                for chunk, own in zip(chunks, layout.last.own, strict=True)
+            ],
+            self._device,
+        )
+        last_rows = [
+            layout.row_of(layout.last, chunk, chunk.end - 1)
+            for chunk in chunks
+            if chunk.completes_prompt
+        ]
         with self._embedded(virtual):
             logits = self._forward(
                 torch.tensor([tokens], device=self._device),
                 torch.tensor([positions], device=self._device),
-                PrefillBatch(self._kv, segments),
+                self._batch(layout, layout.first),
                 torch.tensor(last_rows, dtype=torch.int64, device=self._device),
                 plan,
+                layout,
             )
         self.num_edits_applied += plan.num_edits
         return logits[0]
+
+    def can_branch(self, sequence: EngineSequence) -> bool:
+        """Whether the forward that takes a sequence's edits can share lower layers only."""
+        if self._fused is None:
+            return False
+        active = sequence.edits.active() if sequence.edits else ()
+        return all(
+            FusedForward.passes_by(key.site, edit)
+            for _, use in active
+            for key, edit in use.edits.items()
+        )
+
+    def _batch(self, layout: Layout, level: Level) -> PrefillBatch:
+        """What the rows of a level attend over."""
+        segments, copied = [], []
+        for chunk, own in zip(layout.chunks, level.own, strict=True):
+            slot, end_row = chunk.sequence.slot, own.row + own.end - own.first
+            if own.first < own.end:
+                segments.append(Segment(own.row, end_row, slot, own.first))
+            if chunk.lead is not None and chunk.start < own.first:
+                source = chunk.lead.chunk.sequence.slot
+                copied.append(Copied(source, slot, chunk.start, own.first))
+        return PrefillBatch(self._kv, segments, copied)
+
+    def _branches(self, layout: Layout, plan: EditPlan) -> tuple[EditPlan, list[Branch]]:
+        """The edits of a layout's first level, and the levels after it."""
+        ends = [*(level.stage for level in layout.levels[1:]), None]
+        plans = [
+            plan.between(
+                level.stage,
+                end,
+                None if level is layout.last else self._indices(layout.rows_at(level)),
+            )
+            for level, end in zip(layout.levels, ends, strict=True)
+        ]
+        branches = [
+            Branch(level.stage, self._indices(level.taken), self._batch(layout, level), own)
+            for level, own in zip(layout.levels[1:], plans[1:], strict=True)
+        ]
+        return plans[0], branches
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     @torch.inference_mode()
     def decode(
@@ -131,10 +181,19 @@ class ModelRunner:
         batch: ForwardBatch,
         keep: Tensor | int,
         plan: EditPlan = NO_EDITS,
+        layout: Layout | None = None,
     ) -> Tensor:
-        """Float32 logits of the edited model over ``tokens`` (B, T); ``keep`` selects columns."""
+        """Float32 logits of the edited model over ``tokens`` (B, T); ``keep`` selects columns.
+
+        A prefill says by its layout where rows branch; ``plan`` and ``keep`` count the rows of
+        its last level.
+        """
+        branches: list[Branch] = []
         if self._fused is not None and self._fused.can_edit(plan):
-            return self._fused(tokens, positions, batch, keep, plan).float()
+            if layout is not None and len(layout.levels) > 1:
+                plan, branches = self._branches(layout, plan)
+            return self._fused(tokens, positions, batch, keep, plan, branches).float()
+        assert layout is None or len(layout.levels) == 1, "this forward does not branch"
         with edited(self._layers, plan):
             return self._by_transformers(tokens, positions, batch, keep)
 
@@ -270,11 +329,10 @@ def _keep_source(use: AdapterUse, key: EditKey) -> SiteEdit:
     return keep
 
 
-def _virtual_rows(chunk: Chunk, row: int) -> list[tuple[int, Tensor]]:
-    """Rows of a chunk that hold trained input embeddings, with those embeddings (d,)."""
-    edits = chunk.sequence.edits
-    adapter = edits.prefixed if edits else None
+def _virtual_rows(sequence: EngineSequence, own: Own) -> list[tuple[int, Tensor]]:
+    """Rows that hold trained input embeddings, with those embeddings (d,)."""
+    adapter = sequence.edits.prefixed if sequence.edits else None
     if adapter is None or adapter.prefix is None or adapter.prefix.embedding is None:
         return []
-    embedding = adapter.prefix.embedding[chunk.start : chunk.end]
-    return [(row + offset, vector) for offset, vector in enumerate(embedding)]
+    embedding = adapter.prefix.embedding[own.first : own.end]
+    return [(own.row + offset, vector) for offset, vector in enumerate(embedding)]

@@ -7,32 +7,37 @@ owns slot i, so a decode batch is always the first rows of the KV store.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.fairness import FairQueue
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.prefix_cache import LEAST_MATCH, PrefixCache
-from reft_core.engine.provenance import BLOCK_TOKENS
 from reft_core.engine.sequence import Sequence
+from reft_core.engine.sharing import Chunk, Lead, common, find_lead
 
 _HEADROOM = 16
 """Tokens that each running sequence may still grow by when another is admitted, so that the
 one admitted last does not lose its slot at once."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens start..end-1 of a sequence, to be prefilled in this step."""
+_LEAST_TRUNK = 1 / 8
+"""Share of the layers for whose sake sequences are prefilled at one pace, and all of them get
+their first token at the end, where otherwise the first of them got its own much earlier."""
+_LEAST_PACE = 8
+"""Fewest tokens a step that such sequences advance by; of more sequences, the rest wait."""
 
-    sequence: Sequence
-    start: int
-    end: int
 
-    @property
-    def completes_prompt(self) -> bool:
-        """Whether the sequence's next token can be sampled after this chunk."""
-        return self.end == self.sequence.prefill_target
+@dataclass
+class _Step:
+    """The prefill of one step while it is put together."""
+
+    budget: int
+    """Rows times layers that may still be computed."""
+    branching: bool
+    """Whether sequences may share lower layers only."""
+    chunks: list[Chunk] = field(default_factory=list)
 
 
 class Scheduler:
@@ -43,14 +48,22 @@ class Scheduler:
     later, as far as the prefix cache does not remember it.
     """
 
-    def __init__(self, config: EngineConfig, kv: SlotKV, cache: PrefixCache) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        kv: SlotKV,
+        cache: PrefixCache,
+        can_branch: Callable[[Sequence], bool] = lambda _: False,
+    ) -> None:
         self._max_prefill_tokens = config.max_prefill_tokens
+        self._can_branch = can_branch
         self.kv_tokens = config.kv_tokens or kv.num_slots * kv.slot_len
         self._kv = kv
         self._cache = cache
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_taken_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -64,29 +77,30 @@ class Scheduler:
     def next_prefill(self) -> list[Chunk]:
         """Admit what fits, then choose the chunks of this step, the most urgent first.
 
-        A sequence whose beginning another one is computing just now waits for it, and then
-        takes it from the prefix cache.
+        What a sequence has in common with another one of the step is computed once (see
+        :mod:`sharing`) and counted once in ``max_prefill_tokens``; layers shared in part count
+        in part.
         """
         self._admit()
-        budget = self._max_prefill_tokens
-        chunks: list[Chunk] = []
-        coming: set[bytes] = set()
-        unfinished = (sequence for sequence in self.running if not sequence.is_prefilled)
-        for sequence in sorted(unfinished, key=_urgency):
-            if budget == 0:
-                break
-            if not sequence.has_started:
-                if self._should_wait(sequence, coming):
-                    continue
-                self._cache.restore(sequence)
-                sequence.has_started = True
-            start = sequence.num_computed
-            end = min(sequence.prefill_target, start + budget)
-            chunks.append(Chunk(sequence, start, end))
-            budget -= end - start
-            if self._cache.num_rows:
-                coming.update(sequence.prompt_block_names)
-        return chunks
+        unfinished = [s for s in sorted(self.running, key=_urgency) if not s.is_prefilled]
+        step = _Step(
+            self._max_prefill_tokens * self._kv.num_layers,
+            branching=all(self._can_branch(sequence) for sequence in unfinished),
+        )
+        while unfinished:
+            sequence = unfinished.pop(0)
+            if not self._start(sequence, step):
+                continue
+            lead = self._find_lead(sequence, step)
+            pace: int | None = None
+            companions: list[Sequence] = []
+            if lead is None and step.branching:
+                pace, companions = self._companions(sequence, unfinished, step)
+            self._put(sequence, lead, step, pace)
+            for companion in companions:
+                unfinished.remove(companion)
+                self._put(companion, self._find_lead(companion, step), step, pace)
+        return step.chunks
 
     def next_decode(self) -> list[Sequence]:
         """Rows 0..B-1 of this step's decode: every sequence with a prefilled prompt.
@@ -130,14 +144,87 @@ class Scheduler:
                 self.charge(sequence, len(sequence.token_ids))
             self.running.append(sequence)
 
-    def _should_wait(self, sequence: Sequence, coming: set[bytes]) -> bool:
-        """Whether a sequence's beginning is being computed by a more urgent one."""
-        names = sequence.prompt_block_names
-        num_known = self._cache.num_known(names)
-        num_coming = num_known
-        while num_coming < len(names) and names[num_coming] in coming:
-            num_coming += 1
-        return (num_coming - num_known) * BLOCK_TOKENS >= LEAST_MATCH
+    def _start(self, sequence: Sequence, step: _Step) -> bool:
+        """Have a sequence's slot hold what is known of its beginning.
+
+        False if this step has nothing for it; then that is put off.
+        """
+        if sequence.has_started:
+            return True
+        if step.budget < self._kv.num_layers and not any(
+            common(sequence, chunk.sequence).same > sequence.num_computed for chunk in step.chunks
+        ):
+            return False
+        sequence.has_started = True
+        others = [other for other in self.running if other is not sequence]
+        limit = len(sequence.token_ids) - 1
+        known = [min(common(sequence, s).same, s.num_computed, limit) for s in others]
+        best = max(known, default=0)
+        taken = self._cache.restore(sequence, beyond=best)
+        if not taken and best >= max(LEAST_MATCH, sequence.num_virtual + 1):
+            self._kv.move(others[known.index(best)].slot, sequence.slot, best)
+            taken = best
+        if taken:
+            self._note_taken(sequence, taken - sequence.num_computed)
+            sequence.num_computed = taken
+        return True
+
+    def _companions(
+        self, sequence: Sequence, others: list[Sequence], step: _Step
+    ) -> tuple[int | None, list[Sequence]]:
+        """Sequences to be prefilled with this one at one pace, because only then are the layers
+        below their edits computed once; and the pace, in tokens a step."""
+        num_layers = self._kv.num_layers
+        found: list[Sequence] = []
+        cost = num_layers
+        for other in others:
+            shared = common(sequence, other)
+            if (
+                other.request.priority != sequence.request.priority
+                or shared.same > sequence.num_computed  # it follows without computing anything
+                or shared.alike <= sequence.num_computed
+                or shared.depth < _LEAST_TRUNK * num_layers
+                or not self._start(other, step)
+                or other.num_computed != sequence.num_computed
+            ):
+                continue
+            more = cost + num_layers - shared.depth
+            if step.budget // more < _LEAST_PACE:
+                break
+            found.append(other)
+            cost = more
+        return (step.budget // cost, found) if found else (None, found)
+
+    def _find_lead(self, sequence: Sequence, step: _Step) -> Lead | None:
+        return find_lead(sequence, step.chunks, self._kv.num_layers, branching=step.branching)
+
+    def _put(self, sequence: Sequence, lead: Lead | None, step: _Step, pace: int | None) -> None:
+        """Add a sequence's chunk to a step, as far as the budget goes."""
+        num_layers, start = self._kv.num_layers, sequence.num_computed
+        target = sequence.prefill_target if pace is None else start + pace
+        target = min(target, sequence.prefill_target)
+        costs = [(target, num_layers)]
+        if lead is not None:
+            if lead.alike == lead.chunk.end and not lead.chunk.completes_prompt:
+                target = min(target, lead.alike)  # there is more to follow in the next step
+            costs = [(lead.same, 0), (lead.alike, num_layers - lead.depth), *costs]
+        end = start
+        for until, cost in costs:
+            wanted = max(0, min(until, target) - end)
+            length = min(wanted, step.budget // cost) if cost else wanted
+            step.budget -= length * cost
+            end += length
+            if length < wanted:
+                break
+        if end > start:
+            chunk = Chunk(sequence, start, end, lead.up_to(end) if lead else None)
+            step.chunks.append(chunk)
+            self._note_taken(sequence, chunk.num_shared)
+
+    def _note_taken(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count tokens that need not be computed for a sequence."""
+        sequence.take_over(num_tokens)
+        self.num_taken_tokens += num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's slot away; its tokens stay, its keys and values go."""

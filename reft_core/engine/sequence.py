@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
 
 from reft_core.batch import PromptEdits
 from reft_core.engine.interface import OutputSink, Request, Timings
-from reft_core.engine.provenance import BLOCK_TOKENS, Provenance
+from reft_core.engine.provenance import Provenance
 
 Flow = tuple[str, tuple[str, ...]]
 """Whose request it is, and the digests of the adapters it uses."""
@@ -39,9 +38,12 @@ class Sequence:
     """Tokens to prefill before the next one can be sampled: those of the prompt, and after a
     preemption also those generated before it."""
     has_started: bool = False
-    """Whether anything of it was computed, or taken from the prefix cache, in its slot."""
+    """Whether anything of it was computed, or taken over, in its slot."""
+    num_taken: int = 0
+    """Tokens in its slot that were not computed for it: the prefix cache held them, another
+    sequence had them in its slot, or they were computed for another one in the same step."""
     num_cached: int = 0
-    """Most tokens it took from the prefix cache at once."""
+    """Most tokens it took over, if it was computed more than once."""
     submitted_at: float = field(default_factory=time.monotonic)
     admitted_at: float = 0.0
     first_token_at: float = 0.0
@@ -57,6 +59,12 @@ class Sequence:
         self.num_computed = self.num_virtual if has_kv_prefix else 0
         self.prefill_target = len(self.token_ids)
         self.has_started = False
+        self.num_taken = self.num_computed
+
+    def take_over(self, num_tokens: int) -> None:
+        """Note that this many tokens need not be computed for it."""
+        self.num_taken += num_tokens
+        self.num_cached = max(self.num_cached, self.num_taken)
 
     @property
     def flow(self) -> Flow:
@@ -67,13 +75,6 @@ class Sequence:
     def was_admitted(self) -> bool:
         """Whether it has, or had, a slot."""
         return self.admitted_at > 0
-
-    @property
-    def prompt_block_names(self) -> Seq[bytes]:
-        """Names of the full blocks that prefilling it computes."""
-        if self.provenance is None:
-            return ()
-        return self.provenance.block_names(self.token_ids, self.prefill_target // BLOCK_TOKENS)
 
     @property
     def num_virtual(self) -> int:
@@ -87,7 +88,7 @@ class Sequence:
 
     @property
     def num_cached_prompt_tokens(self) -> int:
-        """Tokens of the request's own prompt that came from the prefix cache."""
+        """Tokens of the request's own prompt that were not computed for it."""
         return max(0, min(self.num_cached, self.prompt_end) - self.num_virtual)
 
     @property

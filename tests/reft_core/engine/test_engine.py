@@ -267,7 +267,7 @@ def test_ticket_and_stats_agree_on_the_edits() -> None:
 def test_counters() -> None:
     adapter = mild_adapter()
     engine = make_engine(adapter, max_num_seqs=2, max_prefill_tokens=4)
-    recorders = [submit(engine, name, random_prompt(6)) for name in "abc"]
+    recorders = [submit(engine, name, random_prompt(6, ord(name))) for name in "abc"]
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_slots) == (0, 3, 2)
     assert (stats.kv_tokens_used, stats.kv_tokens_capacity) == (0, 2 * 64)
@@ -959,7 +959,7 @@ def test_an_idle_row_gets_no_decode_edit() -> None:
     """Half prefilled, it moves into a slot before one that decodes, so it is in their batch."""
     engine = make_engine(everywhere(), max_prefill_tokens=4, max_num_seqs=3)
     lengths = (4, 20)
-    ready = [submit(engine, f"r{n}", LONG[:2], greedy(n), everywhere()) for n in lengths]
+    ready = [submit(engine, f"r{n}", LONG[n : n + 2], greedy(n), everywhere()) for n in lengths]
     step_until(engine, lambda: all(recorder.tokens for recorder in ready))
     long = submit(engine, "long", LONG, greedy(6), everywhere())
     finish(engine, ready[0])
@@ -968,7 +968,7 @@ def test_an_idle_row_gets_no_decode_edit() -> None:
     finish(engine, long, *ready)
     assert long.token_ids == expected(LONG, greedy(6), everywhere())
     for recorder, n in zip(ready, lengths, strict=True):
-        assert recorder.token_ids == expected(LONG[:2], greedy(n), everywhere())
+        assert recorder.token_ids == expected(LONG[n : n + 2], greedy(n), everywhere())
     # Four layers, each prompt token, and each generated one but the last.
     assert engine.stats().edits_applied_total == 4 * (24 + 5) + 4 * (2 + 3) + 4 * (2 + 19)
 

@@ -27,6 +27,7 @@ class FakeKV:
     moves: list[tuple[int, int, int]] = field(default_factory=list)
     cleared: list[tuple[int, int]] = field(default_factory=list)
     slot_len: int = 64
+    num_layers: int = 4
     calls: list[str] = field(default_factory=list)
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -41,13 +42,8 @@ class FakeKV:
 class NoCache:
     """A prefix cache that remembers nothing."""
 
-    num_rows = 0
-
-    def num_known(self, _names: object) -> int:
+    def restore(self, _sequence: Sequence, beyond: int = 0) -> int:
         return 0
-
-    def restore(self, _sequence: Sequence) -> None:
-        pass
 
     def store(self, _sequence: Sequence, *, tail: bool) -> None:
         pass
