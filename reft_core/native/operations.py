@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import astuple
 from itertools import chain
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_core.engine.attention import DecodeBatch, PrefillBatch
+from reft_core.engine.attention import Copied, DecodeBatch, PrefillBatch, Segment
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.native.build import FUNCTION_SUFFIXES, load_library
 
@@ -44,8 +45,9 @@ class _PrefillArguments(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("heads", "cosines", "sines", "keys", "values")),
-        *((name, c_void_p) for name in ("segments", "out")),
-        *((name, c_int64) for name in ("num_segments", "H", "KH", "D", "slot_len", "window")),
+        *((name, c_void_p) for name in ("segments", "copies", "out")),
+        *((name, c_int64) for name in ("num_segments", "num_copies")),
+        *((name, c_int64) for name in ("H", "KH", "D", "slot_len", "window")),
         ("scale", c_float),
         ("threads", c_int32),
     )
@@ -132,12 +134,17 @@ class NativeOperations(Operations):
         keys, values = batch.kv.keys[layout.layer], batch.kv.values[layout.layer]
         num_rows, _, head_size = heads.shape
         out = heads.new_empty(num_rows, layout.num_queries * head_size)
-        bounds = array("q", chain.from_iterable(astuple(segment) for segment in batch.segments))
+        segments, copies = (_packed(items) for items in (batch.segments, batch.copied))
         arguments = _PrefillArguments(
             heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            bounds.buffer_info()[0], out.data_ptr(), len(batch.segments), layout.num_queries,
-            layout.num_keys, head_size, batch.kv.slot_len, layout.window or 0, layout.scale,
-            torch.get_num_threads(),
+            segments.buffer_info()[0], copies.buffer_info()[0], out.data_ptr(),
+            len(batch.segments), len(batch.copied), layout.num_queries, layout.num_keys, head_size,
+            batch.kv.slot_len, layout.window or 0, layout.scale, torch.get_num_threads(),
         )  # fmt: skip
         self._functions["attend_prefill"](byref(arguments))
         return out
+
+
+def _packed(items: Sequence[Segment] | Sequence[Copied]) -> array[int]:
+    """``Segment`` or ``Copied`` of prefill.hpp, one after the other."""
+    return array("q", chain.from_iterable(map(astuple, items)))

@@ -44,13 +44,19 @@ struct Segment {
   int64_t first, last, slot, first_position;
 };
 
+// Tokens first..last-1 of a slot are those of another, `source`.
+struct Copied {
+  int64_t source, slot, first, last;
+};
+
 struct PrefillArguments {
   void* heads;                   // (N, H + 2·KH, D): queries, keys, values, not yet turned
   const float *cosines, *sines;  // (N, D)
   void *keys, *values;           // (slots, KH, slot_len, D)
   const Segment* segments;
+  const Copied* copies;          // made in their order, once all keys are stored
   void* out;                     // (N, H, D)
-  int64_t num_segments, H, KH, D, slot_len;
+  int64_t num_segments, num_copies, H, KH, D, slot_len;
   int64_t window;                // positions that a query sees, itself included; 0: all
   float scale;
   int32_t threads;
@@ -67,6 +73,19 @@ void store_keys(const PrefillArguments& a, const Segment& segment, int64_t kh) {
     rotate(heads + (a.H + kh) * D, keys, a.cosines + row * D, a.sines + row * D, D, 1.0f);
     std::memcpy(values, heads + (a.H + a.KH + kh) * D, D * sizeof(T));
   }
+}
+
+// Makes the copies of one key head.
+template <typename T>
+void copy_keys(const PrefillArguments& a, int64_t kh) {
+  const int64_t slot_size = a.slot_len * a.D;
+  for (const Copied* copy = a.copies; copy < a.copies + a.num_copies; ++copy)
+    for (void* const stored : {a.keys, a.values}) {
+      T* const head = static_cast<T*>(stored) + kh * slot_size;
+      const T* from = head + copy->source * a.KH * slot_size;
+      T* to = head + copy->slot * a.KH * slot_size;
+      std::copy(from + copy->first * a.D, from + copy->last * a.D, to + copy->first * a.D);
+    }
 }
 
 // Memory of one thread, for queries of one task.
@@ -174,6 +193,8 @@ void attend_prefill(const PrefillArguments& a) {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < a.num_segments * a.KH; ++i)
       store_keys<T>(a, a.segments[i / a.KH], i % a.KH);
+#pragma omp for schedule(static)
+    for (int64_t kh = 0; kh < a.KH; ++kh) copy_keys<T>(a, kh);
     Scratch scratch(kQueriesAtATime * (a.H / a.KH), a.D);
 #pragma omp for schedule(dynamic)
     for (int64_t i = int64_t(tasks.size()) - 1; i >= 0; --i)  // the longest first

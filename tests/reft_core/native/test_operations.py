@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_core.engine.attention import DecodeBatch, ForwardBatch, PrefillBatch, Segment
+from reft_core.engine.attention import Copied, DecodeBatch, ForwardBatch, PrefillBatch, Segment
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.native.build import load_library
@@ -137,6 +137,16 @@ def test_prefill_attention(
         segments.append(Segment(num_rows, num_rows + length, slot, first_position))
         num_rows += length
     check_attention(dtype, layout, stores, lambda kv: PrefillBatch(kv, segments), num_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_attention_over_copied_keys(dtype: torch.dtype) -> None:
+    """Copies come after what is stored, one after the other, and before attention."""
+    stores = filled_stores(dtype, 2, 64, slot_len=40)
+    layout = HeadLayout(0, 6, 2, 0.125, None)
+    segments = [Segment(0, 20, 0, 5), Segment(20, 24, 1, 20), Segment(24, 25, 2, 24)]
+    copied = [Copied(0, 1, 3, 20), Copied(1, 2, 0, 24)]
+    check_attention(dtype, layout, stores, lambda kv: PrefillBatch(kv, segments, copied), 25)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
