@@ -8,18 +8,14 @@ from pathlib import Path
 from reft_core.adapter import Adapter
 from reft_core.convert import adapterhub, easysteer, peft, pyreft
 from reft_core.convert.adapterhub import from_adapterhub
+from reft_core.convert.assembling import Converted
 from reft_core.convert.base import base_from_folder, describe_config
-from reft_core.convert.common import (
-    BASE_TEMPLATE,
-    OPTION_NAMES,
-    Converted,
-    ConvertOptions,
-)
 from reft_core.convert.easysteer import from_easysteer
+from reft_core.convert.options import BASE_TEMPLATE, OPTION_NAMES, ConvertOptions
 from reft_core.convert.peft import from_peft
-from reft_core.convert.peft_export import to_peft
+from reft_core.convert.peft.export import to_peft
 from reft_core.convert.pyreft import from_pyreft
-from reft_core.convert.pyreft_export import to_pyreft
+from reft_core.convert.pyreft.export import to_pyreft
 from reft_core.errors import InvalidRequest
 
 CONVERTERS: dict[str, Callable[[Path, ConvertOptions], Converted]] = {

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reft_core.convert.common import check_layers, invalid
+from reft_core.convert.assembling import check_layers
+from reft_core.convert.reading import invalid
 from reft_core.edits import Edit
 from reft_core.errors import AdapterMismatch, UnsupportedFeature, explain
 from reft_core.sites import ModelDescription

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from reft_core.convert.adapterhub import bottleneck, lora, prefix, reft
 from reft_core.convert.adapterhub.folder import CONFIG_FILE, SOURCE, SavedAdapter
-from reft_core.convert.common import Converted, ConvertOptions
+from reft_core.convert.assembling import Converted
+from reft_core.convert.options import ConvertOptions
 from reft_core.errors import UnsupportedFeature
 
 METHODS = reft.METHODS | bottleneck.METHODS | lora.METHODS | prefix.METHODS

@@ -32,17 +32,15 @@ from reft_core.adapter import EditKey
 from reft_core.convert.adapterhub.folder import (
     CONFIG_FILE,
     INTERFACE_FILE,
+    MODULE,
+    NAME,
     SavedAdapter,
     module_prefixes,
 )
-from reft_core.convert.common import (
-    Converted,
-    ConvertOptions,
-    TensorFile,
-    assemble,
-    invalid,
-    whole_prompt,
-)
+from reft_core.convert.assembling import Converted, assemble
+from reft_core.convert.options import ConvertOptions, whole_prompt
+from reft_core.convert.reading import invalid
+from reft_core.convert.tensor_file import TensorFile
 from reft_core.edits import Activation, Edit, Source
 from reft_core.errors import UnsupportedFeature
 from reft_core.sites import ModelDescription
@@ -81,8 +79,8 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "use_gating": (False, "a gate averages over the tokens of a prompt"),
 }
 _KEY = re.compile(
-    r"[\w.]*?\.(?P<layer>\d{1,5})\.(?P<place>attention_adapters|output_adapters)"
-    r"\.adapters\.(?P<name>.+)\.(?P<part>adapter_(?:down\.0|up)\.(?:weight|bias)|scaling)"
+    rf"{MODULE}(?P<layer>\d{{1,5}})\.(?P<place>attention_adapters|output_adapters)"
+    rf"\.adapters\.{NAME}\.(?P<part>adapter_(?:down\.0|up)\.(?:weight|bias)|scaling)"
 )
 _KNOWN = ("gpt2", "llama", "mistral")
 """Architectures that `adapters` has classes for, which need no interface."""

@@ -8,20 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_core.convert.common import (
-    Conventions,
-    ConvertOptions,
-    TensorFile,
-    ask_template,
-    check_layers,
-    field_of,
-    find_file,
-    invalid,
-    list_folder,
-    read_json,
-    read_pickle,
-    read_safetensors,
-)
+from reft_core.convert.assembling import Conventions, check_layers
+from reft_core.convert.options import ConvertOptions, ask_template
+from reft_core.convert.reading import field_of, find_file, invalid, list_folder, read_json
+from reft_core.convert.tensor_file import TensorFile, read_pickle, read_safetensors
 from reft_core.edits import Activation
 from reft_core.errors import AdapterMismatch, UnsupportedFeature, explain
 from reft_core.methods.base import Phase
@@ -34,6 +24,14 @@ SAFETENSORS_FILE = "adapter.safetensors"
 PICKLE_FILE = "pytorch_adapter.bin"
 HEAD_FILES = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
 SOURCE = "an `adapters` folder"
+
+MODULE = r"(?:\w{1,256}\.){1,16}?"
+"""Pattern of what a tensor's name begins with: the path of a module, with the dot behind it."""
+NAME = r"(?P<name>[^.]{1,256})"
+"""Pattern of an adapter's name; torch's ModuleDict takes none with a dot.
+
+Neither matches at more places than one text has segments, so that no name takes long to refuse.
+"""
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "linear": "identity",
@@ -165,6 +163,7 @@ class SavedAdapter:
             template=ask_template(options, SOURCE),
             name=name,
             tool="converted from adapters",
+            file=self.weights.name,
             phase=phase,
             facts={"source_version": self.version, **(facts or {})},
         )

@@ -22,17 +22,12 @@ import torch
 from torch import Tensor
 
 from reft_core.adapter import EditKey
-from reft_core.convert.adapterhub.folder import CONFIG_FILE, SavedAdapter, check_one_name
-from reft_core.convert.common import (
-    Converted,
-    ConvertOptions,
-    TensorFile,
-    assemble,
-    field_of,
-    invalid,
-    whole_prompt,
-)
+from reft_core.convert.adapterhub.folder import CONFIG_FILE, NAME, SavedAdapter, check_one_name
+from reft_core.convert.assembling import Converted, assemble
 from reft_core.convert.linear_maps import LinearMap, lora_edit, place_linear_maps
+from reft_core.convert.options import ConvertOptions, whole_prompt
+from reft_core.convert.reading import field_of, invalid
+from reft_core.convert.tensor_file import TensorFile
 from reft_core.sites import ModelDescription
 from reft_core.spec import MAX_RANK
 
@@ -62,7 +57,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 _FUSED = {"gpt2": "linear:attn.c_attn"}
 """The map that makes q, k and v at once, where there is one."""
-_KEY = re.compile(r"(?P<path>[\w.]{1,256}?)\.loras\.(?P<name>.+)\.lora_[AB]")
+_KEY = re.compile(rf"(?P<path>[\w.]{{1,256}}?)\.loras\.{NAME}\.lora_[AB]")
 _OLD_SCALING = re.compile(r"adapters\.(0\.\d|1\.0\b)")
 
 

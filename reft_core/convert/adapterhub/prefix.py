@@ -30,17 +30,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reft_core.adapter import Prefix
-from reft_core.convert.adapterhub.folder import CONFIG_FILE, SavedAdapter, check_one_name
-from reft_core.convert.common import (
-    Converted,
-    ConvertOptions,
-    TensorFile,
-    assemble,
-    field_of,
-    invalid,
-    kv_prefix,
-    whole_prompt,
+from reft_core.convert.adapterhub.folder import (
+    CONFIG_FILE,
+    MODULE,
+    NAME,
+    SavedAdapter,
+    check_one_name,
 )
+from reft_core.convert.assembling import Converted, assemble, kv_prefix
+from reft_core.convert.options import ConvertOptions, whole_prompt
+from reft_core.convert.reading import field_of, invalid
+from reft_core.convert.tensor_file import TensorFile
 from reft_core.edits import activate
 from reft_core.errors import UnsupportedFeature
 from reft_core.sites import ModelDescription
@@ -67,7 +67,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 _MAX_BOTTLENECK = 4096
 _KEY = re.compile(
-    r"(?P<prefix>[\w.]*?\.prefix_tunings\.(?P<name>.+)\.self_prefix\.)"
+    rf"(?P<prefix>{MODULE}prefix_tunings\.{NAME}\.self_prefix\.)"
     r"(?:wte\.weight|control_trans(?:\.[02]\.(?:weight|bias))?)"
 )
 

@@ -20,22 +20,17 @@ from typing import Any
 from reft_core.adapter import EditKey
 from reft_core.convert.adapterhub.folder import (
     CONFIG_FILE,
+    MODULE,
+    NAME,
     SOURCE,
     SavedAdapter,
     module_prefixes,
 )
-from reft_core.convert.common import (
-    Converted,
-    ConvertOptions,
-    TensorFile,
-    assemble,
-    check_layers,
-    field_of,
-    invalid,
-    position_spec,
-    rebuild_orthogonal,
-    rotation_facts,
-)
+from reft_core.convert.assembling import Converted, assemble, check_layers
+from reft_core.convert.options import ConvertOptions, position_spec
+from reft_core.convert.orthogonal import rebuild_orthogonal, rotation_facts
+from reft_core.convert.reading import field_of, invalid
+from reft_core.convert.tensor_file import TensorFile
 from reft_core.edits import Activation, Edit
 from reft_core.errors import InvalidRequest
 from reft_core.spec import PositionSpec
@@ -60,7 +55,7 @@ _REFT_FIELDS = frozenset(
     }
 )
 _KEY = re.compile(
-    r"[\w.]*?\.(?P<layer>\d+)\.reft_layer\.refts\.(?P<name>.+)\.units\.(?P<place>[01])"
+    rf"{MODULE}(?P<layer>\d{{1,5}})\.reft_layer\.refts\.{NAME}\.units\.(?P<place>[01])"
     r"\.(?P<part>learned_source\.weight|learned_source\.bias|projection\.weight|"
     r"projection\.parametrizations\.weight\.(?:original|0\.base))"
 )

@@ -197,6 +197,37 @@ def test_bad_tensor_files_name_their_key(damage: Any, message: str, tmp_path: Pa
         convert(folder, "adapters", options(method="loreft"))
 
 
+LAYERS_OF_DIGITS = {
+    "loreft-tied": SOURCE.replace(".0.reft_layer", "." + "1" * 5000 + ".reft_layer"),
+    "series-pfeiffer": f"model.layers.{'1' * 5000}.output_adapters.adapters.fixture.scaling",
+    "lora": f"model.layers.{'1' * 5000}.self_attn.q_proj.loras.fixture.lora_A",
+}
+REPEATING = {
+    "loreft-tied": "a." + "1.reft_layer.refts.x." * 100_000,
+    "series-pfeiffer": "a." + "1.output_adapters.adapters.x." * 100_000,
+    "lora": "a" + ".loras.x" * 100_000,
+    "prefix-pickle": "a." + "prefix_tunings.x." * 100_000,
+}
+"""Names at which a pattern that tries every place to begin and end takes minutes or hours."""
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [*LAYERS_OF_DIGITS.items(), *REPEATING.items()], ids=lambda text: text[:16]
+)
+def test_names_made_to_be_slow_are_refused(name: str, key: str, tmp_path: Path) -> None:
+    folder = _copy(name, tmp_path)
+    path = folder / "adapter.safetensors"
+    if path.exists():
+        save_file(load_file(path) | {key: torch.ones(1)}, path)
+    else:
+        path = folder / "pytorch_adapter.bin"
+        torch.save(torch.load(path, weights_only=True) | {key: torch.ones(1)}, path)
+    given = {"method": "loreft"} if name == "loreft-tied" else {}
+    with pytest.raises(ReftError, match=r"keys: got|expected a layer's|LoRA inside") as caught:
+        convert(folder, "adapters", options(**given))
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_prediction_head_is_refused(tmp_path: Path) -> None:
     folder = _copy("loreft-tied", tmp_path)
     (folder / "head_config.json").write_text("{}")

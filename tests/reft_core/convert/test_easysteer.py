@@ -207,8 +207,94 @@ def test_reads_gguf_vectors(tmp_path: Path) -> None:
     for layer, vector in vectors.items():
         torch.testing.assert_close(adapter.edits[EditKey(layer, "block_output", 0)].shift, vector)
     path.write_bytes(path.read_bytes()[:90])
-    with pytest.raises(AdapterFileInvalid, match=r"v\.gguf: file: got"):
+    with pytest.raises(AdapterFileInvalid, match=r"v\.gguf: metadata key: got"):
         read(path)
+
+
+def _number(value: int, size: int = 8) -> bytes:
+    return value.to_bytes(size, "little")
+
+
+def _gguf(*values: bytes, tensors: tuple[bytes, ...] = (), data: bytes = b"") -> bytes:
+    """A GGUF file of these metadata entries and tensor entries, its data right behind."""
+    head = b"GGUF" + _number(3, 4) + _number(len(tensors)) + _number(len(values))
+    head += b"".join(values) + b"".join(tensors)
+    return head + bytes(-len(head) % 32) + data
+
+
+def _entry(key: bytes, kind: int, value: bytes) -> bytes:
+    return _number(len(key)) + key + _number(kind, 4) + value
+
+
+def _tensor(name: bytes, *shape: int, kind: int = 0, offset: int = 0) -> bytes:
+    dims = b"".join(map(_number, shape))
+    return (
+        _number(len(name))
+        + name
+        + _number(len(shape), 4)
+        + dims
+        + _number(kind, 4)
+        + (_number(offset))
+    )
+
+
+VECTOR = torch.arange(D, dtype=torch.float32)
+BYTES = VECTOR.numpy().tobytes()
+
+
+def test_gguf_metadata_of_every_type_is_stepped_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    entries = [_entry(b"n", kind, bytes(size)) for kind, size in sizes.items()]
+    entries.append(_entry(b"s", 8, _number(3) + b"abc"))
+    entries.append(_entry(b"a", 9, _number(2, 4) + _number(5) + bytes(10)))
+    entries.append(_entry(b"t", 9, _number(8, 4) + _number(2) + _number(1) + b"x" + _number(0)))
+    entries.append(_entry(b"general.alignment", 4, _number(32, 4)))
+    path.write_bytes(_gguf(*entries, tensors=(_tensor(b"direction.2", D),), data=BYTES))
+    torch.testing.assert_close(read(path).edits[EditKey(2, "block_output", 0)].shift, VECTOR)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        # Fifty bytes that a reader which believes them is busy with for ever.
+        (
+            _gguf(_entry(b"a", 9, _number(0, 4) + _number(2**40))),
+            "array: got '1099511627776 bytes'",
+        ),
+        (_gguf(_entry(b"a", 9, _number(8, 4) + _number(2**40))), "array length: got 1099511627776"),
+        (_gguf(_entry(b"a", 9, _number(9, 4) + _number(1))), "array type: got 9"),
+        (_gguf(_entry(b"a", 13, b"")), "metadata type: got 13"),
+        (_gguf(_entry(b"a", 8, _number(2**63))), "metadata text: got '9223372036854775808 bytes'"),
+        (b"GGUF" + _number(3, 4) + _number(2**60) + _number(0), "tensors: got 1152921504606846976"),
+        (b"GGUF" + _number(3, 4) + _number(0) + _number(2**60), "metadata entries: got 11529"),
+        (b"GGUF" + b"\0\0\0\3" + bytes(16), "version: got 50331648"),
+        (_gguf(_entry(b"general.alignment", 4, bytes(4))), "alignment: got 0"),
+        (_gguf(tensors=(_tensor(b"direction.2", D, kind=1),), data=BYTES), "got 'type 1'"),
+        (_gguf(tensors=(_tensor(b"direction.2", 2**40),), data=BYTES), "tensors: got '43980465111"),
+        (_gguf(tensors=(_tensor(b"direction.2", 0),), data=BYTES), r"shape: got \[0\]"),
+        (_gguf(tensors=(_tensor(b"direction.2"),), data=BYTES), "1 to 8 dimensions"),
+        (
+            _gguf(tensors=(_tensor(b"direction.2", D, offset=2**62),), data=BYTES),
+            "direction.2: got '96 bytes', expected at most the 0 left",
+        ),
+        (
+            _gguf(tensors=tuple(_tensor(b"direction.%d" % i, D) for i in range(5)), data=BYTES),
+            "tensors: got .* expected at most the file's",
+        ),
+        (
+            _gguf(tensors=(_tensor(b"direction.2", D, offset=0),) * 2, data=BYTES * 2),
+            "'direction.2', expected each name once",
+        ),
+        (_gguf(tensors=(_tensor(b"other.2", D),), data=BYTES), "keys: got 'other.2'"),
+    ],
+)
+def test_gguf_files_are_held_to_their_bytes(data: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(data)
+    with pytest.raises(AdapterFileInvalid, match=message) as caught:
+        read(path)
+    assert str(caught.value).startswith("a.gguf: ")
 
 
 @pytest.mark.parametrize("missing", ["positions", "anchor", "cap", "template", "name"])
@@ -223,6 +309,12 @@ def test_other_kinds_are_named_and_refused(kind: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", wire(kind, {"weight": torch.eye(D)}, {}))
     with pytest.raises(UnsupportedFeature, match=f"kind: got {kind!r}, expected one of reft"):
         read(path)
+
+
+def test_a_kind_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    document = wire("reft", reft_tensors(), {"layer": 1}) | {"kind": ["reft"]}
+    with pytest.raises(UnsupportedFeature, match=r"kind: got \['reft'\]"):
+        read(write(tmp_path / "a.json", document))
 
 
 def _set(*keys: Any, to: Any) -> Any:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from reft_core.convert.common import TensorFile, rebuild_orthogonal, rotation_error
+from reft_core.convert.orthogonal import rebuild_orthogonal, rotation_error
+from reft_core.convert.tensor_file import TensorFile
 from reft_core.errors import AdapterFileInvalid
 
 PREFIX = "layer.parametrizations.weight"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter
 from reft_core.convert import ConvertOptions, convert, to_peft, to_pyreft
-from reft_core.convert.common import Conventions, assemble
+from reft_core.convert.assembling import Conventions, assemble
 from reft_core.edits import Edit
 from reft_core.errors import (
     AdapterFileInvalid,
@@ -207,6 +207,7 @@ def test_another_base_model_is_refused(name: str, change: dict[str, Any], messag
         ({"peft_type": "IA3"}, "peft_type: got 'IA3', expected one of LORA, PREFIX_TUNING"),
         ({"peft_type": "P_TUNING"}, "peft_type: got 'P_TUNING'"),
         ({"peft_type": None}, "peft_type: got None"),
+        ({"peft_type": ["LORA"]}, r"peft_type: got \['LORA'\]"),
         ({"use_dora": True}, "use_dora: got True, expected none: DoRA"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save: got \['lm_head'\], expected none"),
         ({"bias": "lora_only"}, "bias: got 'lora_only', expected 'none'"),
@@ -433,7 +434,7 @@ def _lora(key: EditKey, rank: int = 2, **fields: Any) -> tuple[EditKey, Edit]:
 def _adapter(
     *edits: tuple[EditKey, Edit], rule: str = "prompt", phase: Any = "all", **given: Any
 ) -> Adapter:
-    conventions = Conventions("lora", PositionSpec(rule=rule), None, "x", "test", phase)
+    conventions = Conventions("lora", PositionSpec(rule=rule), None, "x", "test", "a.bin", phase)
     return decode_adapter(assemble(dict(edits), conventions, options(**given)).to_bytes())
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModel
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter
 from reft_core.convert import ConvertOptions, base_from_folder, convert, to_pyreft
-from reft_core.convert.common import Conventions, assemble
-from reft_core.convert.pyreft import NAMED_SITES
+from reft_core.convert.assembling import Conventions, assemble
+from reft_core.convert.pyreft.config import NAMED_SITES
 from reft_core.edits import Edit
 from reft_core.errors import (
     AdapterFileInvalid,
@@ -25,6 +25,7 @@ from reft_core.errors import (
     UnsupportedFeature,
 )
 from reft_core.spec import PositionSpec, TemplateSpec
+from tests.factories import random_adapter
 from tests.reference.slow import reference_classify, reference_logits
 from tests.reft_core.convert.support import (
     Case,
@@ -419,6 +420,7 @@ def _adapter(edit: Edit, method: str) -> Adapter:
         template=None,
         name="form",
         tool="test",
+        file="a.bin",
     )
     edits = {EditKey(layer, "block_output", 0): edit for layer in (0, 2)}
     return decode_adapter(assemble(edits, conventions, options()).to_bytes())
@@ -480,10 +482,18 @@ def test_other_sites_phases_and_sources_are_refused(
     site: str, phase: Any, source: Any, message: str, tmp_path: Path
 ) -> None:
     edit = replace(_forms()["direft"], source=source)
-    conventions = Conventions("x", PositionSpec(rule="l1"), None, "x", "test", phase)
+    conventions = Conventions("x", PositionSpec(rule="l1"), None, "x", "test", "a.bin", phase)
     made = assemble({EditKey(0, site, 0): edit}, conventions, options())
     with pytest.raises(UnsupportedFeature, match=message):
         to_pyreft(decode_adapter(made.to_bytes()), tmp_path / "out")
+
+
+def test_an_interchange_is_refused(tmp_path: Path) -> None:
+    """Without its source it would empty the subspace: ConsReFT with s = 0, another function."""
+    adapter = random_adapter(options().base, method="interchange", layers=[0, 2], positions="l1")
+    with pytest.raises(UnsupportedFeature, match=r"sites\.block_output\.interchange: got True"):
+        to_pyreft(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_strength_is_multiplied_in(tmp_path: Path) -> None:

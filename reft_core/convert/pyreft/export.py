@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from reft_core.adapter import Adapter
-from reft_core.convert.common import rotation_error
-from reft_core.convert.pyreft import CONFIG_FILE, NAMED_SITES
+from reft_core.convert.exporting import check_plain, write_spec
+from reft_core.convert.orthogonal import rotation_error
+from reft_core.convert.pyreft.config import CONFIG_FILE, NAMED_SITES
 from reft_core.edits import Edit
 from reft_core.errors import UnsupportedFeature
-
-SPEC_FILE = "reft_serve.json"
-"""Written beside pyreft's files: our spec, which pyreft's config cannot hold."""
 
 _ORTHONORMAL = 1e-5
 """Largest entry of RᵀR − I at which R is written as a rotation."""
@@ -33,7 +31,7 @@ def to_pyreft(adapter: Adapter, folder: Path) -> str:
     The class is the most constrained one that every edit fits: LoReFT if up's rows are
     orthonormal, LobiReFT for a constant vector, DiReFT or NoReFT with an activation, NodiReFT
     for any other low-rank edit. The default strength is multiplied in. Our spec goes into
-    :data:`SPEC_FILE`, since pyreft records neither positions nor activation.
+    ``reft_serve.json``, since pyreft records neither positions nor activation.
 
     Raises :class:`UnsupportedFeature` for a form none of the six classes has.
     """
@@ -76,20 +74,14 @@ def to_pyreft(adapter: Adapter, folder: Path) -> str:
         "sorted_keys": names,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / SPEC_FILE).write_text(spec.to_json() + "\n")
+    write_spec(spec, folder)
     return class_name
 
 
 def _check_form(adapter: Adapter) -> None:
     """Raise :class:`UnsupportedFeature` for what no pyreft directory can say."""
-    spec = adapter.spec
-    if spec.prefix is not None:
-        raise UnsupportedFeature.because(
-            "prefix", spec.prefix.kind, "none, to be written for pyreft"
-        )
-    if spec.task.kind != "generation":
-        raise UnsupportedFeature.because("task", spec.task.kind, "'generation'")
-    for name, site in spec.sites.items():
+    check_plain(adapter, "written for pyreft")
+    for name, site in adapter.spec.sites.items():
         if name not in _COMPONENTS:
             raise UnsupportedFeature.because(
                 "sites", name, f"some of {', '.join(_COMPONENTS)}, to be written for pyreft"

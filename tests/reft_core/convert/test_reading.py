@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from reft_core.adapter import EditKey
-from reft_core.convert import base_from_folder, common
+from reft_core.convert import base_from_folder, reading, tensor_file
+from reft_core.convert.assembling import Conventions, assemble
 from reft_core.convert.base import layers_path
-from reft_core.convert.common import Conventions, TensorFile, assemble, list_folder, read_pickle
+from reft_core.convert.reading import list_folder, read_json
+from reft_core.convert.tensor_file import TensorFile, read_pickle
 from reft_core.edits import Edit
 from reft_core.errors import (
     AdapterFileInvalid,
@@ -26,17 +29,17 @@ from tests.reft_core.convert.support import FIXTURES, options
 
 
 def test_a_file_over_the_cap_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "MAX_CONFIG_BYTES", 10)
+    monkeypatch.setattr(reading, "MAX_CONFIG_BYTES", 10)
     path = tmp_path / "config.json"
     path.write_text("{" + " " * 10 + "}")
     with pytest.raises(AdapterTooLarge, match=r"config\.json: got '12 bytes', expected at most 10"):
-        common.read_json(path)
+        read_json(path)
 
 
 def test_an_archive_that_inflates_is_not_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "MAX_ADAPTER_BYTES", 1_000_000)
+    monkeypatch.setattr(tensor_file, "MAX_ADAPTER_BYTES", 1_000_000)
     path = tmp_path / "bomb.bin"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", b"\0" * 2_000_000)
@@ -59,7 +62,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_too_many_files_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "MAX_FILES", 1)
+    monkeypatch.setattr(reading, "MAX_FILES", 1)
     for name in "ab":
         (tmp_path / name).touch()
     with pytest.raises(AdapterFileInvalid, match="files: got 2, expected at most 1"):
@@ -72,8 +75,43 @@ def test_numbers_that_float32_cannot_hold_are_refused() -> None:
         tensors.take("w", (2,))
 
 
+def _nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
+ODD_TENSORS = [
+    pytest.param(lambda: torch.empty(4, 24, device="meta"), id="meta"),
+    pytest.param(_nested, id="nested"),
+    pytest.param(lambda: torch.eye(4, 24).to_sparse(), id="sparse"),
+    pytest.param(lambda: torch.ones(4, 24, dtype=torch.complex64), id="complex"),
+    pytest.param(lambda: torch.empty(4, 24, dtype=torch.float4_e2m1fn_x2), id="float4"),
+    pytest.param(lambda: torch.tensor(1j), id="complex-scalar"),
+    pytest.param(lambda: torch.empty((), dtype=torch.long, device="meta"), id="meta-scalar"),
+]
+
+
+@pytest.mark.parametrize("make", ODD_TENSORS)
+@pytest.mark.parametrize("reader", ["take", "take_int"])
+def test_tensors_without_plain_numbers_are_refused(
+    make: Callable[[], torch.Tensor], reader: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.bin"
+    torch.save({"w": make()}, path)
+    tensors = read_pickle(path)
+    with pytest.raises(AdapterFileInvalid, match=r"^a\.bin: w: got .*, expected "):
+        tensors.take("w", (4, 24)) if reader == "take" else tensors.take_int("w")
+
+
+@pytest.mark.parametrize("make", ODD_TENSORS[:3])
+def test_the_shape_of_a_tensor_without_plain_numbers_is_not_used(
+    make: Callable[[], torch.Tensor],
+) -> None:
+    with pytest.raises(AdapterFileInvalid, match="f: w: got 'a tensor that holds no plain"):
+        TensorFile("f", {"w": make()}).shape("w", 2, "a (4, 24) tensor")
+
+
 def _conventions(rule: str = "l1", tied: bool = True, name: str = "a") -> Conventions:
-    return Conventions("direft", PositionSpec(rule=rule, tied=tied), None, name, "test")
+    return Conventions("direft", PositionSpec(rule=rule, tied=tied), None, name, "test", "a.bin")
 
 
 def _edit(rank: int, bias: bool = True) -> Edit:
@@ -97,10 +135,10 @@ def test_ranks_are_padded_without_changing_the_edit() -> None:
 
 def test_missing_units_and_mixed_forms_are_refused() -> None:
     one = {EditKey(0, "block_output", 0): _edit(2)}
-    with pytest.raises(AdapterFileInvalid, match="units without 1"):
+    with pytest.raises(AdapterFileInvalid, match=r"a\.bin: layer 0: got 'units without 1'"):
         assemble(one, _conventions("f1+l1", tied=False), options())
     two = one | {EditKey(1, "block_output", 0): _edit(2, bias=False)}
-    with pytest.raises(AdapterFileInvalid, match="one form for all"):
+    with pytest.raises(AdapterFileInvalid, match=r"a\.bin: edits: .*one form for all"):
         assemble(two, _conventions(), options())
 
 
@@ -143,7 +181,7 @@ def test_layers_are_found_from_the_model_type(
 
 def test_a_site_the_base_lacks_is_refused() -> None:
     edits = {EditKey(0, "linear:mlp.c_fc", 0): Edit(shift=torch.ones(24))}
-    with pytest.raises(AdapterMismatch, match=r"site: got 'linear:mlp\.c_fc', expected one of"):
+    with pytest.raises(AdapterMismatch, match=r"a\.bin: site: got 'linear:mlp\.c_fc', expected"):
         assemble(edits, _conventions(), options())
     with pytest.raises(UnsupportedModel, match="architecture: got 'nothing'"):
         layers_path("nothing", 2)

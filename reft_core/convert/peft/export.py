@@ -12,12 +12,10 @@ from torch import Tensor
 
 from reft_core.adapter import Adapter, EditKey
 from reft_core.convert.base import layers_path
-from reft_core.convert.peft import CONFIG_FILE, KEY_PREFIX, SAFETENSORS_FILE
+from reft_core.convert.exporting import check_plain, write_spec
+from reft_core.convert.peft.folder import CONFIG_FILE, KEY_PREFIX, SAFETENSORS_FILE
 from reft_core.edits import Edit
 from reft_core.errors import UnsupportedFeature
-
-SPEC_FILE = "reft_serve.json"
-"""Written beside PEFT's files: our spec, which PEFT's config cannot hold."""
 
 
 def to_peft(adapter: Adapter, folder: Path) -> str:
@@ -47,17 +45,14 @@ def to_peft(adapter: Adapter, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=False)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     safetensors.torch.save_file(state, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
-    (folder / SPEC_FILE).write_text(spec.to_json() + "\n")
+    write_spec(spec, folder)
     return "LORA"
 
 
 def _check_form(adapter: Adapter) -> None:
     """Raise :class:`UnsupportedFeature` for whatever LoRA in PEFT cannot say."""
+    check_plain(adapter, "LoRA in PEFT")
     spec = adapter.spec
-    if spec.prefix is not None:
-        raise UnsupportedFeature.because("prefix", spec.prefix.kind, "none, to be LoRA in PEFT")
-    if spec.task.kind != "generation":
-        raise UnsupportedFeature.because("task", spec.task.kind, "'generation'")
     if spec.positions.rule != "prompt" or spec.positions.anchor != "prompt_end":
         raise UnsupportedFeature.because(
             "positions", f"{spec.positions.rule}, {spec.positions.anchor}", "prompt, prompt_end"
