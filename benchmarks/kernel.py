@@ -41,8 +41,8 @@ from reft_core.edits import Edit
 from reft_core.engine.interface import Request
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.runner import ModelRunner
-from reft_core.engine.scheduler import Chunk
 from reft_core.engine.sequence import Sequence
+from reft_core.engine.sharing import Chunk
 from reft_core.loading import LoadedModel, load_model
 from reft_core.native.edits import apply_natively
 
