@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
@@ -66,11 +67,13 @@ def _compiled(folder: Path = DEFAULT_CACHE / "native") -> Path:
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
     target = folder / f"{name}.so"
     if not target.is_file():
+        started = time.monotonic()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / target.name
             _run([compiler, *flags, str(SOURCE), "-o", str(built)])
             os.replace(built, target)
+        log.info("compiled native kernels in %.1f s", time.monotonic() - started)
     return target
 
 
