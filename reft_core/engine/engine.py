@@ -14,6 +14,7 @@ import torch
 from reft_core.adapter import Adapter, check_fits
 from reft_core.batch import AdapterUse, PromptEdits
 from reft_core.engine.config import EngineConfig
+from reft_core.engine.cuda_graphs import recorder_for
 from reft_core.engine.interface import (
     AdapterChoice,
     EngineStats,
@@ -92,14 +93,16 @@ class EmbeddedEngine:
 
     def _build(self, dtype: torch.dtype) -> tuple[SlotKV, ModelRunner]:
         """The KV store and the runner; both touch enough memory to start OpenMP workers."""
+        record = recorder_for(self._device, self._config.cuda_graphs)
         kv = SlotKV(
             self._loaded.description,
             self._config.max_num_seqs,
             self._max_model_len,
             dtype=dtype,
             device=self._device,
+            spare=record is not None,
         )
-        return kv, ModelRunner(self._loaded, kv, self._config.forward)
+        return kv, ModelRunner(self._loaded, kv, self._config.forward, record=record)
 
     # Called from any thread ---------------------------------------------------------------
 
@@ -173,6 +176,7 @@ class EmbeddedEngine:
         """Counters and gauges as of the last step."""
         running = list(self._scheduler.running)
         adapters = list(self._adapters.values())
+        graphs = self._runner.graphs
         return EngineStats(
             num_running=len(running),
             num_waiting=max(0, len(self._open) - len(running)),
@@ -189,6 +193,8 @@ class EmbeddedEngine:
             cached_tokens_total=self._scheduler.num_taken_tokens,
             cached_blocks=len(self._cache),
             preemptions_total=self._scheduler.num_preemptions,
+            num_decode_graphs=len(graphs) if graphs is not None else 0,
+            warm_up_s=graphs.warm_up_s if graphs is not None else 0.0,
         )
 
     def start(self) -> None:
