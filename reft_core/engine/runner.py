@@ -28,7 +28,7 @@ from reft_core.engine.kv import SlotKV
 from reft_core.engine.sequence import Sequence as EngineSequence
 from reft_core.engine.sharing import Chunk, Layout, Level, Own, lay_out
 from reft_core.errors import UnsupportedModel
-from reft_core.kernels import edited
+from reft_core.kernels import edited, grouped_kernel
 from reft_core.loading import LoadedModel
 from reft_core.sites import SiteEdit, edit_site, find_layers
 
@@ -67,6 +67,7 @@ class ModelRunner:
         self._check_against_model()
         if forward != "transformers" and FusedForward.is_for(loaded.model):
             self._try_fused(native=forward == "auto")
+        grouped_kernel(self._device)  # compiled now, not in the first request that needs it
         self.graphs: DecodeGraphs | None = None
         if record is not None:
             tolerance = _CHECK_TOLERANCE[kv.keys[0].dtype]
