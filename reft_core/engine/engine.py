@@ -34,6 +34,7 @@ from reft_core.engine.sampler import sample
 from reft_core.engine.scheduler import Scheduler
 from reft_core.engine.sequence import Sequence
 from reft_core.engine.sharing import Chunk
+from reft_core.engine.uploads import Uploads
 from reft_core.errors import (
     AdapterMismatch,
     DeadlineExceeded,
@@ -82,6 +83,7 @@ class EmbeddedEngine:
         self._cancelled: set[str] = set()
         self._open: dict[str, Sequence] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._uploads = Uploads(self._device)
         self._thread: threading.Thread | None = None
         self._draining = False
         self._stopping = False
@@ -159,13 +161,16 @@ class EmbeddedEngine:
             )
         if self.has_adapter(adapter.digest):
             return
-        resident = adapter.to(self._device)
+        resident, arrival = self._uploads.start(adapter)
         with self._changed:
+            self._uploads.wait(adapter.digest)  # of one that another thread brought meanwhile
             self._adapters[adapter.digest] = resident
+            self._uploads.add(adapter.digest, arrival)
 
     def unload_adapter(self, digest: str) -> None:
         """Take an adapter away from new requests; running ones keep it until they end."""
         with self._changed:
+            self._uploads.wait(digest)
             self._adapters.pop(digest, None)
 
     def has_adapter(self, digest: str) -> bool:
@@ -279,6 +284,7 @@ class EmbeddedEngine:
         adapter = self._adapters.get(choice.digest)
         if adapter is None:
             raise InvalidRequest.because("adapter", choice.digest, "a loaded digest")
+        self._uploads.wait(choice.digest)
         strength = adapter.spec.strength if choice.strength is None else choice.strength
         if not abs(strength) <= MAX_STRENGTH:
             raise InvalidRequest.because(
