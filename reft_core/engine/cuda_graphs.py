@@ -16,6 +16,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -70,10 +71,23 @@ class CudaRecorder:
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
                     step()
+            except BaseException:
+                self._end_failed()
+                raise
             finally:
                 # When a recording cannot be ended, torch leaves its stream the current one.
                 torch.cuda.set_stream(before)
         return graph.replay
+
+    def _end_failed(self) -> None:
+        """Tell torch's allocator that a recording is over that could not be ended.
+
+        It would hold back freed memory for good. There is no public way to say so, and no harm
+        if the allocator knows.
+        """
+        with suppress(Exception):
+            index = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(index, self._pool)  # type: ignore[arg-type, unused-ignore]
 
 
 def recorder_for(device: torch.device, wanted: bool) -> Record | None:
@@ -190,7 +204,9 @@ class DecodeGraphs:
             error = _largest_error(out[:num_rows], expected[:num_rows])
         except Exception as reason:
             self._gave_up = True
-            log.warning("no further decode graphs: recording %s failed: %s", bucket, reason)
+            # Ending a recording that an error has spoilt is an error of its own.
+            cause = reason.__context__ or reason
+            log.warning("no further decode graphs: recording %s failed: %s", bucket, cause)
             return None
         if error <= self._tolerance:
             self._replays[bucket] = replay
