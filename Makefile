@@ -2,7 +2,7 @@
 BIN := .venv/bin
 MODEL ?= demo
 
-.PHONY: help demo demo-train test lint format check test-oldest bench-tax bench-kernel clean
+.PHONY: help demo demo-train test lint format check test-oldest bench-tax bench-kernel bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -45,6 +45,10 @@ bench-tax:  ## what adapters cost in throughput, against the same requests witho
 bench-kernel:  ## ways to apply edits against each other, and their share of a prefill
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.kernel
+
+bench-gpu:  ## everything that needs a GPU: decode, prefill, adapters' cost, edits, cold loads (10 min)
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.gpu
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -3,6 +3,7 @@
 Ways, for A adapters of rank r with K rows each in a packed (N, d) tensor:
 
 - compiled: one pass of the compiled loops over all edits (CPU);
+- triton: one launch for all edits, out of the adapters' own memory (CUDA with Triton);
 - stacked: one bmm over (A, K, d) rows and (A, d, r) stacks, made within the call, as a plan is used
   once a layer;
 - loop: two thin products an adapter on its own rows;
@@ -92,6 +93,10 @@ def ways_of(
     if apply_natively(state, edits):
         state.copy_(hidden)
         ways["compiled"] = lambda: apply_natively(state, edits)
+    grouped = kernels.grouped_kernel(device)
+    if grouped is not None and grouped(state, edits):
+        state.copy_(hidden)
+        ways["triton"] = lambda: grouped(state, edits)
     return ways, read
 
 
@@ -117,8 +122,9 @@ def compare(hidden: Tensor, num_adapters: int, rank: int, repeats: int) -> dict[
 
 def served_way(times: dict[str, Spread], num_adapters: int) -> str:
     """Which of the ways the server takes; see ``reft_core/kernels.py``."""
-    if "compiled" in times:
-        return "compiled"
+    for way in ("compiled", "triton"):
+        if way in times:
+            return way
     return "stacked" if num_adapters >= kernels.LEAST_STACK else "loop"
 
 

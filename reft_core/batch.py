@@ -7,7 +7,7 @@ positions were fixed at admission from its whole prompt; here they become row nu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -256,7 +256,7 @@ class _PlanBuilder:
     def __init__(self) -> None:
         self._rows: dict[tuple[int, AdapterUse, EditKey], list[int]] = {}
         self._canonical: dict[object, AdapterUse] = {}
-        self._own: list[tuple[int, EditKey, list[int], Edit, float]] = []
+        self._own: list[tuple[int, EditKey, tuple[int, ...], Edit, float]] = []
 
     def add(self, depth: int, use: AdapterUse, key: EditKey, rows: list[int]) -> None:
         """Have the edit ``key`` of ``use``, ``depth``-th in its stack, change these rows."""
@@ -271,23 +271,30 @@ class _PlanBuilder:
         With s·R (K, r) as the bias of each row, (s·R − h·R)·Rᵀ is the canonical edit.
         """
         edit = replace(use.edits[key], bias=source_part)
-        self._own.append((depth, key, rows, edit, use.strength))
+        self._own.append((depth, key, tuple(rows), edit, use.strength))
 
     def build(self, device: torch.device | str) -> EditPlan:
         """The plan. Layers of one adapter mostly share their rows, so also the index tensor."""
-        tensors: dict[tuple[int, ...], Tensor] = {}
-        places: dict[Place, list[RowEdit]] = defaultdict(list)
         shared = [
-            (depth, key, rows, use.edits[key], use.strength)
+            (depth, key, tuple(rows), use.edits[key], use.strength)
             for (depth, use, key), rows in self._rows.items()
         ]
-        for depth, key, rows, edit, strength in sorted(shared + self._own, key=lambda e: e[0]):
-            index = tuple(rows)
-            if index not in tensors:
-                tensors[index] = torch.tensor(rows, dtype=torch.int64, device=device)
-            row_edit = RowEdit(edit, tensors[index], strength, depth)
+        entries = sorted(shared + self._own, key=lambda e: e[0])
+        tensors = _index_tensors({rows for _, _, rows, _, _ in entries}, device)
+        places: dict[Place, list[RowEdit]] = defaultdict(list)
+        for depth, key, rows, edit, strength in entries:
+            row_edit = RowEdit(edit, tensors[rows], strength, depth)
             places[key.layer, key.site].append(row_edit)
         return EditPlan(dict(places))
+
+
+def _index_tensors(
+    indices: Collection[tuple[int, ...]], device: torch.device | str
+) -> dict[tuple[int, ...], Tensor]:
+    """Each index as an int64 tensor, all of them parts of one that is copied to the device once."""
+    joined = torch.tensor([row for index in indices for row in index], dtype=torch.int64)
+    parts = joined.to(device).split([len(index) for index in indices])
+    return dict(zip(indices, parts, strict=True))
 
 
 def build_plan(chunks: Iterable[PackedChunk], device: torch.device | str = "cpu") -> EditPlan:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +19,12 @@ from reft_core.sites import edit_site
 
 LEAST_STACK = 3
 """Fewest edits that torch is worth stacking for, by benchmarks/kernel.py: below, the copies that
-make a stack cost more than the launches it saves."""
+make a stack cost more than the launches it saves. Measured on a CPU; on CUDA not yet run."""
+
+Grouped = Callable[[Tensor, Sequence[RowEdit]], bool]
+"""Applies edits to hidden states, or returns False and changes nothing."""
+
+log = logging.getLogger(__name__)
 
 
 def apply_edits(hidden: Tensor, x: Tensor, edits: Iterable[RowEdit]) -> None:
@@ -25,10 +32,13 @@ def apply_edits(hidden: Tensor, x: Tensor, edits: Iterable[RowEdit]) -> None:
 
     ``x`` (N, d_x) is the site's input. The sum is taken in float32 and rounded once to
     ``hidden``'s dtype. Compiled loops do it where there are any, by benchmarks/kernel.py the
-    fastest way on a CPU; else torch.
+    fastest way on a CPU; Triton's kernel on a GPU, chosen there without a measurement; else torch.
     """
     edits = list(edits)
-    if not apply_natively(hidden, edits):
+    if apply_natively(hidden, edits):
+        return
+    grouped = grouped_kernel(hidden.device)
+    if grouped is None or not grouped(hidden, edits):
         apply_by_torch(hidden, x, edits)
 
 
@@ -46,6 +56,21 @@ def apply_by_torch(
                 _apply(hidden, x, row_edit)
         else:
             _apply_stacked(hidden, x, group)
+
+
+@cache
+def grouped_kernel(device: torch.device) -> Grouped | None:
+    """Triton's kernel where it runs on this device and computes what it should; tried once."""
+    if device.type != "cuda":
+        return None
+    try:
+        from reft_core import kernels_triton
+
+        kernels_triton.check(device)
+    except Exception as reason:
+        log.warning("edits are applied without Triton: %s", reason)
+        return None
+    return kernels_triton.apply_grouped
 
 
 def _alike(edits: Iterable[RowEdit]) -> Iterable[list[RowEdit]]:

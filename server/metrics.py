@@ -125,6 +125,8 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
             "Bytes of the adapters in the engine",
             stats.resident_adapter_bytes,
         ),
+        ("decode_graphs", "CUDA graphs that decode steps replay", stats.num_decode_graphs),
+        ("warm_up_seconds", "Seconds of the start that recorded them", stats.warm_up_s),
     ]
 
 

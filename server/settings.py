@@ -42,6 +42,7 @@ class Settings(BaseSettings):
         default="auto",
         description="auto: packed weights and compiled loops where they help, twice the memory",
     )
+    cuda_graphs: bool = Field(default=True, description="on a GPU, decode by recorded graphs")
     num_threads: int | None = Field(default=None, ge=1, description="None: torch's choice")
     cache_dir: Path | None = Field(default=None, description="derived files; None: ~/.cache")
 
@@ -131,6 +132,7 @@ class Settings(BaseSettings):
             kv_tokens=self.kv_tokens,
             prefix_cache_bytes=self.prefix_cache_bytes,
             forward=self.forward,
+            cuda_graphs=self.cuda_graphs,
             num_threads=self.num_threads,
         )
 

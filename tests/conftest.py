@@ -1,4 +1,7 @@
-"""Every test starts from the same random state, and hypothesis draws the same examples."""
+"""Every test starts from the same random state, and hypothesis draws the same examples.
+
+Tests marked ``gpu`` are skipped where torch finds no CUDA device.
+"""
 
 from __future__ import annotations
 
@@ -15,3 +18,13 @@ settings.load_profile("reft")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from reft_core.engine import varlen
 from reft_core.engine.kv import SlotKV
 from reft_core.errors import UnsupportedModel
 
@@ -75,6 +76,7 @@ class PrefillBatch:
     segments: Sequence[Segment]
     copied: Sequence[Copied] = ()
     _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    _ragged: varlen.Ragged | None = None
 
     def attend(
         self,
@@ -87,6 +89,8 @@ class PrefillBatch:
         softcap: float | None,
     ) -> Tensor:
         """See :class:`ForwardBatch`."""
+        if varlen.serves(query, key, window, softcap):
+            return self._attend_at_once(layer, query, key, value, scale, window)
         self._store(layer, key, value)
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])  # (1, N, H, D)
         for segment in self.segments:
@@ -113,6 +117,31 @@ class PrefillBatch:
         for copied in self.copied:
             self.kv.copy(layer, copied.source, copied.slot, copied.start, copied.end)
 
+    def _attend_at_once(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """The same for all segments in one kernel, out of rows and gathered slots."""
+        kernel = varlen.kernel()
+        assert kernel is not None, "the kernel serves"
+        if self._ragged is None:
+            spans = [(s.slot, s.first_position, s.end - s.start) for s in self.segments]
+            copies = [(c.source, c.slot, c.start, c.end) for c in self.copied]
+            self._ragged = varlen.ragged(spans, copies, query.device)
+        at = self._ragged
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, heads, D)
+        self.kv.append_rows(layer, at.rows, k, v)
+        if at.copied_from is not None and at.copied_to is not None:
+            self.kv.append_rows(layer, at.copied_to, *self.kv.read_rows(layer, at.copied_from))
+        if at.keys is not None:
+            k, v = self.kv.read_rows(layer, at.keys)  # (T, KH, D)
+        return kernel(q, k, v, at, scale, window).unsqueeze(0)  # (1, N, H, D)
+
     def _mask(self, segment: Segment, window: int | None) -> Tensor:
         """Additive mask (n, L): causal, and within the sliding window if there is one."""
         num_rows = segment.end - segment.start
@@ -133,7 +162,9 @@ class DecodeBatch:
     positions: Tensor
     """(B,) int64: where each slot's new token goes."""
     num_keys: int
-    """Longest context in the batch, the new token included."""
+    """Keys attended over: at least the longest context in the batch, the new token included."""
+    store_at: Tensor | None = None
+    """(B,) int64: where the new keys go, if not to ``positions``."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(
@@ -147,7 +178,8 @@ class DecodeBatch:
         softcap: float | None,
     ) -> Tensor:
         """See :class:`ForwardBatch`."""
-        self.kv.append_each(layer, self.positions, key[:, :, 0], value[:, :, 0])
+        store_at = self.positions if self.store_at is None else self.store_at
+        self.kv.append_each(layer, store_at, key[:, :, 0], value[:, :, 0])
         num_rows, num_kv_heads = key.shape[:2]
         # Heads that share keys become rows of one product: no key is repeated in memory.
         grouped = query.reshape(num_rows, num_kv_heads, -1, query.shape[3])  # (B, KH, G, D)

@@ -32,6 +32,9 @@ class EngineConfig:
     """``auto`` packs a copy of a Llama-like model's weights for a faster forward on a CPU, and
     compiles what lies between them if there is a compiler; ``torch`` compiles nothing;
     ``transformers`` saves the memory."""
+    cuda_graphs: bool = True
+    """On a GPU, decode replays recorded CUDA graphs instead of launching every operation. They
+    are recorded when the engine starts, for some seconds, and take the memory of one step."""
     num_threads: int | None = None
     """CPU threads of the compute; None leaves torch's choice."""
 

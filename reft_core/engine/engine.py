@@ -14,6 +14,7 @@ import torch
 from reft_core.adapter import Adapter, check_fits
 from reft_core.batch import AdapterUse, PromptEdits
 from reft_core.engine.config import EngineConfig
+from reft_core.engine.cuda_graphs import recorder_for
 from reft_core.engine.interface import (
     AdapterChoice,
     EngineStats,
@@ -33,6 +34,7 @@ from reft_core.engine.sampler import sample
 from reft_core.engine.scheduler import Scheduler
 from reft_core.engine.sequence import Sequence
 from reft_core.engine.sharing import Chunk
+from reft_core.engine.uploads import Uploads
 from reft_core.errors import (
     AdapterMismatch,
     DeadlineExceeded,
@@ -81,6 +83,7 @@ class EmbeddedEngine:
         self._cancelled: set[str] = set()
         self._open: dict[str, Sequence] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._uploads = Uploads(self._device)
         self._thread: threading.Thread | None = None
         self._draining = False
         self._stopping = False
@@ -92,14 +95,16 @@ class EmbeddedEngine:
 
     def _build(self, dtype: torch.dtype) -> tuple[SlotKV, ModelRunner]:
         """The KV store and the runner; both touch enough memory to start OpenMP workers."""
+        record = recorder_for(self._device, self._config.cuda_graphs)
         kv = SlotKV(
             self._loaded.description,
             self._config.max_num_seqs,
             self._max_model_len,
             dtype=dtype,
             device=self._device,
+            spare=record is not None,
         )
-        return kv, ModelRunner(self._loaded, kv, self._config.forward)
+        return kv, ModelRunner(self._loaded, kv, self._config.forward, record=record)
 
     # Called from any thread ---------------------------------------------------------------
 
@@ -156,13 +161,16 @@ class EmbeddedEngine:
             )
         if self.has_adapter(adapter.digest):
             return
-        resident = adapter.to(self._device)
+        resident, arrival = self._uploads.start(adapter)
         with self._changed:
+            self._uploads.wait(adapter.digest)  # of one that another thread brought meanwhile
             self._adapters[adapter.digest] = resident
+            self._uploads.add(adapter.digest, arrival)
 
     def unload_adapter(self, digest: str) -> None:
         """Take an adapter away from new requests; running ones keep it until they end."""
         with self._changed:
+            self._uploads.wait(digest)
             self._adapters.pop(digest, None)
 
     def has_adapter(self, digest: str) -> bool:
@@ -173,6 +181,7 @@ class EmbeddedEngine:
         """Counters and gauges as of the last step."""
         running = list(self._scheduler.running)
         adapters = list(self._adapters.values())
+        graphs = self._runner.graphs
         return EngineStats(
             num_running=len(running),
             num_waiting=max(0, len(self._open) - len(running)),
@@ -189,6 +198,8 @@ class EmbeddedEngine:
             cached_tokens_total=self._scheduler.num_taken_tokens,
             cached_blocks=len(self._cache),
             preemptions_total=self._scheduler.num_preemptions,
+            num_decode_graphs=len(graphs) if graphs is not None else 0,
+            warm_up_s=graphs.warm_up_s if graphs is not None else 0.0,
         )
 
     def start(self) -> None:
@@ -273,6 +284,7 @@ class EmbeddedEngine:
         adapter = self._adapters.get(choice.digest)
         if adapter is None:
             raise InvalidRequest.because("adapter", choice.digest, "a loaded digest")
+        self._uploads.wait(choice.digest)
         strength = adapter.spec.strength if choice.strength is None else choice.strength
         if not abs(strength) <= MAX_STRENGTH:
             raise InvalidRequest.because(

@@ -1,11 +1,11 @@
-"""The forward of Llama-like models on a CPU, with fewer and faster operations.
+"""The forward of Llama-like models, with fewer and faster operations.
 
 Computes what transformers' code computes, over weights that oneDNN has laid out for its own
 kernels: one product for query, key and value, one for gate and up. What lies between the products
 is done by compiled loops (:mod:`reft_core.native`) where this machine can compile them, else by
 torch. It serves the forwards whose edits act at the sites it passes by; the runner gives all
 others to transformers' code, and compares the two when it starts. The packed weights are a second
-copy of the model's.
+copy of the model's; on a GPU nothing is packed, and the joined weights are the model's own storage.
 
 Letters: B sequences, T new tokens of each, N = B·T, H query heads, KH key-value heads, D head
 size, d model width.
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from reft_core.batch import EditPlan
 from reft_core.edits import Edit
 from reft_core.engine.attention import ForwardBatch
+from reft_core.engine.joined import JoinedLinear
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.kernels import apply_edits
 from reft_core.native.operations import NativeOperations
@@ -60,6 +61,15 @@ class PackedLinear:
             x, other, self._weight, self._bias, "add"
         )
         return total
+
+
+Linear = PackedLinear | JoinedLinear
+
+
+def joined(*maps: nn.Linear) -> Linear:
+    """One product for several linear maps, the way that suits where their weights are."""
+    on_cpu = maps[0].weight.device.type == "cpu"
+    return PackedLinear(*maps) if on_cpu else JoinedLinear(*maps)
 
 
 @dataclass(frozen=True)
@@ -102,10 +112,10 @@ class _Layer:
         if hasattr(attention, "q_norm"):
             norms = (_Norm.of(norm, operations) for norm in (attention.q_norm, attention.k_norm))
             self._head_norms = next(norms), next(norms)
-        self._qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = PackedLinear(attention.o_proj)
-        self._gate_up = PackedLinear(mlp.gate_proj, mlp.up_proj)
-        self._down = PackedLinear(mlp.down_proj)
+        self._qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = joined(attention.o_proj)
+        self._gate_up = joined(mlp.gate_proj, mlp.up_proj)
+        self._down = joined(mlp.down_proj)
         self._activation = None if _is_silu(mlp.act_fn) else mlp.act_fn
 
     @property
@@ -157,7 +167,7 @@ class _Layer:
         return product
 
     def _added(
-        self, h: Tensor, linear: PackedLinear, y: Tensor, site: str, x: Tensor, plan: EditPlan
+        self, h: Tensor, linear: Linear, y: Tensor, site: str, x: Tensor, plan: EditPlan
     ) -> Tensor:
         """h plus the edited output of ``linear`` for y, all (N, ·); x is the site's input."""
         if (self._index, site) not in plan.places:
@@ -193,7 +203,7 @@ class FusedForward:
         layers = find_layers(model)
         first: Any = layers[0]
         self.operations = Operations()
-        if native:
+        if native and model.device.type == "cpu":
             self.operations = (
                 NativeOperations.where_available(model.dtype, first.self_attn.head_dim)
                 or self.operations
@@ -201,14 +211,18 @@ class FusedForward:
         self._norm = _Norm.of(inner.norm, self.operations)
         self._layers = [_Layer(layer, i, self.operations) for i, layer in enumerate(layers)]
         head: Any = model.get_output_embeddings()
-        self._head = PackedLinear(head)
+        self._head = joined(head)
         self.num_bytes = self._head.num_bytes + sum(layer.num_bytes for layer in self._layers)
 
     @staticmethod
     def is_for(model: PreTrainedModel) -> bool:
         """Whether this machine and this model have what the forward needs."""
         parameter = next(model.parameters())
-        if parameter.device.type != "cpu" or model.config.model_type not in FAMILIES:
+        if model.config.model_type not in FAMILIES:
+            return False
+        if parameter.device.type == "cuda":
+            return JoinedLinear.serves(model)
+        if parameter.device.type != "cpu":
             return False
         if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return False

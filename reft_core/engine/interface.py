@@ -212,6 +212,10 @@ class EngineStats:
     of being computed."""
     cached_blocks: int
     preemptions_total: int
+    num_decode_graphs: int = 0
+    """CUDA graphs that decode steps are replayed from."""
+    warm_up_s: float = 0.0
+    """Seconds that recording them took at start."""
 
 
 OutputSink = Callable[[Output], None]

@@ -14,6 +14,9 @@ class SlotKV:
     Slots are rows of one tensor a layer, so decode attends over a *view* of the first rows
     and nothing is gathered. Memory is zeroed: attention multiplies masked values by zero,
     and zero times an uninitialised NaN would be NaN.
+
+    With ``spare``, every slot has one more position behind its ``slot_len``. Nobody reads it, so
+    a row that stands in a batch for no sequence can store there, whosever slot it is.
     """
 
     def __init__(
@@ -24,11 +27,13 @@ class SlotKV:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        spare: bool = False,
     ) -> None:
-        shape = (num_slots, model.num_kv_heads, slot_len, model.head_dim)
+        shape = (num_slots, model.num_kv_heads, slot_len + spare, model.head_dim)
         self._model = model
         self.num_slots = num_slots
         self.slot_len = slot_len
+        self.has_spare = spare
         self.num_layers = model.num_layers
         self.keys = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)
@@ -67,6 +72,17 @@ class SlotKV:
         for tensor in (self.keys[layer], self.values[layer]):
             tensor[target, :, start:end] = tensor[source, :, start:end]
 
+    def append_rows(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store key and value (N, KH, D), each row in its own slot and position, (2, N)."""
+        slots, positions = places
+        self.keys[layer][slots, :, positions] = key
+        self.values[layer][slots, :, positions] = value
+
+    def read_rows(self, layer: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies (N, KH, D) of the keys and values in these slots and positions, (2, N)."""
+        slots, positions = places
+        return self.keys[layer][slots, :, positions], self.values[layer][slots, :, positions]
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of one slot over another."""
         for tensor in (*self.keys, *self.values):
@@ -80,3 +96,8 @@ class SlotKV:
         """
         for tensor in (*self.keys, *self.values):
             tensor[slot, :, :length] = 0
+
+    def clear_position(self, num_slots: int, position: int) -> None:
+        """Zero one position of the first ``num_slots`` slots."""
+        for tensor in (*self.keys, *self.values):
+            tensor[:num_slots, :, position] = 0

@@ -22,12 +22,13 @@ from reft_core.engine.attention import (
     Segment,
 )
 from reft_core.engine.config import Forward
+from reft_core.engine.cuda_graphs import DecodeGraphs, Record
 from reft_core.engine.fused import Branch, FusedForward
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.sequence import Sequence as EngineSequence
 from reft_core.engine.sharing import Chunk, Layout, Level, Own, lay_out
 from reft_core.errors import UnsupportedModel
-from reft_core.kernels import edited
+from reft_core.kernels import edited, grouped_kernel
 from reft_core.loading import LoadedModel
 from reft_core.sites import SiteEdit, edit_site, find_layers
 
@@ -48,7 +49,14 @@ class ModelRunner:
     an adapter that declares to edit generated tokens too.
     """
 
-    def __init__(self, loaded: LoadedModel, kv: SlotKV, forward: Forward = "auto") -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        kv: SlotKV,
+        forward: Forward = "auto",
+        *,
+        record: Record | None = None,
+    ) -> None:
         self._model = loaded.model
         self._layers = find_layers(loaded.model)
         self._kv = kv
@@ -59,6 +67,12 @@ class ModelRunner:
         self._check_against_model()
         if forward != "transformers" and FusedForward.is_for(loaded.model):
             self._try_fused(native=forward == "auto")
+        grouped_kernel(self._device)  # compiled now, not in the first request that needs it
+        self.graphs: DecodeGraphs | None = None
+        if record is not None:
+            tolerance = _CHECK_TOLERANCE[kv.keys[0].dtype]
+            self.graphs = DecodeGraphs(self._decode_plain, kv, record, tolerance=tolerance)
+            self.graphs.warm_up()
 
     @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -159,11 +173,15 @@ class ModelRunner:
         ready = [s.is_prefilled and only in (None, s) for s in running]
         tokens = [s.token_ids[-1] if ok else 0 for s, ok in zip(running, ready, strict=True)]
         positions = [sequence.num_computed for sequence in running]
-        position_ids = torch.tensor(positions, device=self._device)
         plan = NO_EDITS
         if any(sequence.edits and sequence.edits.edits_decode for sequence in running):
             edits = [s.edits if ok else None for s, ok in zip(running, ready, strict=True)]
             plan = build_decode_plan(edits, self._device)
+        if self.graphs is not None and not plan.places:
+            replayed = self.graphs.decode(tokens, positions)
+            if replayed is not None:
+                return replayed
+        position_ids = torch.tensor(positions, device=self._device)
         logits = self._forward(
             torch.tensor(tokens, device=self._device).unsqueeze(1),
             position_ids.unsqueeze(1),
@@ -173,6 +191,10 @@ class ModelRunner:
         )
         self.num_edits_applied += plan.num_edits
         return logits[:, -1]
+
+    def _decode_plain(self, tokens: Tensor, positions: Tensor, batch: DecodeBatch) -> Tensor:
+        """Float32 logits (B, V) of a decode step without edits."""
+        return self._forward(tokens, positions, batch, 0)[:, -1]
 
     def _forward(
         self,

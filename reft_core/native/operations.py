@@ -110,6 +110,7 @@ class NativeOperations(Operations):
         batch: DecodeBatch,
     ) -> Tensor:
         """See :class:`Operations`."""
+        assert batch.store_at is None, "on a CPU, keys are stored at their positions"
         keys, values = batch.kv.keys[layout.layer], batch.kv.values[layout.layer]
         num_rows, _, head_size = heads.shape
         out = heads.new_empty(num_rows, layout.num_queries * head_size)
