@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -310,23 +311,40 @@ class AdapterSpec(_Document):
             raise ValueError(f"strength: got {self.strength}, expected 1 with a prefix")
         return self
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor the file must hold, and of no other."""
+    def iter_tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor the file must hold, and of no other, one by one.
+
+        A short spec can imply millions: whoever reads a stranger's compares
+        :attr:`num_tensors` first.
+        """
         num_units = self.positions.to_rule().num_units
-        shapes: dict[str, tuple[int, ...]] = {}
         for site_name, site in self.sites.items():
             of_parts = [(part, site.shape(part, self.base.hidden_size)) for part in site.parts]
-            shapes |= {
-                tensor_name(layer, site_name, unit, part): shape
-                for layer in site.layers
-                for unit in range(num_units)
-                for part, shape in of_parts
-            }
+            for layer in site.layers:
+                for unit in range(num_units):
+                    for part, shape in of_parts:
+                        yield tensor_name(layer, site_name, unit, part), shape
         if self.prefix is not None:
-            shapes |= self.prefix.tensor_shapes(self.base.num_layers, self.base.hidden_size)
+            yield from self.prefix.tensor_shapes(
+                self.base.num_layers, self.base.hidden_size
+            ).items()
         if self.head is not None and self.task.labels is not None:
-            shapes |= self.head.tensor_shapes(self.base.hidden_size, len(self.task.labels))
-        return shapes
+            yield from self.head.tensor_shapes(self.base.hidden_size, len(self.task.labels)).items()
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """:meth:`iter_tensor_shapes` as a dict."""
+        return dict(self.iter_tensor_shapes())
+
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors :meth:`iter_tensor_shapes` names, counted without naming them."""
+        num_units = self.positions.to_rule().num_units
+        in_sites = sum(len(site.layers) * len(site.parts) for site in self.sites.values())
+        in_prefix = 0
+        if self.prefix is not None:
+            in_prefix = 2 * self.base.num_layers if self.prefix.kind == "kv" else 1
+        in_head = 0 if self.head is None else 4 if self.head.hidden is not None else 2
+        return in_sites * num_units + in_prefix + in_head
 
     @property
     def num_parameters(self) -> int:
