@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from reft_core.edits import Activation, Part, Source
 from reft_core.errors import InvalidRequest
 from reft_core.positions import Anchor, Cap, PositionRule
+from reft_core.subspaces import MAX_SUBSPACES, check_subspaces
 
 FORMAT_VERSION = 1
 METADATA_KEY = "reft"
@@ -264,7 +265,7 @@ class AdapterSpec(_Document):
     head: HeadSpec | None = Field(default=None, description="for tasks of kind classification")
     subspaces: dict[_Short, tuple[int, ...]] | None = Field(
         default=None,
-        max_length=256,
+        max_length=MAX_SUBSPACES,
         description="named groups of ranks that a request may scale one by one",
     )
     task: TaskSpec = TaskSpec()
@@ -291,14 +292,8 @@ class AdapterSpec(_Document):
                 )
         if not self.sites and self.prefix is None:
             raise ValueError("sites: got none, expected at least one site or a prefix")
-        for subspace, ranks in (self.subspaces or {}).items():
-            lowest = min((site.rank for site in self.sites.values()), default=0)
-            if not ranks or not all(0 <= rank < lowest for rank in ranks):
-                allowed = f"ranks 0 to {lowest - 1}" if lowest else "none: a site has no ranks"
-                raise ValueError(f"subspaces.{subspace}: got {list(ranks)}, expected {allowed}")
-        owned = [rank for ranks in (self.subspaces or {}).values() for rank in ranks]
-        if len(set(owned)) != len(owned):
-            raise ValueError(f"subspaces: got ranks {owned}, expected each rank at most once")
+        num_ranks = min((site.rank for site in self.sites.values()), default=0)
+        check_subspaces(self.subspaces or {}, num_ranks)
         classifies = self.task.kind == "classification"
         if classifies != (self.head is not None) or (classifies and self.task.labels is None):
             raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModel
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter
+from reft_core.batch import AdapterUse
 from reft_core.convert import ConvertOptions, base_from_folder, convert, to_pyreft
 from reft_core.convert.assembling import Conventions, assemble
 from reft_core.convert.pyreft.config import NAMED_SITES
@@ -186,6 +187,37 @@ def test_template_and_provenance_are_kept() -> None:
     assert adapter.spec.template == template
     assert adapter.spec.training.tool == "converted from pyreft"
     assert (adapter.spec.description, adapter.spec.strength) == ("d", 0.5)
+
+
+def test_ranks_get_names_that_a_request_may_weigh() -> None:
+    """Of rank 4: half of the subspace alone, Σ over its ranks of (hW + b − hR)ᵢ Rᵢᵀ."""
+    case = load_case("pyreft", "loreft-tied")
+    plain = converted(case)
+    named = converted(case, subspaces={"tone": (0, 3), "topic": (1, 2)})
+    assert named.spec.subspaces == {"tone": (0, 3), "topic": (1, 2)}
+    h = torch.randn(5, 24)
+    use = AdapterUse(named, subspaces=(("tone", 0.5),))
+    for key, edit in plain.edits.items():
+        assert edit.down is not None
+        assert edit.up is not None
+        inner = h @ edit.down + edit.bias
+        expected = 0.5 * inner[:, [0, 3]] @ edit.up[[0, 3]]
+        torch.testing.assert_close(use.edits[key].delta(h), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "subspaces", "message"),
+    [
+        ("loreft-tied", {"a": (4,)}, r"^subspaces\.a: got \[4\], expected ranks 0 to 3"),
+        ("loreft-tied", {"a": (0,), "b": (0,)}, "^subspaces: got ranks .*at most once"),
+        ("lobireft", {"a": (0,)}, r"^subspaces\.a: got \[0\], expected none: a site has no ranks"),
+    ],
+)
+def test_names_for_ranks_that_are_not_there_are_refused(
+    name: str, subspaces: dict[str, tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        converted(load_case("pyreft", name), subspaces=subspaces)
 
 
 # -- options -----------------------------------------------------------------------------------
