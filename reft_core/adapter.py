@@ -350,7 +350,14 @@ def _read_spec(metadata: object) -> AdapterSpec:
 
 
 def _check_tensors_declared(header: dict[str, Any], spec: AdapterSpec) -> None:
-    """Every tensor the spec implies, with its dtype and shape, and no other."""
+    """Every tensor the spec implies, with its dtype and shape, and no other.
+
+    The cost is the header's, however many tensors the spec implies.
+    """
+    if spec.num_tensors > len(header):
+        missing = (entry for entry in spec.iter_tensor_shapes() if entry[0] not in header)
+        name, shape = next(missing)
+        raise AdapterFileInvalid(f"{name}: missing, expected shape {shape}", field=name)
     expected = spec.tensor_shapes()
     for name in header:
         if name not in expected:

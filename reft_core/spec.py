@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from reft_core.edits import Activation, Part, Source
 from reft_core.errors import InvalidRequest
 from reft_core.positions import Anchor, Cap, PositionRule
+from reft_core.subspaces import MAX_SUBSPACES, check_subspaces
 
 FORMAT_VERSION = 1
 METADATA_KEY = "reft"
@@ -263,7 +265,7 @@ class AdapterSpec(_Document):
     head: HeadSpec | None = Field(default=None, description="for tasks of kind classification")
     subspaces: dict[_Short, tuple[int, ...]] | None = Field(
         default=None,
-        max_length=256,
+        max_length=MAX_SUBSPACES,
         description="named groups of ranks that a request may scale one by one",
     )
     task: TaskSpec = TaskSpec()
@@ -290,14 +292,8 @@ class AdapterSpec(_Document):
                 )
         if not self.sites and self.prefix is None:
             raise ValueError("sites: got none, expected at least one site or a prefix")
-        for subspace, ranks in (self.subspaces or {}).items():
-            lowest = min((site.rank for site in self.sites.values()), default=0)
-            if not ranks or not all(0 <= rank < lowest for rank in ranks):
-                allowed = f"ranks 0 to {lowest - 1}" if lowest else "none: a site has no ranks"
-                raise ValueError(f"subspaces.{subspace}: got {list(ranks)}, expected {allowed}")
-        owned = [rank for ranks in (self.subspaces or {}).values() for rank in ranks]
-        if len(set(owned)) != len(owned):
-            raise ValueError(f"subspaces: got ranks {owned}, expected each rank at most once")
+        num_ranks = min((site.rank for site in self.sites.values()), default=0)
+        check_subspaces(self.subspaces or {}, num_ranks)
         classifies = self.task.kind == "classification"
         if classifies != (self.head is not None) or (classifies and self.task.labels is None):
             raise ValueError(
@@ -310,23 +306,40 @@ class AdapterSpec(_Document):
             raise ValueError(f"strength: got {self.strength}, expected 1 with a prefix")
         return self
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor the file must hold, and of no other."""
+    def iter_tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor the file must hold, and of no other, one by one.
+
+        A short spec can imply millions: whoever reads a stranger's compares
+        :attr:`num_tensors` first.
+        """
         num_units = self.positions.to_rule().num_units
-        shapes: dict[str, tuple[int, ...]] = {}
         for site_name, site in self.sites.items():
             of_parts = [(part, site.shape(part, self.base.hidden_size)) for part in site.parts]
-            shapes |= {
-                tensor_name(layer, site_name, unit, part): shape
-                for layer in site.layers
-                for unit in range(num_units)
-                for part, shape in of_parts
-            }
+            for layer in site.layers:
+                for unit in range(num_units):
+                    for part, shape in of_parts:
+                        yield tensor_name(layer, site_name, unit, part), shape
         if self.prefix is not None:
-            shapes |= self.prefix.tensor_shapes(self.base.num_layers, self.base.hidden_size)
+            yield from self.prefix.tensor_shapes(
+                self.base.num_layers, self.base.hidden_size
+            ).items()
         if self.head is not None and self.task.labels is not None:
-            shapes |= self.head.tensor_shapes(self.base.hidden_size, len(self.task.labels))
-        return shapes
+            yield from self.head.tensor_shapes(self.base.hidden_size, len(self.task.labels)).items()
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """:meth:`iter_tensor_shapes` as a dict."""
+        return dict(self.iter_tensor_shapes())
+
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors :meth:`iter_tensor_shapes` names, counted without naming them."""
+        num_units = self.positions.to_rule().num_units
+        in_sites = sum(len(site.layers) * len(site.parts) for site in self.sites.values())
+        in_prefix = 0
+        if self.prefix is not None:
+            in_prefix = 2 * self.base.num_layers if self.prefix.kind == "kv" else 1
+        in_head = 0 if self.head is None else 4 if self.head.hidden is not None else 2
+        return in_sites * num_units + in_prefix + in_head
 
     @property
     def num_parameters(self) -> int:

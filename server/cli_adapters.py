@@ -15,8 +15,9 @@ from rich.table import Table
 
 from reft_core.errors import ReftError
 from server.cli_convert import convert, export
+from server.cli_diff import diff
 from server.cli_errors import one_line_errors
-from server.cli_inspect import describe, diff, inspect
+from server.cli_inspect import describe, inspect
 from server.cli_mix import mix
 
 adapters_app = typer.Typer(

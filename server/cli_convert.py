@@ -49,6 +49,10 @@ def convert(
     labels: Annotated[
         str | None, typer.Option(help="Names of a classification head's classes: neg,pos")
     ] = None,
+    subspaces: Annotated[
+        str | None,
+        typer.Option(help="Names for ranks that a request may weigh: tone=0:4,topic=4:8"),
+    ] = None,
     strength: Annotated[float, typer.Option(help="Its default strength")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Stored as float32, float16, bfloat16")] = "float32",
     description: Annotated[str, typer.Option(help="For people")] = "",
@@ -63,6 +67,7 @@ def convert(
         from reft_core.adapter import decode_adapter, write_durably
         from reft_core.convert import CONVERTERS, ConvertOptions, base_from_folder
         from reft_core.convert import convert as convert_to_file
+        from reft_core.subspaces import parse_subspaces
 
         if kind not in CONVERTERS:
             raise InvalidRequest.because("from", kind, "one of " + ", ".join(CONVERTERS))
@@ -80,6 +85,7 @@ def convert(
             "phase": phase,
             "template": _template(template),
             "labels": None if labels is None else tuple(labels.split(",")),
+            "subspaces": None if subspaces is None else parse_subspaces(subspaces),
             "strength": strength,
             "dtype": dtype,
             "description": description,

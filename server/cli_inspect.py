@@ -1,29 +1,28 @@
-"""``reft adapter inspect`` and ``diff``: what adapter files say, without running them."""
+"""``reft adapter inspect`` and ``describe``: what an adapter file says and does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from server.cli_errors import one_line_errors
 from server.cli_methods import describe_text
+from server.cli_prompt import drawn_tokens, encode, load_tokenizer, texts
+from server.cli_text import printable, ranges, safe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from reft_core.adapter import Adapter, EditKey
     from reft_core.sites import ModelDescription
     from reft_core.spec import HeadSpec
+    from server.norms import DeltaNorm
 
 _MOST_SHOWN = 8
-_EDITED = "bold black on bright_yellow"
 
 
 def inspect(
@@ -32,13 +31,17 @@ def inspect(
         str | None, typer.Option(help="Its base model: folder, hub id or 'demo'; adds % of it")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Show which tokens of this prompt are edited; needs --base")
+        str | None,
+        typer.Option(help="Show which of its tokens are edited, and how far; needs --base"),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the prompt as it is, not as a user's message")
     ] = False,
 ) -> None:
-    """Show what an adapter file says and does. Checks all of it; runs none of it."""
+    """Show what an adapter file says and does. Checks all of it; runs none of it.
+
+    With a prompt, the base model reads it, if it can be loaded, to measure Δ on its states.
+    """
     with one_line_errors():
         from reft_core.adapter import read_adapter
         from reft_core.convert import base_from_folder
@@ -50,15 +53,18 @@ def inspect(
         model = None if base is None else base_from_folder(base)
         console = Console()
         console.print(_facts(adapter, model))
-        if adapter.spec.sites:
-            console.print(_sites(adapter))
-        tokens = None
+        ids = None
         if prompt is not None and base is not None:
-            tokens = _tokens(prompt, base, adapter, raw)
-        for line in _dead(adapter, None if tokens is None else len(tokens)):
+            tokenizer = load_tokenizer(base)
+            ids = encode(prompt, tokenizer, adapter, raw)
+        if adapter.spec.sites:
+            norms, measured_on = _norms(adapter, base, model, ids)
+            console.print(_sites(adapter, norms))
+            console.print(f"‖Δ‖/‖h‖: {measured_on}", markup=False, highlight=False)
+        for line in _dead(adapter, None if ids is None else len(ids)):
             console.print(line, markup=False, highlight=False)
-        if tokens is not None:
-            for drawn in _drawn(tokens, adapter):
+        if ids is not None:
+            for drawn in drawn_tokens(texts(ids, tokenizer), adapter):
                 console.print(drawn)
 
 
@@ -71,43 +77,6 @@ def describe(file: Annotated[Path, typer.Argument(help="An adapter file")]) -> N
         spec = read_adapter(file).spec
         typer.echo(f"{spec.name}: {spec.method} at positions {spec.positions.rule}\n")
         typer.echo("\n\n".join(describe_text(*where) for where in describe_adapter(spec)))
-
-
-def diff(
-    a: Annotated[Path, typer.Argument(help="An adapter file")],
-    b: Annotated[Path, typer.Argument(help="Another one")],
-    limit: Annotated[int, typer.Option(help="Tensors to list at most", min=1)] = 40,
-) -> None:
-    """Compare two adapter files: fields of the specs, then tensors."""
-    with one_line_errors():
-        from reft_core.adapter import read_adapter
-        from server.inspection import spec_differences, tensor_differences, tensors_of
-
-        ours, theirs = read_adapter(a), read_adapter(b)
-        console = Console()
-        if ours.digest == theirs.digest:
-            console.print(f"identical files, digest {ours.digest}")
-            return
-        fields = spec_differences(ours, theirs)
-        if fields:
-            table = Table("field", "A", "B")
-            for name, one, other in fields:
-                table.add_row(*(_safe(str(cell)) for cell in (name, one, other)))
-            console.print(table)
-        else:
-            console.print("specs are equal")
-        tensors = tensor_differences(ours, theirs)
-        if tensors:
-            table = Table("tensor", "largest |A − B|", "relative")
-            for entry in tensors[:limit]:
-                if entry.largest is None or entry.relative is None:
-                    table.add_row(entry.name, entry.note, "")
-                else:
-                    table.add_row(entry.name, f"{entry.largest:.3g}", f"{entry.relative:.3g}")
-            console.print(table)
-        total = len(tensors_of(ours).keys() | tensors_of(theirs).keys())
-        more = f", {limit} of them listed" if len(tensors) > limit else ""
-        console.print(f"{len(tensors)} of {total} tensors differ{more}")
 
 
 # -- the parts of inspect --------------------------------------------------------------------
@@ -139,7 +108,7 @@ def _facts(adapter: Adapter, model: ModelDescription | None) -> Table:
         "prefix": "" if prefix is None else f"{prefix.length} virtual tokens, {prefix.kind}",
         "head": "" if spec.head is None else _head(spec.head),
         "labels": ", ".join(spec.task.labels or ()),
-        "subspaces": ", ".join(f"{k}: {_ranges(v)}" for k, v in (spec.subspaces or {}).items()),
+        "subspaces": ", ".join(f"{k}: {ranges(v)}" for k, v in (spec.subspaces or {}).items()),
         "strength": str(spec.strength),
         "template": "its own" if spec.template else "the base model's",
         "made by": spec.training.tool,
@@ -148,44 +117,75 @@ def _facts(adapter: Adapter, model: ModelDescription | None) -> Table:
     table = Table.grid(padding=(0, 2))
     for key, value in rows.items():
         if value:
-            table.add_row(key, _safe(value))
+            table.add_row(key, safe(value))
     return table
 
 
 def _fit(adapter: Adapter, model: ModelDescription) -> str:
     """Whether the adapter was made for ``model``, and if not, why."""
+    why_not = _misfit(adapter, model)
+    return model.name if why_not is None else f"not {model.name}: {why_not}"
+
+
+def _misfit(adapter: Adapter, model: ModelDescription) -> str | None:
+    """Why the adapter was not made for ``model``; None if it was."""
     from reft_core.adapter import check_fits
     from reft_core.errors import AdapterMismatch
 
     try:
         check_fits(adapter.spec, model)
     except AdapterMismatch as error:
-        return f"not {model.name}: {error.message}"
-    return model.name
+        return error.message
+    return None
 
 
-def _sites(adapter: Adapter) -> Table:
-    """One row a site, with the norm of its Δ on random states."""
-    from server.inspection import delta_norms
+def _norms(
+    adapter: Adapter, base: str | None, model: ModelDescription | None, ids: list[int] | None
+) -> tuple[dict[str, DeltaNorm], str]:
+    """How far the edits move states at each site, and which states they were."""
+    from reft_core.errors import UnsupportedModel
+    from reft_core.loading import load_any
+    from reft_core.threads import run_in_own_thread
+    from server.norms import NUM_SAMPLES, delta_norms, delta_norms_on
 
-    norms = delta_norms(adapter)
+    why_not = "no prompt was given"
+    if base is not None and model is not None and ids is not None:
+        why_not = _misfit(adapter, model) or ""
+        if not 1 <= len(ids) <= model.max_positions:
+            why_not = f"{len(ids)} prompt tokens, not 1 to {model.max_positions}"
+        if not why_not:
+            try:
+                loaded = load_any(base)
+            except UnsupportedModel as error:
+                why_not = printable(error.message.splitlines()[0])
+            else:
+                norms = run_in_own_thread(lambda: delta_norms_on(adapter, loaded, ids))
+                without = "" if adapter.prefix is None else ", without its virtual tokens"
+                return norms, f"mean over the edited tokens of this prompt{without}"
+    return delta_norms(adapter), f"on {NUM_SAMPLES} random states, not the base's ({why_not})"
+
+
+def _sites(adapter: Adapter, norms: Mapping[str, DeltaNorm]) -> Table:
+    """One row a site, with how far its edits move states."""
     units = adapter.rule.num_units
     table = Table("site", "layers", "rank", "phase", "reads", "parts", "parameters", "‖Δ‖/‖h‖")
     for name, site in adapter.spec.sites.items():
         hidden = adapter.spec.base.hidden_size
         shapes = [site.shape(part, hidden) for part in site.parts]
-        size = sum(_product(shape) for shape in shapes) * len(site.layers) * units
-        norm = norms[name]
+        size = sum(math.prod(shape) for shape in shapes) * len(site.layers) * units
+        norm = norms.get(name)
         activation = "" if site.activation == "identity" else f" ({site.activation})"
         table.add_row(
             name,
-            _ranges(site.layers),
+            ranges(site.layers),
             str(site.rank),
             site.phase,
             site.source,
             " ".join(site.parts) + activation,
             f"{size:,}",
-            f"{norm.mean:.3g}, at most {norm.largest:.3g} in layer {norm.largest_layer}",
+            "no token is edited"
+            if norm is None
+            else f"{norm.mean:.3g}, at most {norm.largest:.3g} in layer {norm.largest_layer}",
         )
     return table
 
@@ -201,6 +201,8 @@ def _dead(adapter: Adapter, prompt_len: int | None) -> Iterable[str]:
     from server.inspection import dead_edits
 
     dead = dead_edits(adapter, prompt_len)
+    if dead.switched_off and adapter.edits:
+        yield "dead: every edit, unless a request gives a strength: the default is 0"
     if dead.zero:
         yield f"dead: Δ is zero at {_keys(dead.zero, adapter)}"
     for key, (unread, edited) in dead.unread.items():
@@ -209,7 +211,7 @@ def _dead(adapter: Adapter, prompt_len: int | None) -> Iterable[str]:
             f"dead: {unread} of {edited} positions at {_keys([key], adapter)}, on a prompt of "
             f"{dead.prompt_len} tokens: nothing reads the last layer there{also}"
         )
-    if adapter.edits and not dead.zero and not dead.unread:
+    if adapter.edits and not (dead.zero or dead.unread or dead.switched_off):
         yield "dead: no edit"
 
 
@@ -228,102 +230,3 @@ def _edits_generated(adapter: Adapter, key: EditKey) -> bool:
     """Whether the edit at ``key`` also acts on generated tokens."""
     last_unit = adapter.rule.num_units - 1
     return adapter.spec.sites[key.site].phase == "all" and key.unit == last_unit
-
-
-# -- a prompt's tokens -----------------------------------------------------------------------
-
-
-def _tokens(prompt: str, base: str, adapter: Adapter, raw: bool) -> list[str]:
-    """Text of each prompt token, as the model would get them."""
-    from reft_core.templates import encode_chat, encode_text
-    from server.vocabulary import Vocabulary
-
-    tokenizer = _load_tokenizer(base)
-    template = adapter.spec.template
-    if raw or (template is None and not tokenizer.chat_template):
-        ids = encode_text(tokenizer, prompt)
-    else:
-        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}], template)
-    vocabulary = Vocabulary(tokenizer)
-    return [vocabulary.describe(token_id)[0] for token_id in ids]
-
-
-def _load_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. Raises :class:`UnsupportedModel` if it has none."""
-    from transformers import AutoTokenizer
-
-    from reft_core.errors import UnsupportedModel, explain
-    from reft_core.loading import DEMO_MODEL, materialise_demo_model
-
-    path = str(materialise_demo_model()) if base == DEMO_MODEL else base
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UnsupportedModel(
-            explain("base", base, f"a model with a tokenizer ({reason})"), field="base"
-        ) from None
-    return tokenizer
-
-
-def _drawn(tokens: list[str], adapter: Adapter) -> Iterable[Text]:
-    """For each unit a heading, then the prompt with the tokens it edits in ⟦ ⟧ and in colour."""
-    spec = adapter.spec
-    if spec.prefix is not None:
-        yield Text(f"\nbefore the prompt: {spec.prefix.length} virtual tokens")
-    if not spec.sites:
-        return
-    units = adapter.rule.resolve(len(tokens))
-    for unit, positions in enumerate(units):
-        which = f"unit {unit} edits" if len(units) > 1 else "edits"
-        heading = f"\n{which} {len(positions)} of {len(tokens)} prompt tokens"
-        phases = {site.phase for site in spec.sites.values()}
-        if "all" in phases and unit == len(units) - 1:
-            heading += ", and every generated token"
-        yield Text(heading, style="bold")
-        yield _marked(tokens, frozenset(positions))
-
-
-def _marked(tokens: list[str], edited: frozenset[int]) -> Text:
-    """The tokens in a row; spaces and line ends made visible, borders drawn."""
-    drawn = Text(overflow="fold")
-    for position, token in enumerate(tokens):
-        shown = _printable(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·"))
-        if position in edited:
-            drawn.append(f"⟦{shown}⟧", style=_EDITED)
-        else:
-            follows_plain = position > 0 and position - 1 not in edited
-            drawn.append("│" if follows_plain else "", style="dim")
-            drawn.append(shown)
-    return drawn
-
-
-# -- text ------------------------------------------------------------------------------------
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers with runs drawn together: 0-3,7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _product(shape: Iterable[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _safe(text: Any) -> str:
-    """Text from a stranger's file, for a table."""
-    return escape(_printable(str(text)))
-
-
-def _printable(text: str) -> str:
-    """``text`` from a stranger's file without characters that steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -34,6 +34,12 @@ Parameters are what training may change on SmolLM2-135M, in all 30 layers, with 
 {_RANK}, at the first site named; LoRA on `q_proj` and `v_proj`, BitFit on all linear maps, and
 {_VIRTUAL_TOKENS} virtual tokens for the last three. *Import* names the kinds of source that
 `reft adapter convert` reads it from.
+
+The ranks of a low-rank edit may have names, its *subspaces*: `subspaces: {{tone: '0:4', topic:
+'4:8'}}` in a training config, `--subspaces tone=0:4,topic=4:8` for `reft adapter convert`. All are
+trained together. A request that names some, `"reft": {{"subspaces": {{"tone": 0.5}}}}`, weighs
+their part of Δ; the ranks it does not name are then off, and what no rank makes (a shift, a gain)
+stays.
 """
 
 

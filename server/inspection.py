@@ -15,42 +15,6 @@ from reft_core.edits import Edit, activate
 from reft_core.positions import PositionRule
 from reft_core.spec import tensor_name
 
-NUM_SAMPLES = 64
-"""Random states that norms of Δ are measured on."""
-
-
-@dataclass(frozen=True)
-class DeltaNorm:
-    """How far a site's edits move a random state h of unit variance: ‖Δ‖ / ‖h‖."""
-
-    mean: float
-    largest: float
-    largest_layer: int
-
-
-def delta_norms(adapter: Adapter) -> dict[str, DeltaNorm]:
-    """The norm at each site, over layers, units and :data:`NUM_SAMPLES` states; seeded.
-
-    The default strength is multiplied in. Where an edit reads the site's input, that too is
-    random, of unit variance and independent of h.
-    """
-    generator = torch.Generator().manual_seed(0)
-    spec = adapter.spec
-    norms = {}
-    for name, site in spec.sites.items():
-        in_size, out_size = site.sizes(spec.base.hidden_size)
-        h = torch.randn(NUM_SAMPLES, out_size, generator=generator)
-        x = torch.randn(NUM_SAMPLES, in_size, generator=generator)
-        found = {
-            key: float((edit.delta(h, x).norm(dim=1) / h.norm(dim=1)).mean()) * abs(spec.strength)
-            for key, edit in adapter.edits.items()
-            if key.site == name
-        }
-        largest = max(found, key=lambda key: found[key])
-        mean = sum(found.values()) / len(found)
-        norms[name] = DeltaNorm(mean, found[largest], largest.layer)
-    return norms
-
 
 def is_zero(edit: Edit) -> bool:
     """Whether the edit's own tensors say that Δ is 0 for every state."""
@@ -75,6 +39,8 @@ class DeadEdits:
 
     zero: tuple[EditKey, ...]
     """Those whose Δ is 0."""
+    switched_off: bool
+    """Whether the default strength is 0, so that a request must give another for any edit."""
     unread: Mapping[EditKey, tuple[int, int]]
     """Last-layer edits with positions nothing reads: how many of how many."""
     prompt_len: int
@@ -92,7 +58,7 @@ def dead_edits(adapter: Adapter, prompt_len: int | None = None) -> DeadEdits:
         if len(live) < len(edited):
             unread[key] = (len(edited) - len(live), len(edited))
     zero = tuple(key for key, edit in adapter.edits.items() if is_zero(edit))
-    return DeadEdits(zero, unread, prompt_len)
+    return DeadEdits(zero, adapter.spec.strength == 0, unread, prompt_len)
 
 
 def _roomy_length(rule: PositionRule) -> int:

@@ -30,6 +30,7 @@ from reft_core.methods.virtual import VIRTUAL_METHODS, VirtualTokens
 from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
 from reft_core.spec import MAX_LAYERS, MAX_PREFIX, MAX_RANK, AdapterName, PositionSpec, TemplateSpec
+from reft_core.subspaces import MAX_SUBSPACES, check_subspaces, parse_ranks
 from trainer.metrics import METRICS
 
 PATH_FIELDS = ("train", "valid", "test", "output", "report_dir")
@@ -47,6 +48,18 @@ def _rule_text(value: object) -> object:
         return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ",".join(str(position) for position in value)
+    return value
+
+
+def _ranks(value: object) -> object:
+    """A subspace written as text, as its ranks; a list of ranks unchanged."""
+    if isinstance(value, int):  # YAML 1.1 reads 4:8 without quotes as 4 · 60 + 8
+        raise ValueError("give a list of ranks, or quote the range: '4:8'")
+    if isinstance(value, str):
+        try:
+            return parse_ranks(value)
+        except InvalidRequest as error:
+            raise ValueError(error.message) from None
     return value
 
 
@@ -109,6 +122,14 @@ class TrainConfig(BaseModel):
     )
     phase: Literal["prompt", "all"] | None = Field(
         default=None, description="'all' edits generated tokens too; absent: the method's own"
+    )
+
+    subspaces: dict[_Label, Annotated[tuple[int, ...], BeforeValidator(_ranks)]] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_SUBSPACES,
+        description="names for groups of ranks that a request may weigh, such as "
+        "{tone: '0:2', topic: [2, 3]}; all ranks are trained together",
     )
 
     template: TemplateSpec | None = Field(
@@ -191,7 +212,7 @@ class TrainConfig(BaseModel):
             raise ValueError(f"{given[0]} needs a method with virtual tokens: {names}")
         if virtual and virtual.kind == "embedding" and self.prefix_bottleneck is not None:
             raise ValueError("prefix_bottleneck makes keys and values, which prompt_tuning has not")
-        edits = ("rank", "sites", "layers", "scale", "alpha", "activation", "phase")
+        edits = ("rank", "sites", "layers", "scale", "alpha", "activation", "phase", "subspaces")
         if virtual and virtual.intervention is None and (unused := self._changed(*edits)):
             raise ValueError(f"{unused[0]} means nothing to {self.method}, which edits no state")
         if virtual and virtual.intervention and self.positions != "prompt":
@@ -274,7 +295,7 @@ class TrainConfig(BaseModel):
         if self.intervention is None:
             return None
         try:
-            return Placement.on(
+            placement = Placement.on(
                 model,
                 self.intervention,
                 layers=self.layer_indices(model.num_layers),
@@ -286,6 +307,12 @@ class TrainConfig(BaseModel):
             )
         except InvalidRequest as error:
             raise TrainingError(error.message, field=error.field) from None
+        try:
+            num_ranks = min(site.rank for site in placement.site_specs().values())
+            check_subspaces(self.subspaces or {}, num_ranks)
+        except ValueError as error:
+            raise TrainingError(str(error), field="subspaces") from None
+        return placement
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """The layers to edit in a model of ``num_layers``, ascending.

@@ -51,6 +51,7 @@ def build_spec(
         positions=config.position_spec,
         sites={} if placement is None else placement.site_specs(),
         prefix=prefix,
+        subspaces=config.subspaces,
         task=TaskSpec(labels=config.labels),
         template=config.template,
         training=TrainingSpec(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -18,8 +21,8 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from reft_core.errors import UnsupportedModel, explain
-from reft_core.loading import DEMO_MODEL
-from reft_core.sites import ModelDescription, describe_model, find_layers
+from reft_core.loading import DEMO_MODEL, ModelKind, model_kind, read_config
+from reft_core.sites import ModelDescription, describe_model, describe_seq2seq, find_layers
 
 _DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_CONFIG = {
@@ -34,24 +37,30 @@ _DEMO_CONFIG = {
 }
 """Its shape, written down: reading it from the demo's package means de-quantising first."""
 
+_CLASSES: dict[ModelKind, type] = {
+    "causal": AutoModelForCausalLM,
+    "encoder": AutoModel,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angles do not depend on a text's length."""
 
 
 def describe_config(config: PreTrainedConfig, name: str) -> ModelDescription:
-    """The description of the causal language model that ``config`` makes.
+    """The description of the model that ``config`` makes, as it is loaded to be served.
 
     Its modules are built on torch's meta device, which holds shapes and no numbers.
     """
+    kind = model_kind(config)
+    auto_class: Any = _CLASSES[kind]
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class.from_config(config)
     except ValueError:
         raise UnsupportedModel(
-            explain("base", config.model_type, "a model type with a causal language model"),
-            field="base",
+            explain("base", config.model_type, "a model type with a language model"), field="base"
         ) from None
-    description = describe_model(model, name)
+    description = (describe_seq2seq if kind == "seq2seq" else describe_model)(model, name)
     return replace(description, rotary=_rotary(model, description.head_dim))
 
 
@@ -74,18 +83,7 @@ def base_from_folder(model: str, name: str | None = None) -> ModelDescription:
     """The base model at a hub id or in a folder, or ``demo``, from its config alone."""
     if model == DEMO_MODEL:
         return describe_config(LlamaConfig(**_DEMO_CONFIG), name or _DEMO_NAME)
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModel(
-            explain(
-                "base",
-                model,
-                f"a hub id, a folder with a config.json, or {DEMO_MODEL!r} ({reason})",
-            ),
-            field="base",
-        ) from None
+    config = read_config(model)
     return describe_config(config, name or (Path(model).name if Path(model).is_dir() else model))
 
 

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reft_core.spec
 from reft_core.adapter import (
     MAX_ADAPTER_BYTES,
     MAX_HEADER_BYTES,
@@ -32,7 +33,7 @@ from reft_core.adapter import (
     read_adapter,
     write_durably,
 )
-from reft_core.edits import ACTIVATION_NAMES, Activation, Edit
+from reft_core.edits import ACTIVATION_NAMES, PARTS, Activation, Edit
 from reft_core.errors import (
     AdapterError,
     AdapterFileInvalid,
@@ -43,10 +44,12 @@ from reft_core.methods import METHODS
 from reft_core.spec import (
     METADATA_KEY,
     AdapterSpec,
+    HeadSpec,
     PrefixSpec,
     SiteSpec,
     TemplateSpec,
     TrainingSpec,
+    tensor_name,
 )
 from tests.factories import (
     HIDDEN_SIZE,
@@ -55,7 +58,9 @@ from tests.factories import (
     make_placement,
     make_spec,
     moved_edits,
+    random_adapter,
     random_adapter_bytes,
+    random_classifier_bytes,
     random_prefix_adapter,
     tiny_description,
 )
@@ -421,7 +426,7 @@ def test_a_prefix_and_its_spec_come_together() -> None:
     kv, embedding = (random_prefix_adapter(model, kind) for kind in ("kv", "embedding"))
     with pytest.raises(AdapterFileInvalid, match=r"prefix\.0\.key: missing"):
         encode_adapter(kv.spec, {})
-    with pytest.raises(AdapterFileInvalid, match=r"tensors: got 'prefix\.embedding'"):
+    with pytest.raises(AdapterFileInvalid, match=r"prefix\.0\.key: missing"):
         encode_adapter(kv.spec, {}, embedding.prefix)
     with pytest.raises(AdapterFileInvalid, match="only tensors the spec implies"):
         encode_adapter(make_spec(model, layers=[0]), loreft_edits([0]), kv.prefix)
@@ -811,6 +816,43 @@ def test_messages_neither_flood_nor_forge_a_log(key: str) -> None:
     for text in (str(caught.value), caught.value.field or ""):
         assert len(text) < 500
         assert text.isprintable()
+
+
+def test_a_spec_that_implies_millions_of_tensors_costs_what_its_header_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = replace(tiny_description(), num_layers=1024)
+    site = SiteSpec(layers=tuple(range(1024)), rank=1, parts=PARTS)
+    spec = make_spec(model, positions="f1+l1", tied=False).model_copy(
+        update={"sites": {f"linear:m{i}": site for i in range(150)}}
+    )
+    assert spec.num_tensors == 150 * 1024 * 6 * 2
+    named = 0
+
+    def counted(*where: Any) -> str:
+        nonlocal named
+        named += 1
+        return tensor_name(*where)
+
+    monkeypatch.setattr(reft_core.spec, "tensor_name", counted)
+    header = json.dumps({"__metadata__": {"reft": spec.to_json()}}).encode()
+    assert len(header) < MAX_HEADER_BYTES
+    with pytest.raises(AdapterFileInvalid, match=r"layers\.0\.linear:m0\.0\.down: missing"):
+        decode_adapter(pack(header, b""))
+    assert named == 1
+
+
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+def test_tensors_are_counted_as_they_are_named(kind: Literal["kv", "embedding"]) -> None:
+    model = tiny_description()
+    heads = [HeadSpec(), HeadSpec(hidden=5, activation="tanh")]
+    adapters = [
+        random_prefix_adapter(model, kind),
+        random_adapter(model, positions="f1+l1", tied=False),
+        *(decode_adapter(random_classifier_bytes(model, 3, head)) for head in heads),
+    ]
+    for adapter in adapters:
+        assert adapter.spec.num_tensors == len(adapter.spec.tensor_shapes())
 
 
 def test_size_is_capped_before_anything_is_read() -> None:

@@ -59,6 +59,7 @@ def test_every_option_reaches_the_converter(tmp_path):
         *("--name", "x", "--positions", "f3+l2", "--tied", "--anchor", "before_last"),
         *("--cap", "half", "--method", "loreft", "--activation", "identity", "--phase", "prompt"),
         *("--template", str(template), "--strength", "0.5", "--dtype", "bfloat16"),
+        *("--subspaces", "tone=0:2,topic=3"),
     )
     assert result.exit_code == 0, result.output
     spec = read_adapter(out).spec
@@ -66,6 +67,7 @@ def test_every_option_reaches_the_converter(tmp_path):
     assert (positions.rule, positions.tied, positions.anchor) == ("f3+l2", True, "before_last")
     assert (positions.cap, spec.method, spec.strength) == ("half", "loreft", 0.5)
     assert spec.dtype == "bfloat16"
+    assert spec.subspaces == {"tone": (0, 1), "topic": (3,)}
     assert spec.template is not None
     assert (spec.template.user, spec.template.generation) == ("Q: {content}", "A:")
     folder = tmp_path / "pyreft"
@@ -108,6 +110,18 @@ def test_an_existing_file_is_replaced_on_request_only(tmp_path):
         (PEFT, "peft", ["--name", "x", "--phase", "never"], "phase: got 'never'"),
         (PEFT, "peft", ["--name", "x", "--layers", "1,a"], "layers: got '1,a'"),
         (PEFT, "peft", ["--name", "x", "--template", "/none.json"], "template: got '/none.json'"),
+        (
+            PEFT,
+            "peft",
+            ["--name", "x", "--subspaces", "a=4"],
+            "subspaces.a: got [4], expected",
+        ),
+        (
+            PEFT,
+            "peft",
+            ["--name", "x", "--subspaces", "a:4"],
+            "subspaces: got 'a:4', expected",
+        ),
         (PEFT, "peft", ["--name", "x", "--dtype", "int4"], "dtype: got 'int4'"),
         (PEFT, "pyreft", ["--name", "x"], "config.json"),
         (PYREFT, "pyreft", ["--name", "x"], "activation: got None"),

@@ -1,33 +1,44 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter, encode_adapter
 from reft_core.convert import base_from_folder
 from reft_core.edits import Edit
-from reft_core.sites import ModelDescription
+from reft_core.sites import ModelDescription, edit_site, find_layers
 from reft_core.spec import AdapterSpec, HeadSpec, PositionSpec, SiteSpec, TemplateSpec
 from server.cli import app
 from server.inspection import (
     dead_edits,
-    delta_norms,
     is_zero,
     spec_differences,
     tensor_differences,
     tensors_of,
 )
+from server.norms import delta_norms, delta_norms_on
 from tests.factories import (
     random_adapter,
     random_classifier_bytes,
     random_prefix_adapter,
     tiny_description,
+    tiny_loaded,
 )
 from tests.server.fakes import make_adapter, make_tokenizer
 
@@ -83,6 +94,55 @@ def test_norms_know_sites_of_two_widths():
     assert set(delta_norms(adapter)) == {"linear:mlp.up_proj", "linear:mlp.down_proj"}
 
 
+def test_norms_on_a_prompt_are_of_the_bases_own_states():
+    """Counted again from transformers' hidden states, the second layer behind the first's edit."""
+    loaded = tiny_loaded()
+    adapter = random_adapter(loaded.description, layers=[0, 1], positions="f1+l2", strength=0.5)
+    tokens = [3, 7, 1, 9, 4, 2]
+    rows = [0, 4, 5]
+    first, second = (adapter.edits[EditKey(layer, "block_output", 0)] for layer in (0, 1))
+
+    def hidden(layer: int) -> torch.Tensor:
+        with torch.no_grad():
+            out = loaded.model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
+        return out.hidden_states[layer + 1][0, rows]
+
+    def ratio(delta: torch.Tensor, h: torch.Tensor) -> float:
+        return float((delta.norm(dim=1) / h.norm(dim=1)).mean())
+
+    h = hidden(0)
+    expected = [ratio(0.5 * first.delta(h), h)]
+
+    def edit(output: torch.Tensor, _x: torch.Tensor) -> torch.Tensor:
+        output[0, rows] += 0.5 * first.delta(output[0, rows])
+        return output
+
+    handles = edit_site(find_layers(loaded.model)[0], "block_output", edit)
+    h = hidden(1)
+    handles.remove()
+    expected.append(ratio(0.5 * second.delta(h), h))
+    norm = delta_norms_on(adapter, loaded, tokens)["block_output"]
+    assert norm.mean == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert norm.largest == pytest.approx(max(expected), rel=1e-4)
+    assert norm.mean != pytest.approx(delta_norms(adapter)["block_output"].mean, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_norms_on_a_prompt_know_every_site(family):
+    loaded = tiny_loaded(family)
+    linear = next(site for site in loaded.description.sites if site.startswith("linear:mlp"))
+    sites = ("block_output", "attn_output", "mlp_output", "heads", linear)
+    for site in sites:
+        adapter = random_adapter(loaded.description, method="direft", sites=(site,), positions="l1")
+        assert 0 < delta_norms_on(adapter, loaded, [3, 7, 1])[site].mean < 100
+
+
+def test_norms_on_a_prompt_leave_out_sites_without_a_token():
+    loaded = tiny_loaded()
+    adapter = random_adapter(loaded.description, positions="9")
+    assert delta_norms_on(adapter, loaded, [3, 7, 1]) == {}
+
+
 W, Z = torch.ones(4, 2), torch.zeros(4, 2)
 
 
@@ -126,6 +186,14 @@ def test_last_layer_edits_are_read_at_the_last_token_only(rule, unread):
     assert dead.unread == ({} if unread is None else {last: unread})
     assert dead.zero == ()
     assert dead_edits(adapter, 1).prompt_len == 1
+
+
+def test_a_default_strength_of_zero_is_named(tmp_path):
+    adapter = shift_at(tiny_description(), {0: 1.0}, strength=0.0)
+    assert dead_edits(adapter).switched_off
+    output = shown("inspect", written(tmp_path / "a", adapter))
+    assert "dead: every edit, unless a request gives a strength: the default is 0" in output
+    assert "dead: no edit" not in output
 
 
 def test_dead_zero_edits_are_named():
@@ -221,6 +289,48 @@ def test_inspect_draws_the_tokens_each_unit_edits(base, tmp_path):
     assert "unit 1 edits 1 of 6 prompt tokens\nU│·│he│·│x⟦⏎⟧\n" in output
     plain = shown("inspect", path, "--base", str(base), "--prompt", "he x", "--raw")
     assert "unit 0 edits 1 of 3 prompt tokens\n⟦he⟧·│x\n" in plain  # at most half
+
+
+def test_inspect_measures_on_the_prompt_where_the_base_has_weights(base, tmp_path):
+    adapter = random_adapter(base_from_folder(str(base)), positions="l2", layers=[0])
+    path = written(tmp_path / "a", adapter)
+    flags = ("--base", str(base), "--prompt", "he x", "--raw")
+    random_ones = "on 64 random states, not the base's"
+    assert f"{random_ones} (no prompt was given)" in shown("inspect", path)
+    assert f"{random_ones} (model: got '{base}'" in shown("inspect", path, *flags)
+    whole = tmp_path / "whole"
+    shutil.copytree(base, whole)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole)).save_pretrained(whole)
+    flags = ("--base", str(whole), "--prompt", "he x", "--raw")
+    measured = shown("inspect", path, *flags)
+    assert "‖Δ‖/‖h‖: mean over the edited tokens of this prompt\n" in measured
+    assert "(no prompt" not in measured
+    other = written(tmp_path / "b", random_adapter(tiny_description()))
+    assert f"{random_ones} (base.hidden_size: got 32" in shown("inspect", other, *flags)
+    nothing = shown("inspect", path, "--base", str(whole), "--prompt", "", "--raw")
+    assert f"{random_ones} (0 prompt tokens, not 1 to" in nothing
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: BertModel(BertConfig(vocab_size=260, hidden_size=24, num_hidden_layers=2)),
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=260, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        ),
+    ],
+    ids=["bert", "t5"],
+)
+def test_inspect_knows_bases_that_are_no_causal_model(model, tmp_path):
+    folder = tmp_path / "base"
+    model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    described = base_from_folder(str(folder))
+    path = written(tmp_path / "a", random_adapter(described, positions="f1"))
+    output = shown("inspect", path, "--base", str(folder), "--prompt", "he x", "--raw")
+    assert "fits        base" in output
+    assert f"of the {described.num_parameters:,} of base" in output
+    assert "mean over the edited tokens of this prompt" in output
 
 
 def test_inspect_draws_chat_templates_phases_and_prefixes(base, tmp_path):

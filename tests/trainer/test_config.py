@@ -33,6 +33,46 @@ def test_a_model_folder_beside_the_file_is_found(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, MINIMAL + "model: org/base\n")).model == "org/base"
 
 
+def test_subspaces_name_ranks(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "rank: 6\nsubspaces: {tone: '0:2', topic: [2, 5]}\n")
+    config = load_config(path)
+    assert config.subspaces == {"tone": (0, 1), "topic": (2, 5)}
+    assert config.placement(tiny_description()) is not None
+    assert load_config(path, ["subspaces.tone='4:5'"]).subspaces == {"tone": (4,), "topic": (2, 5)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("subspaces: {a: 4:8}", "quote the range: '4:8'"),
+        ("subspaces: {a: x}", r"subspaces: got 'x', expected ranges of ranks such as 0:4"),
+        ("subspaces: {}", "at least 1"),
+        ("subspaces: {a: '0'}\nmethod: prompt_tuning", "subspaces means nothing to prompt_tuning"),
+    ],
+)
+def test_subspaces_of_another_form_are_refused(settings: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=message):
+        load_config(write(tmp_path, MINIMAL + settings + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("subspaces: {a: '2:5'}", r"subspaces\.a: got \[2, 3, 4\], expected ranks 0 to 3"),
+        ("subspaces: {a: '0', b: [0]}", "expected each rank at most once"),
+        ("subspaces: {a: '0'}\nmethod: lobireft", "none: a site has no ranks"),
+    ],
+)
+def test_subspaces_are_held_to_the_methods_ranks(
+    settings: str, message: str, tmp_path: Path
+) -> None:
+    """Before training, which would be lost otherwise."""
+    config = load_config(write(tmp_path, MINIMAL + settings + "\n"))
+    with pytest.raises(TrainingError, match=message) as caught:
+        config.placement(tiny_description())
+    assert caught.value.field == "subspaces"
+
+
 def test_overrides_win_and_reach_into_mappings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,9 @@ def run(config: TrainConfig) -> TrainResult:
 
 
 def test_a_labeller_learns_and_its_file_and_report_say_how(tmp_path: Path) -> None:
-    config = make_config(tmp_path, labels=("y", "n"), positions="prompt", rank=8, epochs=12)
+    named = {"subspaces": {"tone": "0:4", "topic": [4, 5]}}
+    labelling = {"labels": ("y", "n"), "positions": "prompt", "rank": 8, "epochs": 12}
+    config = make_config(tmp_path, **labelling, **named)
     result = run(config)
 
     losses = [epoch.valid_loss for epoch in result.fit.epochs]
@@ -43,6 +45,7 @@ def test_a_labeller_learns_and_its_file_and_report_say_how(tmp_path: Path) -> No
     assert spec.positions.rule == "prompt"
     assert spec.sites["block_output"].layers == (0, 1, 2)
     assert spec.task.labels == ("y", "n")
+    assert spec.subspaces == {"tone": (0, 1, 2, 3), "topic": (4, 5)}
     assert spec.training.command == "reft train tiny.yaml"
     assert spec.training.seed == 0
     assert spec.training.data["train_rows"] == 40

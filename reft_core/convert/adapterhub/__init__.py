@@ -4,6 +4,11 @@ A folder holds ``adapter_config.json`` and ``adapter.safetensors`` or ``pytorch_
 ``config.architecture`` says which method's module here reads them. All but ReFT act on every
 token. Imported so, bottleneck adapters and LoRA have phase ``all``; the option
 ``phase="prompt"`` leaves generated tokens alone.
+
+Two that have a form here are refused all the same. `adapters` runs prompt tuning on no decoder:
+its own classes do not offer it, and through its plugin interface the forward fails. MAM is a union
+of prefix tuning, which needs its own classes, and a parallel adapter, which in those reads the
+residual stream (:mod:`.bottleneck`).
 """
 
 from __future__ import annotations
@@ -28,6 +33,10 @@ _READERS: dict[str | None, Callable[[SavedAdapter, ConvertOptions], Converted]] 
     "prefix_tuning": prefix.read,
 }
 """By ``config.architecture``, which bottleneck adapters mostly leave out."""
+_WHY_NOT = {
+    "prompt_tuning": "; `adapters` runs prompt tuning on no decoder",
+    "union": "; MAM's parallel adapter reads the residual stream there, and no others are composed",
+}
 
 
 def from_adapterhub(source: Path, options: ConvertOptions) -> Converted:
@@ -42,6 +51,7 @@ def from_adapterhub(source: Path, options: ConvertOptions) -> Converted:
         raise UnsupportedFeature.because(
             f"{CONFIG_FILE}: config.architecture",
             architecture,
-            "one of reft, lora, prefix_tuning, or none, for a bottleneck adapter",
+            "one of reft, lora, prefix_tuning, or none, for a bottleneck adapter"
+            + _WHY_NOT.get(str(architecture), ""),
         )
     return _READERS[architecture](saved, options)

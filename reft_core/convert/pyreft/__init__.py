@@ -10,7 +10,8 @@ base parameters were trained (a classification head). Row vectors, R (d, r) orth
     ConsreftIntervention   (s − hR)Rᵀ                  learned_source, rotate_layer parametrised
     LobireftIntervention   sRᵀ                         learned_source, rotate_layer parametrised
 
-c is the projection's bias, present with ``add_bias``; NodiReFT stores it and never uses it.
+``LoreftIntervention_IdentityInit``, of pyreft after 0.1.0, is LoReFT with other numbers to begin
+with. c is the projection's bias, present with ``add_bias``; NodiReFT stores it and never uses it.
 
 Which tokens are edited, the activation and the prompt template are not in the directory.
 """
@@ -51,10 +52,11 @@ def from_pyreft(source: Path, options: ConvertOptions) -> Converted:
     files = list_folder(source)
     units = read_units(find_file(files, CONFIG_FILE, source=source), files, options)
     head = read_head(files[HEAD_FILE], options) if HEAD_FILE in files else None
-    class_names = {unit.class_name for unit in units}
-    if len(class_names) != 1:
-        raise invalid(CONFIG_FILE, "intervention_types", sorted(class_names), "one class for all")
-    kind = KINDS[class_names.pop()]
+    class_names = sorted({unit.class_name for unit in units})
+    kinds = {KINDS[name] for name in class_names}
+    if len(kinds) != 1:
+        raise invalid(CONFIG_FILE, "intervention_types", class_names, "one class for all")
+    (kind,) = kinds
     options.agreeing("method", kind.method, CONFIG_FILE)
     if kind.has_activation:
         activation: Activation = ask_activation(options, _SOURCE)

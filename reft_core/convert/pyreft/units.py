@@ -109,8 +109,10 @@ def _read_lobireft(tensors: TensorFile, d: int, r: int, activation: Activation) 
     return Edit(shift=rotation @ tensors.take("learned_source", (r,)))
 
 
+_LOREFT = Kind("loreft", True, "weight", _read_loreft)
 KINDS: dict[str, Kind] = {
-    "LoreftIntervention": Kind("loreft", True, "weight", _read_loreft),
+    "LoreftIntervention": _LOREFT,
+    "LoreftIntervention_IdentityInit": _LOREFT,  # other numbers to begin with, saved alike
     "DireftIntervention": Kind("direft_orthonormal", True, "learned_source.weight", _read_direft),
     "NoreftIntervention": Kind("noreft", True, "learned_source.weight", _read_noreft, False),
     "NodireftIntervention": Kind("direft", True, "learned_source.weight", _read_nodireft, False),

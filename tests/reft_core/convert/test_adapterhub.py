@@ -128,7 +128,8 @@ def test_a_layer_beyond_the_base_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architecture": "union"}, "architecture: got 'union', expected one of reft, lora"),
+        ({"architecture": "union"}, "architecture: got 'union', expected one of reft, lora.*MAM"),
+        ({"architecture": "prompt_tuning"}, "architecture: got 'prompt_tuning', .*on no decoder"),
         ({"architecture": ["reft"]}, r"architecture: got \['reft'\]"),
         ({"architecture": None}, r"config: got \['dtype', .*expected only .*mh_adapter"),
         ({"prefix_positions": "3"}, "prefix_positions: got '3'"),

@@ -1,7 +1,8 @@
-"""EasySteer's payloads, checkpoints, folders and GGUF vectors, converted to our file.
+"""EasySteer's payloads, folders and GGUF vectors reproduce its own edits in our file.
 
-EasySteer itself needs its own vLLM build, so the payloads here are written as its
-``Payload.to_wire`` describes them, and the expected edits follow from its equations.
+The stored cases were written by EasySteer's own code (``make_easysteer.py``). Its training
+checkpoint is not among them: those here are written as its loader describes them. Other forms are
+derived from payloads made here, as ``Payload.to_wire`` makes them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from reft_core.errors import (
     ReftError,
     UnsupportedFeature,
 )
-from tests.reft_core.convert.support import options
+from tests.reft_core.convert.support import assert_reproduces, case_names, load_case, options
 
 D, R = 24, 3
 
@@ -82,6 +83,36 @@ def assert_is_loreft(adapter: Adapter, tensors: dict[str, Tensor], layers: list[
     for edit in adapter.edits.values():
         torch.testing.assert_close(edit.delta(h), expected, atol=1e-5, rtol=1e-5)
     assert adapter.spec.method == "loreft"
+
+
+METHODS = {"direction": "steering", "gguf": "steering", "lowrank": "direft"}
+METHODS |= {"folder-bias": "steering"}
+
+
+@pytest.mark.parametrize("name", case_names("easysteer"))
+def test_reproduces_easysteer(name: str) -> None:
+    case = load_case("easysteer", name)
+    assert case.facts["apply"] == {"prompt_positions": [-1]}
+    layers = case.facts["layers"]
+    source = case.adapter_folder
+    if not name.startswith("folder"):
+        (source,) = source.iterdir()
+    adapter = read(source, layers=None if layers is None else tuple(layers))
+    assert_reproduces(adapter, case)
+    assert adapter.spec.method == METHODS.get(name, "loreft")
+
+
+def test_the_payloads_made_here_are_those_easysteer_makes() -> None:
+    for name in ("reft", "direction", "lowrank"):
+        (path,) = load_case("easysteer", name).adapter_folder.iterdir()
+        stored = json.loads(path.read_text())
+        tensors = {
+            key: torch.frombuffer(
+                bytearray(base64.b64decode(entry["data"])), dtype=torch.float32
+            ).reshape(entry["shape"])
+            for key, entry in stored["tensors"].items()
+        }
+        assert wire(stored["kind"], tensors, stored["extra"]) == stored
 
 
 def test_reads_a_reft_payload(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter
+from reft_core.batch import AdapterUse
+from reft_core.classification import EncoderClassifier
 from reft_core.convert import ConvertOptions, base_from_folder, convert, to_pyreft
 from reft_core.convert.assembling import Conventions, assemble
 from reft_core.convert.pyreft.config import NAMED_SITES
 from reft_core.edits import Edit
+from reft_core.encoder import EncoderRequest
 from reft_core.errors import (
     AdapterFileInvalid,
     AdapterMismatch,
@@ -24,8 +27,10 @@ from reft_core.errors import (
     ReftError,
     UnsupportedFeature,
 )
+from reft_core.loading import LoadedModel
+from reft_core.sites import describe_model
 from reft_core.spec import PositionSpec, TemplateSpec
-from tests.factories import random_adapter
+from tests.factories import NoTokenizer, random_adapter
 from tests.reference.slow import reference_classify, reference_logits
 from tests.reft_core.convert.support import (
     Case,
@@ -101,6 +106,16 @@ def test_reads_the_key_styles_of_older_versions(name: str, style: str, tmp_path:
     assert convert(kept, "pyreft", case_options(case)) == expected
 
 
+def test_loreft_that_began_as_the_identity_is_loreft(tmp_path: Path) -> None:
+    """pyreft's later class differs in how W and b are drawn; at rest it is the same."""
+    case = load_case("pyreft", "loreft-tied")
+    folder = _copy(case, tmp_path / "a")
+    name = "<class 'pyreft.interventions.LoreftIntervention_IdentityInit'>"
+    _edit_config(folder, lambda c: c.update(intervention_types=[name] * 3))
+    expected = convert(case.adapter_folder, "pyreft", case_options(case))
+    assert convert(folder, "pyreft", case_options(case)) == expected
+
+
 def test_reads_short_and_named_representations(tmp_path: Path) -> None:
     case = load_case("pyreft", "loreft-untied")
     folder = _copy(case, tmp_path / "a")
@@ -143,19 +158,33 @@ def test_an_empty_file_of_trained_parameters_is_ignored(tmp_path: Path) -> None:
     )
 
 
-def classifier(**given: Any) -> tuple[Case, Adapter]:
-    case = load_case("pyreft", "roberta-classifier")
-    base = base_from_folder(str(case.folder / "base"), "tiny-roberta")
+def classifier(name: str, **given: Any) -> tuple[Case, Adapter]:
+    case = load_case("pyreft", name)
+    base = base_from_folder(str(case.folder / "base"), "tiny-encoder")
     return case, converted(case, **({"base": base, "labels": ("a", "b", "c")} | given))
 
 
-def test_a_classifier_and_its_head_reproduce_pyreft() -> None:
-    case, adapter = classifier()
+@pytest.mark.parametrize(
+    ("name", "pooling", "hidden"),
+    [("roberta-classifier", "first", 24), ("bert-classifier", "pooler", None)],
+)
+def test_a_classifier_and_its_head_reproduce_pyreft(
+    name: str, pooling: str, hidden: int | None
+) -> None:
+    """Text by text in the reference, and all in one batch in what serves."""
+    case, adapter = classifier(name)
     assert adapter.spec.task.labels == ("a", "b", "c")
+    assert adapter.spec.head is not None
+    assert (adapter.spec.head.pooling, adapter.spec.head.hidden) == (pooling, hidden)
     model = AutoModel.from_pretrained(case.folder / "base").eval().requires_grad_(False)
-    for prompt, logits in zip(case.prompts, case.logits, strict=True):
+    tokenizer: PreTrainedTokenizerBase = NoTokenizer()  # type: ignore[assignment]
+    loaded = LoadedModel(model, tokenizer, describe_model(model, "tiny-encoder"))
+    requests = [EncoderRequest(tuple(prompt), (AdapterUse(adapter),)) for prompt in case.prompts]
+    served = EncoderClassifier(loaded).logits(requests)
+    for prompt, logits, batched in zip(case.prompts, case.logits, served, strict=True):
         ours = reference_classify(model, prompt, [(adapter, 1.0)])
         torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(batched, logits, atol=1e-5, rtol=1e-5)
         plain = reference_classify(model, prompt, [(adapter, 0.0)])
         assert (plain - logits).abs().max() > 0.1
 
@@ -163,7 +192,7 @@ def test_a_classifier_and_its_head_reproduce_pyreft() -> None:
 @pytest.mark.parametrize("labels", [None, ("a", "b")])
 def test_a_heads_labels_are_asked_for(labels: tuple[str, ...] | None) -> None:
     with pytest.raises(InvalidRequest, match="labels: got"):
-        classifier(labels=labels)
+        classifier("roberta-classifier", labels=labels)
 
 
 def test_labels_without_a_head_are_refused() -> None:
@@ -186,6 +215,37 @@ def test_template_and_provenance_are_kept() -> None:
     assert adapter.spec.template == template
     assert adapter.spec.training.tool == "converted from pyreft"
     assert (adapter.spec.description, adapter.spec.strength) == ("d", 0.5)
+
+
+def test_ranks_get_names_that_a_request_may_weigh() -> None:
+    """Of rank 4: half of the subspace alone, Σ over its ranks of (hW + b − hR)ᵢ Rᵢᵀ."""
+    case = load_case("pyreft", "loreft-tied")
+    plain = converted(case)
+    named = converted(case, subspaces={"tone": (0, 3), "topic": (1, 2)})
+    assert named.spec.subspaces == {"tone": (0, 3), "topic": (1, 2)}
+    h = torch.randn(5, 24)
+    use = AdapterUse(named, subspaces=(("tone", 0.5),))
+    for key, edit in plain.edits.items():
+        assert edit.down is not None
+        assert edit.up is not None
+        inner = h @ edit.down + edit.bias
+        expected = 0.5 * inner[:, [0, 3]] @ edit.up[[0, 3]]
+        torch.testing.assert_close(use.edits[key].delta(h), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "subspaces", "message"),
+    [
+        ("loreft-tied", {"a": (4,)}, r"^subspaces\.a: got \[4\], expected ranks 0 to 3"),
+        ("loreft-tied", {"a": (0,), "b": (0,)}, "^subspaces: got ranks .*at most once"),
+        ("lobireft", {"a": (0,)}, r"^subspaces\.a: got \[0\], expected none: a site has no ranks"),
+    ],
+)
+def test_names_for_ranks_that_are_not_there_are_refused(
+    name: str, subspaces: dict[str, tuple[int, ...]], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        converted(load_case("pyreft", name), subspaces=subspaces)
 
 
 # -- options -----------------------------------------------------------------------------------

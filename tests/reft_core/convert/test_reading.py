@@ -8,6 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from reft_core.adapter import EditKey
 from reft_core.convert import base_from_folder, reading, tensor_file
@@ -23,9 +36,16 @@ from reft_core.errors import (
     InvalidRequest,
     UnsupportedModel,
 )
-from reft_core.loading import load_model
+from reft_core.loading import (
+    LoadedModel,
+    load_any,
+    load_encoder,
+    load_model,
+    load_seq2seq,
+)
 from reft_core.spec import PositionSpec
 from tests.reft_core.convert.support import FIXTURES, options
+from tests.server.fakes import make_tokenizer
 
 
 def test_a_file_over_the_cap_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +176,49 @@ def test_the_base_is_described_from_its_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(UnsupportedModel, match="base: got 'clip', expected a model type with"):
         base_from_folder(str(tmp_path))
+
+
+_BERT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+_BERT |= {"num_attention_heads": 2, "max_position_embeddings": 32}
+_T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+_BART = {"vocab_size": 40, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+_BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "load"),
+    [
+        (lambda: BertModel(BertConfig(**_BERT)), load_encoder),
+        (lambda: BertForMaskedLM(BertConfig(**_BERT)), load_encoder),
+        (lambda: RobertaModel(RobertaConfig(**_BERT)), load_encoder),
+        (lambda: BertLMHeadModel(BertConfig(**_BERT, is_decoder=True)), load_model),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(**_T5, num_layers=3, num_decoder_layers=2)),
+            load_seq2seq,
+        ),
+        (
+            lambda: BartForConditionalGeneration(
+                BartConfig(**_BART, encoder_layers=3, decoder_layers=2)
+            ),
+            load_seq2seq,
+        ),
+        (
+            lambda: BartForConditionalGeneration(
+                BartConfig(**_BART, encoder_layers=2, decoder_layers=2)
+            ),
+            load_seq2seq,
+        ),
+    ],
+    ids=["bert", "bert-mlm", "roberta", "bert-decoder", "t5", "bart-3-2", "bart-2-2"],
+)
+def test_bases_of_every_kind_are_described_as_they_are_loaded(
+    model: Callable[[], PreTrainedModel], load: Callable[[str], LoadedModel], tmp_path: Path
+) -> None:
+    model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    loaded = load(str(tmp_path)).description
+    assert base_from_folder(str(tmp_path)) == loaded
+    assert load_any(str(tmp_path)).description == loaded
 
 
 @pytest.mark.smollm2
