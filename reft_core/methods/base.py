@@ -98,28 +98,7 @@ class Intervention(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
-def linear_init(rows: int, columns: int) -> Tensor:
-    """A (rows, columns) weight drawn as torch's linear layer draws its own."""
-    bound = 1 / math.sqrt(columns)
-    return torch.empty(rows, columns).uniform_(-bound, bound)
-
-
-def orthonormal_init(size: int, rank: int) -> Tensor:
-    """A random (d, r) float32 matrix with orthonormal columns, from torch's generator."""
-    q, _ = torch.linalg.qr(torch.randn(size, rank))
-    return q
-
-
-def orthonormalise(a: Tensor) -> Tensor:
-    """Orthonormal columns spanning those of ``a`` (d, r), by Cholesky-QR, differentiable.
-
-    R = A·L⁻ᵀ with L·Lᵀ = AᵀA, so RᵀR = I whatever the length of A's columns: weight decay
-    and large steps cannot destroy it. An r×r Cholesky factor and a triangular solve cost far
-    less than a Householder or matrix-exponential parametrisation. Done twice, because once
-    leaves an error that grows with the square of A's condition number: a few long steps with
-    r near d brought RᵀR to 10 % off I, and the second pass brings it back to rounding.
-    """
-    for _ in range(2):
-        factor = torch.linalg.cholesky(a.mT @ a)  # (r, r), lower
-        a = torch.linalg.solve_triangular(factor, a.mT, upper=False).mT  # (d, r)
-    return a
+def linear_init(num_inputs: int, *shape: int) -> Tensor:
+    """A tensor drawn as torch's linear layer of ``num_inputs`` draws its weight and its bias."""
+    bound = 1 / math.sqrt(num_inputs)
+    return torch.empty(shape).uniform_(-bound, bound)

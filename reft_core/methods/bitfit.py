@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from typing_extensions import override
-
-from reft_core.edits import Activation, Edit, Part
-from reft_core.methods.base import Intervention, SiteSizes
+from reft_core.methods.constant import Constant
 
 
-class BitFit(Intervention):
+class BitFit(Constant):
     """Δ = b (d_out,): a trained bias on linear maps (Ben Zaken et al. 2022).
 
-    BitFit trains the biases a model has; added to the frozen ones this is the same, and it
-    serves models without biases as well. Starts at zero.
+    The paper trains the biases a model has. b is added to the frozen one, so from zero it takes
+    the same steps; maps without a bias get one.
+
+    Biases of layer norms are not trained here. One in front of linear maps acts as β·W on each
+    of them, and a map's own b covers that with d_out free numbers, so nothing is lost where all
+    of them are trained. Two kinds are out of reach of an edit in a layer: that of the norm
+    after the last layer, and, in models that normalise after the residual sum (BERT), that of
+    the norm after the attention. BERT's other one, at a layer's end, is ``steering`` at
+    ``block_output``.
     """
 
     method = "bitfit"
     equation = "b"
     citation = "arXiv 2106.10199"
-    activations = ("identity",)
     sites = ("linear",)
     phase = "all"
-    has_rank = False
-
-    def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
-        super().__init__(sizes, rank, activation)
-        self.bias = nn.Parameter(torch.zeros(sizes.out_size))
-
-    @override
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.bias.expand_as(h)
-
-    @override
-    @torch.no_grad()
-    def to_edit(self) -> Edit:
-        return Edit(shift=self.bias.clone())
-
-    @classmethod
-    @override
-    def parts(cls, activation: Activation) -> tuple[Part, ...]:
-        return ("shift",)

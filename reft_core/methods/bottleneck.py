@@ -19,7 +19,12 @@ from reft_core.methods.base import Intervention, SiteSizes
 
 
 class Bottleneck(Intervention):
-    """s·act(x·W_down + b_down)·W_up + s·b_up; subclasses say what x is."""
+    """s·act(x·W_down + b_down)·W_up + s·b_up; subclasses say what x is.
+
+    Starts as He et al.'s code does with its option ``lora``, which their scripts set for parallel
+    adapters: W_down Kaiming uniform with a = √5, the rest zero, so that the untrained adapter
+    changes nothing.
+    """
 
     activations = ("relu", "gelu", "silu", "tanh", "sigmoid", "identity")
     sites: ClassVar[tuple[str, ...]] = ("mlp_output", "attn_output")

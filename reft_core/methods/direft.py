@@ -19,8 +19,8 @@ from reft_core.methods.base import Intervention, SiteSizes, linear_init
 class DiReFT(Intervention):
     """Δ(h) = act(h·W₁ᵀ + b)·W₂ with free W₁, W₂ (r, d) and b (r,).
 
-    W₁ is drawn as a linear layer's weight; W₂ starts at zero, so the untrained edit
-    changes nothing (as LoRA's does).
+    pyreft's ``NodireftIntervention`` draws W₁, b and W₂ as a linear layer's. Here W₁ alone is;
+    b and W₂ start at zero, as LoRA's B does, so that the untrained edit changes nothing.
     """
 
     method = "direft"
@@ -30,7 +30,7 @@ class DiReFT(Intervention):
     def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
         super().__init__(sizes, rank, activation)
         size = sizes.out_size
-        self.weight = nn.Parameter(linear_init(rank, size))
+        self.weight = nn.Parameter(linear_init(size, rank, size))
         self.bias = nn.Parameter(torch.zeros(rank))
         self.up = nn.Parameter(torch.zeros(rank, size))
 

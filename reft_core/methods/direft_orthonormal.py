@@ -8,21 +8,17 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
-from reft_core.methods.base import (
-    Intervention,
-    SiteSizes,
-    linear_init,
-    orthonormal_init,
-    orthonormalise,
-)
+from reft_core.methods.base import SiteSizes, linear_init
+from reft_core.methods.rotated import Rotated
 
 
-class DiReFTOrthonormal(Intervention):
+class DiReFTOrthonormal(Rotated):
     """Δ(h) = act(h·Wᵀ + b)·Rᵀ with orthonormal columns in R (d, r); W (r, d), b (r,).
 
-    W and b start at zero, so with an activation that maps 0 to 0 the untrained edit changes
-    nothing; except under relu, where W is drawn, since relu's gradient at 0 is 0. pyreft
-    always draws W at random, which makes its untrained edit a random one.
+    R starts orthonormal, as in pyreft's ``DireftIntervention``. That draws W and b as a linear
+    layer's, which makes its untrained edit a random one; here they start at zero, so with an
+    activation that maps 0 to 0 the untrained edit changes nothing. Under relu, whose gradient
+    at 0 is 0, W is drawn as in pyreft.
     """
 
     method = "direft_orthonormal"
@@ -32,23 +28,22 @@ class DiReFTOrthonormal(Intervention):
     def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
         super().__init__(sizes, rank, activation)
         size = sizes.out_size
-        self.basis = nn.Parameter(orthonormal_init(size, rank))  # (d, r)
         # From zero relu would never learn.
-        start = linear_init(rank, size) if activation == "relu" else torch.zeros(rank, size)
+        start = linear_init(size, rank, size) if activation == "relu" else torch.zeros(rank, size)
         self.weight = nn.Parameter(start)
         self.bias = nn.Parameter(torch.zeros(rank))
 
     @override
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         inner = activate(self.activation, F.linear(h, self.weight, self.bias))  # (N, r)
-        return inner @ orthonormalise(self.basis).mT  # (N, d)
+        return inner @ self.rotation().mT  # (N, d)
 
     @override
     @torch.no_grad()
     def to_edit(self) -> Edit:
         return Edit(
             down=self.weight.mT.clone(),
-            up=orthonormalise(self.basis).mT,
+            up=self.rotation().mT,
             bias=self.bias.clone(),
             activation=self.activation,
         )

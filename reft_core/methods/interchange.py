@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part
-from reft_core.methods.base import Intervention, SiteSizes, orthonormal_init, orthonormalise
+from reft_core.methods.rotated import Rotated
 
 
-class Interchange(Intervention):
+class Interchange(Rotated):
     """Δ(h, s) = ((s − h)·R)·Rᵀ with R (d, r) orthonormal and s (N, d) from a source prompt.
 
     What a subspace holds is replaced by what it holds, at the paired position, when the base
     model reads another prompt, the request's *source*. Without a source s is zero: the
     subspace is emptied (directional ablation, arXiv 2406.11717), and that is also how it is
-    trained. R starts orthonormal; distributed alignment search learns it elsewhere.
+    trained. R starts orthonormal, as pyvene's ``LowRankRotatedSpaceIntervention`` draws it.
     """
 
     method = "interchange"
@@ -25,19 +25,15 @@ class Interchange(Intervention):
     activations = ("identity",)
     interchanges = True
 
-    def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
-        super().__init__(sizes, rank, activation)
-        self.basis = nn.Parameter(orthonormal_init(sizes.out_size, rank))  # (d, r)
-
     @override
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        rotation = orthonormalise(self.basis)
+        rotation = self.rotation()
         return -(h @ rotation) @ rotation.mT  # (N, d), with s = 0
 
     @override
     @torch.no_grad()
     def to_edit(self) -> Edit:
-        rotation = orthonormalise(self.basis)
+        rotation = self.rotation()
         return Edit(down=-rotation, up=rotation.mT)
 
     @classmethod

@@ -8,15 +8,20 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from reft_core.edits import Activation, Edit, Part, activate
-from reft_core.methods.base import Intervention, SiteSizes, orthonormal_init, orthonormalise
+from reft_core.methods.base import SiteSizes
+from reft_core.methods.rotated import Rotated
 
 
-class LoReFT(Intervention):
+class LoReFT(Rotated):
     """Δ(h) = (act(h·Wᵀ + b) − h·R)·Rᵀ with orthonormal columns in R.
 
     R (d, r), W (r, d), b (r,). The paper's act is the identity, for which the edit folds to
-    (h·(Wᵀ − R) + b)·Rᵀ. W starts as Rᵀ and b as zero, so with the identity activation the
-    untrained edit changes nothing.
+    (h·(Wᵀ − R) + b)·Rᵀ.
+
+    Starts as pyreft's ``LoreftIntervention_IdentityInit``: R orthonormal, W = Rᵀ, b = 0, so that
+    with the identity activation the untrained edit changes nothing. pyreft's older
+    ``LoreftIntervention`` draws W and b as a linear layer's, and training first has to undo
+    a random edit.
     """
 
     method = "loreft"
@@ -25,15 +30,8 @@ class LoReFT(Intervention):
 
     def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
         super().__init__(sizes, rank, activation)
-        size = sizes.out_size
-        rotation = orthonormal_init(size, rank)
-        self.basis = nn.Parameter(rotation)  # (d, r); R after orthonormalise
-        self.weight = nn.Parameter(rotation.mT.clone())  # (r, d)
+        self.weight = nn.Parameter(self.basis.detach().mT.clone())  # (r, d)
         self.bias = nn.Parameter(torch.zeros(rank))
-
-    def rotation(self) -> Tensor:
-        """R (d, r), its columns orthonormal."""
-        return orthonormalise(self.basis)
 
     @override
     def forward(self, h: Tensor, x: Tensor) -> Tensor:

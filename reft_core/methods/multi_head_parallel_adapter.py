@@ -18,6 +18,9 @@ class MultiHeadParallelAdapter(Bottleneck):
     Head i adds act(x·W_down⁽ⁱ⁾ + b⁽ⁱ⁾)·W_up⁽ⁱ⁾ + b'⁽ⁱ⁾ of width D to its own output, x being the
     attention's input. ``rank`` is that of one head. Stored as one edit of rank H·r whose up
     is block-diagonal.
+
+    Starts as the other parallel adapters. He et al.'s ``MHAdapter_Layer`` draws both matrices
+    from N(0, 0.02²), which makes its untrained edit a random one.
     """
 
     method = "multi_head_parallel_adapter"
@@ -30,6 +33,7 @@ class MultiHeadParallelAdapter(Bottleneck):
         assert sizes.head_dim > 0, "the size of a head must be known"
         num_heads = sizes.out_size // sizes.head_dim
         super().__init__(sizes, num_heads * rank, activation)
+        self.rank = rank
         del self.up
         self.head_up = nn.Parameter(torch.zeros(num_heads, rank, sizes.head_dim))
 

@@ -14,7 +14,8 @@ from reft_core.methods.base import Intervention, SiteSizes, linear_init
 class NoReFT(Intervention):
     """Δ(h) = (act(h·W₁ᵀ + b) − h·W₂ᵀ)·W₂ with free W₁, W₂ (r, d) and b (r,).
 
-    W₁ and W₂ are drawn as a linear layer's weights, as pyreft does.
+    Starts as pyreft's ``NoreftIntervention``: W₁ and b are drawn as a linear layer's weight and
+    bias, W₂ as another's weight. The untrained edit is a random one.
     """
 
     method = "noreft"
@@ -24,9 +25,9 @@ class NoReFT(Intervention):
     def __init__(self, sizes: SiteSizes, rank: int, activation: Activation = "identity") -> None:
         super().__init__(sizes, rank, activation)
         size = sizes.out_size
-        self.weight = nn.Parameter(linear_init(rank, size))
-        self.bias = nn.Parameter(torch.zeros(rank))
-        self.projection = nn.Parameter(linear_init(rank, size))
+        self.weight = nn.Parameter(linear_init(size, rank, size))
+        self.bias = nn.Parameter(linear_init(size, rank))
+        self.projection = nn.Parameter(linear_init(size, rank, size))
 
     @override
     def forward(self, h: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from reft_core.methods.base import Intervention, SiteSizes
 class RED(Intervention):
     """h becomes h∘l + b, so Δ(h) = (l − 1)∘h + b with l, b (d,).
 
-    l starts at one and b at zero, as in the paper. It has no rank and no activation.
+    l starts at one and b at zero, as in the paper's code. It has no rank and no activation.
     """
 
     method = "red"

@@ -18,7 +18,7 @@ from reft_core.sites import ModelDescription
 from reft_core.spec import PrefixSpec
 
 _INIT_STD = 0.02
-"""Of a transformer's own weights, in GPT-2 and since."""
+"""Of a transformer's own weights, in BERT, GPT-2 and since."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,13 @@ class VirtualTokens(nn.Module):
     cache, rotation included. With ``bottleneck`` m they are, while training, the output of
     W₂·tanh(W₁·e) with one e (d,) a token, as prefix tuning proposes for stability; the file
     holds the result either way. Kind ``embedding``: n·d numbers that take the place of input
-    embeddings. ``start`` (n, d), such as the embeddings of real tokens, is where e or they
-    begin; drawn from N(0, 0.02²) without it, as are keys and values without a bottleneck.
+    embeddings.
+
+    ``start`` (n, d) is where e, or those embeddings, begin; the trainer gives prompt tuning the
+    embeddings of random tokens, as in PEFT (arXiv 2104.08691 samples from the common ones).
+    Without it e is drawn from N(0, 1) and W₁, W₂ as linear layers, as in the code of He et al.,
+    PEFT and AdapterHub. Keys and values without a bottleneck are drawn from N(0, 0.02²),
+    as in He et al.'s ``PrefixDirectInit``, and so are embeddings without a start.
     """
 
     def __init__(
@@ -64,7 +69,9 @@ class VirtualTokens(nn.Module):
         self.length = length
         self._shape = (model.num_layers, 2, model.num_kv_heads, length, model.head_dim)
         if kind == "embedding" or bottleneck is not None:
-            drawn = torch.randn(length, model.hidden_size) * _INIT_STD
+            drawn = torch.randn(length, model.hidden_size)
+            if kind == "embedding":
+                drawn *= _INIT_STD
             self.embedding = nn.Parameter(drawn if start is None else start.float().clone())
         if kind == "kv" and bottleneck is None:
             self.states = nn.Parameter(torch.randn(self._shape) * _INIT_STD)

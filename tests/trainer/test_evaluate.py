@@ -89,7 +89,7 @@ def test_the_likeliest_label_is_that_of_highest_probability(tmp_path: Path) -> N
     rows = [{"instruction": str(i), "completion": "yes"} for i in range(7)]
     dataset = load_dataset(write_rows(tmp_path / "rows.jsonl", rows))
     tokens = tokenise(dataset, loaded.tokenizer, RULE, max_length=100)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = ReftModel(
         loaded.model,
         Placement.on(loaded.description, "loreft", layers=(0, 1), rank=2),
