@@ -109,8 +109,8 @@ def _same(field: str, values: Sequence[object]) -> None:
 
 
 def _the_prefixed(ingredients: Sequence[Ingredient]) -> Adapter | None:
-    """The one adapter with virtual tokens, if there is one."""
-    found = [part for part in ingredients if part.adapter.prefix is not None]
+    """The one adapter whose virtual tokens take part, if there is one. At strength 0 none do."""
+    found = [part for part in ingredients if part.adapter.prefix is not None and part.strength]
     if len(found) > 1:
         names = [part.adapter.spec.name for part in found]
         raise InvalidRequest.because("prefix", names, "at most one adapter with virtual tokens")
@@ -118,7 +118,7 @@ def _the_prefixed(ingredients: Sequence[Ingredient]) -> Adapter | None:
         return None
     if found[0].strength != 1:
         raise InvalidRequest.because(
-            "strength", found[0].strength, "1 for an adapter with a prefix"
+            "strength", found[0].strength, "0 or 1 for an adapter with a prefix"
         )
     return found[0].adapter
 

@@ -228,19 +228,29 @@ def random_classifier_bytes(
 
 
 def random_prefix_adapter(
-    model: ModelDescription, kind: Literal["kv", "embedding"], *, length: int = 3, seed: int = 0
+    model: ModelDescription,
+    kind: Literal["kv", "embedding"],
+    *,
+    length: int = 3,
+    seed: int = 0,
+    beside: Adapter | None = None,
 ) -> Adapter:
-    """Prefix tuning or prompt tuning with random tensors and no edits."""
+    """Prefix tuning or prompt tuning with random tensors; with the edits of ``beside``, as in MAM,
+    or with none.
+    """
     generator = torch.Generator().manual_seed(seed)
     heads = (model.num_kv_heads, model.head_dim) if kind == "kv" else (None, None)
+    prefix_spec = PrefixSpec(kind=kind, length=length, num_kv_heads=heads[0], head_dim=heads[1])
+    method = "prefix_tuning" if kind == "kv" else "prompt_tuning"
     spec = AdapterSpec(
         name=f"{kind}-prefix",
         base=model.to_base_spec(),
-        method="prefix_tuning" if kind == "kv" else "prompt_tuning",
-        positions=PositionSpec(rule="l1"),
-        prefix=PrefixSpec(kind=kind, length=length, num_kv_heads=heads[0], head_dim=heads[1]),
+        method=method if beside is None else "mam",
+        positions=PositionSpec(rule="l1") if beside is None else beside.spec.positions,
+        sites={} if beside is None else beside.spec.sites,
+        prefix=prefix_spec,
     )
-    shapes = spec.tensor_shapes()
+    shapes = prefix_spec.tensor_shapes(model.num_layers, model.hidden_size)
     drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     layers = range(model.num_layers if kind == "kv" else 0)
     prefix = Prefix(
@@ -248,7 +258,8 @@ def random_prefix_adapter(
         tuple(drawn[f"prefix.{layer}.value"] for layer in layers),
         drawn.get("prefix.embedding"),
     )
-    return decode_adapter(encode_adapter(spec, {}, prefix))
+    edits = {} if beside is None else beside.edits
+    return decode_adapter(encode_adapter(spec, edits, prefix))
 
 
 def shift_adapter(

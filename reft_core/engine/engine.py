@@ -13,10 +13,10 @@ import torch
 
 from reft_core.adapter import Adapter, check_fits
 from reft_core.batch import AdapterUse, PromptEdits
+from reft_core.engine.choices import as_use
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.cuda_graphs import recorder_for
 from reft_core.engine.interface import (
-    AdapterChoice,
     EngineStats,
     FinishReason,
     Output,
@@ -49,9 +49,6 @@ from reft_core.errors import (
 from reft_core.loading import LoadedModel
 from reft_core.sites import ModelDescription
 from reft_core.threads import run_in_own_thread
-
-MAX_STRENGTH = 100.0
-"""Largest magnitude by which a request may multiply an adapter's edits."""
 
 log = logging.getLogger(__name__)
 
@@ -241,20 +238,20 @@ class EmbeddedEngine:
                     raise InvalidRequest.because(field, token, f"token ids 0 to {vocab_size - 1}")
 
     def _resolve_edits(self, request: Request) -> PromptEdits | None:
-        """The request's adapters, resolved against its prompt."""
-        if not request.adapters:
-            return None
-        edits = PromptEdits(
-            tuple(self._resolve_adapter(choice) for choice in request.adapters),
-            len(request.prompt),
-        )
-        with_prefix = [u.adapter.spec.name for u in edits.uses if u.adapter.num_virtual_tokens]
-        if len(with_prefix) > 1:
-            raise InvalidRequest.because("adapters", with_prefix, "at most one with a prefix")
-        for use in edits.uses:
+        """The request's adapters, resolved against its prompt; None where only the base acts.
+
+        At strength 0 an adapter is left out with all that it is made of, virtual tokens too.
+        """
+        uses = [as_use(choice, self._adapters.get(choice.digest)) for choice in request.adapters]
+        for use in uses:
+            self._uploads.wait(use.adapter.digest)
             if use.source:
                 self._check_source(use, len(request.prompt))
-        return edits
+        uses = [use for use in uses if use.strength != 0]
+        with_prefix = [u.adapter.spec.name for u in uses if u.adapter.num_virtual_tokens]
+        if len(with_prefix) > 1:
+            raise InvalidRequest.because("adapters", with_prefix, "at most one with a prefix")
+        return PromptEdits(tuple(uses), len(request.prompt)) if uses else None
 
     def _check_source(self, use: AdapterUse, prompt_len: int) -> None:
         """Refuse a source prompt that nothing takes, or whose positions do not pair up."""
@@ -278,36 +275,6 @@ class EmbeddedEngine:
                 f"a prompt in which {spec.positions.rule} draws as many positions as in the "
                 f"request's own: {in_prompt} a unit, not {in_source}",
             )
-
-    def _resolve_adapter(self, choice: AdapterChoice) -> AdapterUse:
-        """One adapter of a request, its options checked."""
-        adapter = self._adapters.get(choice.digest)
-        if adapter is None:
-            raise InvalidRequest.because("adapter", choice.digest, "a loaded digest")
-        self._uploads.wait(choice.digest)
-        strength = adapter.spec.strength if choice.strength is None else choice.strength
-        if not abs(strength) <= MAX_STRENGTH:
-            raise InvalidRequest.because(
-                "strength", strength, f"a number from -{MAX_STRENGTH} to {MAX_STRENGTH}"
-            )
-        if adapter.num_virtual_tokens and strength != 1:
-            raise InvalidRequest.because(
-                "strength", strength, f"1, since {adapter.spec.name!r} brings trained tokens"
-            )
-        known = adapter.spec.subspaces or {}
-        for name, factor in choice.subspaces.items():
-            if name not in known:
-                named = (
-                    f"one of {', '.join(known)}, those" if known else "nothing, as there are none"
-                )
-                allowed = f"{named} of {adapter.spec.name!r}"
-                raise InvalidRequest.because("subspaces", name, allowed)
-            if not abs(factor) <= MAX_STRENGTH:
-                raise InvalidRequest.because(
-                    f"subspaces.{name}", factor, f"from -{MAX_STRENGTH} to {MAX_STRENGTH}"
-                )
-        subspaces = tuple(sorted(choice.subspaces.items()))
-        return AdapterUse(adapter, strength, subspaces, choice.source)
 
     def _check_length(self, request: Request, edits: PromptEdits | None) -> None:
         """Refuse a request that does not fit into a slot."""

@@ -71,8 +71,9 @@ def reference_logits(
     ``sources`` holds the source prompt of interchange adapters, by digest.
     """
     stack = stack or ([(adapter, strength)] if adapter is not None else [])
+    prefixed = [used for used, factor in stack if factor]
     # Rows of the forward: cached keys and values have none, virtual embeddings have theirs.
-    virtual = sum(used.num_virtual_tokens for used, _ in stack if not used.has_kv_prefix)
+    virtual = sum(used.num_virtual_tokens for used in prefixed if not used.has_kv_prefix)
     late: list[tuple[nn.Module, str, Change]] = []
     for used, factor in stack:
         units = used.rule.resolve(prompt_len)
@@ -93,7 +94,7 @@ def reference_logits(
             late.append((layer, key.site, _change(edit, factor, rows)))
     handles = [handle for place in late for handle in _hook(model, *place)]
     try:
-        return _forward(model, tokens, [used for used, _ in stack])
+        return _forward(model, tokens, prefixed)
     finally:
         for handle in handles:
             handle.remove()

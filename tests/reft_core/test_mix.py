@@ -91,6 +91,14 @@ def test_a_prefix_comes_along() -> None:
     assert mixed.num_virtual_tokens == prefix.num_virtual_tokens
 
 
+def test_a_prefix_at_strength_0_stays_out() -> None:
+    prefix = random_prefix_adapter(tiny_description(), "kv")
+    lora = made("lora", 2, sites=LINEAR, positions=prefix.spec.positions.rule)
+    assert assert_equals_stack([(prefix, 0.0), (lora, 0.5)]).prefix is None
+    with pytest.raises(InvalidRequest, match=r"strength: got 0\.5, expected 0 or 1"):
+        mix([Ingredient(prefix, 0.5), Ingredient(lora, 1.0)], "mixed")
+
+
 def test_the_file_says_what_it_was_mixed_from() -> None:
     first, second = made("loreft", 1), made("loreft", 2)
     spec = decode_adapter(mix([Ingredient(first, 0.7), Ingredient(second, 0.5)], "both")).spec

@@ -23,8 +23,9 @@ import reft_core.batch as batch_module
 import reft_core.kernels as kernels_module
 from reft_core.adapter import Adapter, EditKey, Prefix, decode_adapter, encode_adapter
 from reft_core.engine.attention import DecodeBatch
+from reft_core.engine.choices import MAX_STRENGTH
 from reft_core.engine.config import EngineConfig, Forward
-from reft_core.engine.engine import MAX_STRENGTH, EmbeddedEngine
+from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.generate import generate
 from reft_core.engine.interface import AdapterChoice, Output, Request, SamplingParams
 from reft_core.engine.kv import SlotKV
@@ -143,6 +144,15 @@ def voiced() -> Adapter:
         positions="prompt",
         subspaces={"tone": (0, 2), "topic": (1, 3)},
     )
+
+
+@cache
+def mam() -> Adapter:
+    """A prefix, and an adapter that edits every token."""
+    beside = random_adapter(
+        tiny_description(), method="scaled_parallel_adapter", positions="prompt", size=0.5
+    )
+    return random_prefix_adapter(tiny_description(), "kv", beside=beside)
 
 
 @cache
@@ -417,11 +427,11 @@ def test_seeds_reproduce_whatever_else_is_in_the_batch() -> None:
                 using(AdapterChoice(prefix(kind).digest, strength)),
                 InvalidRequest,
                 "strength",
-                f"strength: got {strength}, expected 1, since '{kind}-prefix' brings trained "
+                f"strength: got {strength}, expected 0 or 1, since '{kind}-prefix' brings trained "
                 "tokens",
             )
             for kind in ("kv", "embedding")
-            for strength in (0.5, 0.0, -1.0)
+            for strength in (0.5, 2.0, -1.0)
         ),
         *(
             (
@@ -985,7 +995,7 @@ def last_layer_adapter(method: str, site: str) -> Adapter:
         layers=[3],
         positions="prompt",
         phase="prompt",
-        size=3.0,
+        size=5.0,
     )
 
 
@@ -1116,6 +1126,31 @@ def test_subspaces_leave_only_the_chosen_ranks() -> None:
     assert answers[0] == answers[1]
     assert answers[5] == expected(LONG[:9])
     assert len({tuple(answer) for answer in answers}) == 5, "each choice must matter"
+
+
+@pytest.mark.parametrize("name", ["kv", "embedding", "mam"])
+def test_a_prefix_at_strength_0_is_exactly_the_base(name: str) -> None:
+    """Also beside the same adapter at strength 1, and in a stack with another prefix."""
+    adapter = mam() if name == "mam" else prefix(name)  # type: ignore[arg-type]
+    other = random_prefix_adapter(tiny_description(), "kv", length=2, seed=1)
+    engine = make_engine(adapter, other, everywhere())
+    stacks: list[Stack] = [
+        [(adapter, 0.0)],
+        [(adapter, 1.0)],
+        [(other, 1.0), (adapter, 0.0)],
+        [(adapter, 0.0), (everywhere(), 1.0)],
+    ]
+    recorders = [submit_stack(engine, f"r{i}", stack, LONG[:9]) for i, stack in enumerate(stacks)]
+    ticket = engine.submit(
+        Request("long", (5,) * 58, greedy(6), (AdapterChoice(adapter.digest, 0.0),)), Recorder()
+    )
+    finish(engine, *recorders)
+    assert ticket.num_edits == 0, "and its tokens take no room"
+    answers = [recorder.token_ids for recorder in recorders]
+    assert answers[0] == expected(LONG[:9])
+    assert answers[1] == expected(LONG[:9], GREEDY, adapter) != answers[0]
+    assert answers[2] == expected(LONG[:9], GREEDY, other)
+    assert answers[3] == expected(LONG[:9], GREEDY, everywhere())
 
 
 @pytest.mark.parametrize("kind", ["kv", "embedding"])
