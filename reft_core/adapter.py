@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -125,6 +126,11 @@ class Adapter:
     head: Head | None = None
 
     @property
+    def resident_bytes(self) -> int:
+        """Bytes it takes in memory, nearly."""
+        return self.spec.resident_bytes(self.num_bytes)
+
+    @property
     def num_virtual_tokens(self) -> int:
         """Positions its prefix takes before the prompt."""
         return 0 if self.spec.prefix is None else self.spec.prefix.length
@@ -187,8 +193,12 @@ def encode_adapter(
     return data
 
 
-def decode_adapter(data: bytes, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapter:
+def decode_adapter(
+    data: bytes, *, max_bytes: int = MAX_ADAPTER_BYTES, digest: str | None = None
+) -> Adapter:
     """The adapter in a file's bytes, fully validated.
+
+    ``digest`` is the SHA-256 of ``data`` if the caller has just computed it.
 
     Raises :class:`AdapterTooLarge` or :class:`AdapterFileInvalid`, naming the field, what it
     held and what was allowed.
@@ -207,10 +217,8 @@ def decode_adapter(data: bytes, *, max_bytes: int = MAX_ADAPTER_BYTES) -> Adapte
         raise AdapterFileInvalid(
             f"body: not a valid safetensors file ({error})", field="body"
         ) from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterFileInvalid.because(name, "NaN or infinity", "finite values only")
-    digest = hashlib.sha256(data).hexdigest()
+    _check_finite(tensors)
+    digest = digest or hashlib.sha256(data).hexdigest()
     edits, prefix = _build_edits(spec, tensors), _build_prefix(spec, tensors)
     return Adapter(spec, edits, digest, len(data), prefix, _build_head(spec, tensors))
 
@@ -364,12 +372,23 @@ def _check_tensors_declared(header: dict[str, Any], spec: AdapterSpec) -> None:
             raise AdapterFileInvalid.because(f"{name}.shape", entry.get("shape"), str(list(shape)))
 
 
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinities, in one pass over all numbers and not one a tensor."""
+    joined = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    least, greatest = torch.aminmax(joined)  # a NaN anywhere makes both NaN
+    if math.isfinite(least) and math.isfinite(greatest):
+        return
+    name = next(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    raise AdapterFileInvalid.because(name, "NaN or infinity", "finite values only")
+
+
 def _build_edits(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> dict[EditKey, Edit]:
     """Edits in float32, in the form the file holds; :meth:`Adapter.to` folds them."""
     edits: dict[EditKey, Edit] = {}
+    num_units = spec.positions.to_rule().num_units
     for site_name, site in spec.sites.items():
         for layer in site.layers:
-            for unit in range(spec.positions.to_rule().num_units):
+            for unit in range(num_units):
                 parts = {
                     part: tensors[tensor_name(layer, site_name, unit, part)].float()
                     for part in site.parts

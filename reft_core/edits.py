@@ -92,6 +92,8 @@ class Edit:
             part: tensor.to(dtype=dtype, device=device).contiguous()
             for part, tensor in self.parts()
         }
+        if all(moved[part] is tensor for part, tensor in self.parts()):
+            return self
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def fold(self) -> Edit:
@@ -104,7 +106,8 @@ class Edit:
         if self.down is None or self.up is None or self.activation != "identity":
             return self
         down = self.down if self.skip is None else self.down - self.skip  # (d, r)
-        return replace(self, down=down, skip=None, up=self.up * self.scale, scale=1.0)
+        up = self.up if self.scale == 1.0 else self.up * self.scale  # (r, d)
+        return replace(self, down=down, skip=None, up=up, scale=1.0)
 
     def scale_ranks(self, factors: Tensor) -> Edit:
         """The edit with each rank's contribution multiplied by its factor (r,)."""

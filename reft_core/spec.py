@@ -313,13 +313,15 @@ class AdapterSpec(_Document):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the file must hold, and of no other."""
         num_units = self.positions.to_rule().num_units
-        shapes = {
-            tensor_name(layer, site_name, unit, part): site.shape(part, self.base.hidden_size)
-            for site_name, site in self.sites.items()
-            for layer in site.layers
-            for unit in range(num_units)
-            for part in site.parts
-        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for site_name, site in self.sites.items():
+            of_parts = [(part, site.shape(part, self.base.hidden_size)) for part in site.parts]
+            shapes |= {
+                tensor_name(layer, site_name, unit, part): shape
+                for layer in site.layers
+                for unit in range(num_units)
+                for part, shape in of_parts
+            }
         if self.prefix is not None:
             shapes |= self.prefix.tensor_shapes(self.base.num_layers, self.base.hidden_size)
         if self.head is not None and self.task.labels is not None:
@@ -330,6 +332,10 @@ class AdapterSpec(_Document):
     def num_parameters(self) -> int:
         """Numbers stored in the file's tensors."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+    def resident_bytes(self, num_bytes: int) -> int:
+        """Bytes that a file of ``num_bytes`` takes in memory, where all tensors are float32."""
+        return num_bytes if self.dtype == "float32" else 2 * num_bytes
 
     def to_json(self) -> str:
         """Compact JSON with sorted keys, so equal specs give equal bytes."""

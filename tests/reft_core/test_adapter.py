@@ -25,6 +25,7 @@ from reft_core.adapter import (
     Adapter,
     EditKey,
     Prefix,
+    _check_finite,
     check_fits,
     decode_adapter,
     encode_adapter,
@@ -305,6 +306,35 @@ def test_encode_refuses_values_that_no_reader_accepts(dtype: str, value: float) 
     broken = {key: replace(edit, bias=torch.full((2,), value)) for key, edit in edits.items()}
     with pytest.raises(AdapterFileInvalid, match=rf"{BIAS}: got .*finite"):
         encode_adapter(spec, broken)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bad_number_is_found_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    """Between, before and after numbers as large as the dtype holds."""
+    most = torch.finfo(dtype).max
+    for place in range(7):
+        tensors = {
+            name: torch.tensor([[most, -most], [0.0, 1.0]], dtype=dtype) for name in ("a", "b")
+        }
+        _check_finite(tensors)
+        tensors["b" if place > 3 else "a"].view(-1)[place % 4] = bad
+        with pytest.raises(AdapterFileInvalid, match=f"{'b' if place > 3 else 'a'}: got 'NaN or"):
+            _check_finite(tensors)
+
+
+def test_a_digest_that_is_known_is_not_computed_again() -> None:
+    digest = hashlib.sha256(good_file()).hexdigest()
+    assert decode_adapter(good_file(), digest=digest).digest == digest
+    assert decode_adapter(good_file(), digest="f" * 64).digest == "f" * 64
+
+
+def test_half_precision_counts_twice_in_memory() -> None:
+    sizes = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        adapter = decode_adapter(random_adapter_bytes(tiny_description(), dtype=dtype))
+        sizes[dtype] = adapter.resident_bytes / adapter.num_bytes
+    assert sizes == {"float32": 1, "float16": 2, "bfloat16": 2}
 
 
 def test_to_moves_the_edits_alone() -> None:
