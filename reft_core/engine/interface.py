@@ -210,6 +210,9 @@ class EngineStats:
     """Tokens that were taken from the prefix cache instead of being computed."""
     cached_blocks: int
     preemptions_total: int
+    free_cached_blocks: int
+    max_cached_blocks: int
+    """Blocks that the prefix cache has memory for: those held and those free."""
 
 
 OutputSink = Callable[[Output], None]
