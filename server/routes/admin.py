@@ -16,6 +16,7 @@ from server.protocol.models import (
     VersionCard,
 )
 from server.routes.guards import AdminRoute, make_router
+from server.routes.listing import After, Limit, answer_from_thread
 from server.services import Services, services_of
 
 router = make_router(AdminRoute, tag="admin")
@@ -55,12 +56,18 @@ async def upload_adapter(name: str, request: Request, response: Response) -> Upl
     return UploadAnswer(**VersionCard.of(version, users).model_dump(), created=uploaded.created)
 
 
-@router.get("/admin/adapters")
-async def list_adapters(request: Request) -> AdapterList:
-    """The current version of every adapter."""
+@router.get("/admin/adapters", response_model=AdapterList)
+async def list_adapters(request: Request, after: After = "", limit: Limit = None) -> Response:
+    """The current version of every adapter, by name."""
     services = services_of(request)
-    versions = await asyncio.to_thread(services.registry.all_current)
-    return AdapterList(data=_cards(services, versions))
+    versions = await asyncio.to_thread(services.registry.all_current, after, limit)
+    users = [services.residency.num_users(version.digest) for version in versions]
+
+    def build() -> AdapterList:
+        cards = map(VersionCard.of, versions, users)
+        return AdapterList(data=list(cards))
+
+    return await answer_from_thread(build)
 
 
 @router.get("/admin/adapters/{name}")
