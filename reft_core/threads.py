@@ -1,36 +1,50 @@
-"""Keeps the engine's thread the only one that holds an OpenMP pool."""
+"""Keeps the engine's thread the only one that holds an OpenMP pool.
+
+For heavy torch work outside of the engine's thread, such as loading a model. libgomp keeps a
+pool of workers for every thread that ever ran a parallel region, for as long as that thread
+lives, and once all pools together have more threads than there are cores it stops spinning
+between regions. Every small product of a decode step then waits for a wake-up, and on few cores
+a step takes about half as long again. A thread that ends takes its pool along.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def run_in_own_thread(function: Callable[[], T]) -> T:
-    """What ``function`` returns or raises, run in a thread that ends with it.
+    """What ``function`` returns or raises, run in a thread that has ended by then."""
+    thread, future = _start(function)
+    thread.join()
+    return future.result()
 
-    For heavy torch work outside of the engine's thread, such as loading a model. libgomp
-    keeps a pool of workers for every thread that ever ran a parallel region, for as long as
-    that thread lives, and once all pools together have more threads than there are cores it
-    stops spinning between regions. Every small product of a decode step then waits for a
-    wake-up, and on few cores a step takes about half as long again. A thread that ends takes
-    its pool along.
+
+def start_in_own_thread(function: Callable[[], T]) -> Future[T]:
+    """What ``function`` will return or raise, run in a thread that ends with it.
+
+    It cannot be cancelled: a waiter that leaves only stops waiting.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    return _start(function)[1]
+
+
+def _start(function: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
+    """A thread that has started, and the outcome of its function."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            results.append(function())
+            result = function()
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
     thread = threading.Thread(target=run, name="reft-once")
     thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    return thread, future

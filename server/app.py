@@ -20,6 +20,7 @@ from server.generation import Generator
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
+from server.pins import Pins
 from server.registry import Registry
 from server.residency import Residency
 from server.routes import admin, chat, classify, completions, models, ops
@@ -44,8 +45,9 @@ def create_app(
         services = await asyncio.to_thread(_build_services, settings, engine, loaded, metrics)
         app.state.services = services
         services.lifecycle.start()
-        log.info("ready", model=services.engine.model.name)
         try:
+            await services.pins.load()
+            log.info("ready", model=services.engine.model.name)
             yield
         finally:
             await services.lifecycle.drain()
@@ -93,16 +95,21 @@ def _build_services(
     except BaseException:
         registry.close()
         raise
-    metrics.watch(engine)
     residency = Residency(
-        engine, registry.read, settings.adapter_memory_bytes, metrics.count_cold_load
+        engine,
+        registry.read,
+        settings.adapter_memory_bytes,
+        metrics.observe_load,
+        settings.adapter_wait_s,
     )
+    metrics.watch(engine, residency)
     return Services(
         settings=settings,
         loaded=loaded,
         engine=engine,
         registry=registry,
         residency=residency,
+        pins=Pins(settings.pinned_adapters, registry, residency),
         generator=Generator(
             engine, registry, residency, loaded.tokenizer, metrics, settings.request_timeout_s
         ),

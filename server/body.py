@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 from fastapi import HTTPException, Request
 from starlette.types import Message, Receive
 
 JSON = "application/json"
+_LINGER_S = 2.0
+_LINGER_BYTES = 256 * 1024 * 1024
 
 
 def check_declared_length(request: Request, max_bytes: int) -> None:
@@ -34,6 +39,23 @@ async def read_capped(request: Request, max_bytes: int) -> bytes:
     """The whole body. Raises 413 without reading further once it is over the cap."""
     check_declared_length(request, max_bytes)
     return await Request(request.scope, capped(request.receive, max_bytes)).body()
+
+
+async def discard(receive: Receive) -> None:
+    """Read what a client still sends of a body that was refused, within limits.
+
+    To be called between its answer and the end of the connection: most clients send all they
+    have before they read, and closing a connection with unread data resets it, so that the
+    answer would be lost on them.
+    """
+    num_bytes = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_S):
+            while num_bytes < _LINGER_BYTES:
+                message = await receive()
+                if not message.get("more_body"):
+                    return
+                num_bytes += len(message["body"])
 
 
 def require_json(request: Request) -> None:

@@ -128,7 +128,7 @@ class Generator:
         try:
             for version in versions:
                 if version is not None:
-                    await self._residency.acquire(version.digest, version.num_bytes)
+                    await self._residency.acquire(version.digest, version.resident_bytes)
                     generation.versions.append(version)
             generation.submit(adapters)
         except BaseException:

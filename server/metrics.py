@@ -13,8 +13,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from reft_core.engine.interface import Engine, EngineStats, Timings
+from server.residency import Residency
 
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _STAGE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -40,6 +42,9 @@ class Metrics:
             "Adapters read from disk into the engine",
             registry=self.registry,
         )
+        self._load = self._histogram(
+            "adapter_load", "From wanting a cold adapter to having it in the engine", _LOAD_BUCKETS
+        )
         self._first_token = self._histogram(
             "time_to_first_token", "From the request's arrival to its first token", _STAGE_BUCKETS
         )
@@ -59,17 +64,18 @@ class Metrics:
             "request_decode_time", "From the first token to the last", _STAGE_BUCKETS
         )
 
-    def watch(self, engine: Engine) -> None:
-        """Report ``engine``'s own numbers with every scrape."""
-        self.registry.register(_EngineCollector(engine))
+    def watch(self, engine: Engine, residency: Residency) -> None:
+        """Report the own numbers of both with every scrape."""
+        self.registry.register(_Watcher(engine, residency))
 
     def count_http(self, method: str, route: str, status: int) -> None:
         """One HTTP request was answered; ``route`` is the template, not the path."""
         self._http.labels(method, route, str(status)).inc()
 
-    def count_cold_load(self) -> None:
-        """One adapter was read into the engine."""
+    def observe_load(self, seconds: float) -> None:
+        """One adapter was read into the engine, ``seconds`` after it was first wanted."""
         self._cold_loads.inc()
+        self._load.observe(seconds)
 
     def observe_first_token(self, seconds: float) -> None:
         """A choice's first token came after ``seconds``."""
@@ -95,22 +101,23 @@ class Metrics:
         return Histogram(f"reft_{name}_seconds", what, buckets=buckets, registry=self.registry)
 
 
-class _EngineCollector(Collector):
-    """Turns :meth:`Engine.stats` into metrics at scrape time."""
+class _Watcher(Collector):
+    """Turns what others know of themselves into metrics at scrape time."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, residency: Residency) -> None:
         self._engine = engine
+        self._residency = residency
 
     def collect(self) -> Iterator[Metric]:
-        """One snapshot of the engine."""
+        """One snapshot."""
         stats = self._engine.stats()
-        for name, what, value in _gauges(stats):
+        for name, what, value in _gauges(stats, self._residency):
             yield GaugeMetricFamily(f"reft_{name}", what, value=value)
-        for name, what, value in _counters(stats):
+        for name, what, value in _counters(stats, self._residency):
             yield CounterMetricFamily(f"reft_{name}", what, value=value)
 
 
-def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
+def _gauges(stats: EngineStats, residency: Residency) -> list[tuple[str, str, float]]:
     """Name, meaning and value of what goes up and down."""
     kv_share = stats.kv_tokens_used / max(1, stats.kv_tokens_capacity)
     return [
@@ -119,6 +126,8 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
         ("num_slots", "Requests the batch can hold", stats.num_slots),
         ("kv_cache_usage_perc", "Share of the key-value store in use, 1 is full", kv_share),
         ("prefix_cache_blocks", "Blocks in the prefix cache", stats.cached_blocks),
+        ("prefix_cache_blocks_free", "Blocks it has room for", stats.free_cached_blocks),
+        ("prefix_cache_blocks_max", "Blocks it has memory for", stats.max_cached_blocks),
         ("resident_adapters", "Adapters in the engine", stats.num_resident_adapters),
         (
             "adapter_resident_bytes",
@@ -127,10 +136,14 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
         ),
         ("decode_graphs", "CUDA graphs that decode steps replay", stats.num_decode_graphs),
         ("warm_up_seconds", "Seconds of the start that recorded them", stats.warm_up_s),
+        ("adapter_budget_bytes", "Bytes that adapters may take", residency.budget_bytes),
+        ("adapter_references", "Uses of adapters, pins included", residency.num_references),
+        ("adapters_pinned", "Adapters that stay resident", residency.num_pinned),
+        ("adapters_waiting", "Cold adapters that wait for room", residency.num_waiting),
     ]
 
 
-def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
+def _counters(stats: EngineStats, residency: Residency) -> list[tuple[str, str, float]]:
     """Name, meaning and value of what only grows."""
     return [
         ("prompt_tokens", "Prompt tokens prefilled", stats.prompt_tokens_total),
@@ -140,6 +153,7 @@ def _counters(stats: EngineStats) -> list[tuple[str, str, float]]:
             stats.cached_tokens_total,
         ),
         ("preemptions", "Requests that lost their slot for a while", stats.preemptions_total),
+        ("adapter_evictions", "Adapters that left the engine", residency.num_evictions),
         ("generation_tokens", "Tokens generated", stats.generated_tokens_total),
         ("edits_applied", "Hidden states edited by adapters", stats.edits_applied_total),
         ("prefill_steps", "Forward passes over prompts", stats.prefill_steps_total),

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.body import discard
 from server.disconnect import ClientGone
 from server.errors import error_response
 from server.metrics import Metrics
@@ -21,6 +22,7 @@ REQUEST_ID_HEADER = "x-request-id"
 CLIENT_GONE_STATUS = 499
 """What logs and metrics show for a client that left; nobody receives it."""
 
+_TOO_LARGE = 413
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _QUIET_ROUTES = {"/healthz", "/readyz", "/metrics"}
@@ -41,17 +43,28 @@ class RequestContext:
         request_id = _request_id(Headers(scope=scope))
         began_at = time.perf_counter()
         status = 0
+        is_read = False
+
+        async def receive_to_end() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = is_read or not message.get("more_body")
+            return message
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            elif status == _TOO_LARGE and not is_read and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await discard(receive)
+                message = {**message, "body": b""}
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, receive_to_end, send_with_id)
             except (ClientGone, ClientDisconnect):
                 status = CLIENT_GONE_STATUS
             except Exception as error:

@@ -13,6 +13,7 @@ from reft_core.loading import LoadedModel
 from server.generation import Generator
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.pins import Pins
 from server.registry import Registry
 from server.residency import Residency
 from server.settings import Settings
@@ -27,6 +28,7 @@ class Services:
     engine: Engine
     registry: Registry
     residency: Residency
+    pins: Pins
     generator: Generator
     metrics: Metrics
     lifecycle: Lifecycle

@@ -73,6 +73,13 @@ class Settings(BaseSettings):
         default=256 * MIB, ge=0, description="keys and values of prompts seen before; 0: none"
     )
     adapter_memory_bytes: int = Field(default=1024 * MIB, ge=MIB, description="loaded adapters")
+    adapter_wait_s: float = Field(
+        default=10.0, ge=0, le=3600, description="wait for room among them; beyond: 429"
+    )
+    pinned_adapters: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="names of adapters that stay loaded; in the environment separated by commas",
+    )
 
     request_timeout_s: float = Field(
         default=600.0, gt=0, le=604800, description="a request that takes longer ends with a 504"
@@ -95,6 +102,13 @@ class Settings(BaseSettings):
             return tuple(part for part in value.split(os.pathsep) if part)
         return value
 
+    @field_validator("pinned_adapters", mode="before")
+    @classmethod
+    def _split_names(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.api_key is None and not is_loopback(self.host):
@@ -102,10 +116,11 @@ class Settings(BaseSettings):
                 f"host: got {self.host!r}, expected a loopback address such as 127.0.0.1 while "
                 "no api_key is set; set REFT_API_KEY to listen on other addresses"
             )
-        if self.max_adapter_bytes > self.adapter_memory_bytes:
+        if 2 * self.max_adapter_bytes > self.adapter_memory_bytes:
             raise ValueError(
-                f"max_adapter_bytes: got {self.max_adapter_bytes}, expected at most "
-                f"adapter_memory_bytes ({self.adapter_memory_bytes})"
+                f"max_adapter_bytes: got {self.max_adapter_bytes}, expected at most half of "
+                f"adapter_memory_bytes ({self.adapter_memory_bytes}), as a file of 16-bit numbers "
+                "takes twice its size in memory"
             )
         return self
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
 import threading
 import time
@@ -16,6 +15,7 @@ from reft_core.batch import AdapterUse, PromptEdits
 from reft_core.engine.choices import as_use
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.cuda_graphs import recorder_for
+from reft_core.engine.deadlines import Deadlines
 from reft_core.engine.interface import (
     EngineStats,
     FinishReason,
@@ -73,7 +73,7 @@ class EmbeddedEngine:
         self._kv, self._runner = run_in_own_thread(lambda: self._build(parameter.dtype))
         self._cache = PrefixCache(self._kv, config.prefix_cache_bytes)
         self._scheduler = Scheduler(config, self._kv, self._cache, self._runner.can_branch)
-        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._deadlines = Deadlines()
 
         self._changed = threading.Condition()
         self._inbox: deque[Sequence] = deque()
@@ -186,7 +186,7 @@ class EmbeddedEngine:
             kv_tokens_used=sum(sequence.num_computed for sequence in running),
             kv_tokens_capacity=self._scheduler.kv_tokens,
             num_resident_adapters=len(adapters),
-            resident_adapter_bytes=sum(adapter.num_bytes for adapter in adapters),
+            resident_adapter_bytes=sum(adapter.resident_bytes for adapter in adapters),
             prompt_tokens_total=self._prompt_tokens,
             generated_tokens_total=self._generated_tokens,
             edits_applied_total=self._runner.num_edits_applied,
@@ -197,6 +197,8 @@ class EmbeddedEngine:
             preemptions_total=self._scheduler.num_preemptions,
             num_decode_graphs=len(graphs) if graphs is not None else 0,
             warm_up_s=graphs.warm_up_s if graphs is not None else 0.0,
+            free_cached_blocks=self._cache.num_free,
+            max_cached_blocks=self._cache.num_rows,
         )
 
     def start(self) -> None:
@@ -348,20 +350,18 @@ class EmbeddedEngine:
             self._scheduler.add(sequence)
             if sequence.request.deadline_s is not None:
                 due = sequence.submitted_at + sequence.request.deadline_s
-                heapq.heappush(self._deadlines, (due, id(sequence), sequence))
+                self._deadlines.add(sequence.request.request_id, due)
         for sequence in cancelled:
             self._finish(sequence, None, "cancelled")
         self._end_overdue()
 
     def _end_overdue(self) -> None:
         """End the sequences whose deadline has passed."""
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, sequence = heapq.heappop(self._deadlines)
-            request = sequence.request
-            if self._open.get(request.request_id) is sequence:
-                message = f"the request did not end within its deadline of {request.deadline_s} s"
-                self._fail(sequence, DeadlineExceeded(message))
+        for request_id in self._deadlines.pop_overdue(time.monotonic()):
+            sequence = self._open[request_id]
+            deadline = sequence.request.deadline_s
+            message = f"the request did not end within its deadline of {deadline} s"
+            self._fail(sequence, DeadlineExceeded(message))
 
     def _prefill(self, chunks: list[Chunk]) -> None:
         """Prefill chunks together; if that fails, each alone, so only the guilty one ends."""
@@ -461,6 +461,7 @@ class EmbeddedEngine:
     ) -> None:
         """Deliver the last output and forget the request."""
         request_id = sequence.request.request_id
+        self._deadlines.remove(request_id)
         timings = sequence.timings(time.monotonic())
         self._deliver(
             sequence,

@@ -212,6 +212,9 @@ class EngineStats:
     of being computed."""
     cached_blocks: int
     preemptions_total: int
+    free_cached_blocks: int
+    max_cached_blocks: int
+    """Blocks that the prefix cache has memory for: those held and those free."""
     num_decode_graphs: int = 0
     """CUDA graphs that decode steps are replayed from."""
     warm_up_s: float = 0.0

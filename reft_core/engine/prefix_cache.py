@@ -51,6 +51,11 @@ class PrefixCache:
         """Blocks held, full or not."""
         return len(self._blocks)
 
+    @property
+    def num_free(self) -> int:
+        """Blocks that may be stored before one has to go."""
+        return len(self._free)
+
     def num_known(self, names: Seq[bytes]) -> int:
         """How many of the first of these blocks are held."""
         return next((i for i, name in enumerate(names) if name not in self._blocks), len(names))

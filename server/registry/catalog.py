@@ -18,6 +18,7 @@ from sqlalchemy import (
     Column,
     Connection,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     Row,
@@ -46,6 +47,8 @@ _names = Table(
     Column("current", Integer, nullable=True),  # NULL once deleted
     Column("last_number", Integer, nullable=False),
 )
+# Deleted names stay, for their numbers; whoever lists names need not step over them.
+_alive = Index("names_alive", _names.c.name, sqlite_where=_names.c.current.is_not(None))
 
 _versions = Table(
     "versions",
@@ -73,6 +76,11 @@ class Version:
     spec: AdapterSpec
 
     @property
+    def resident_bytes(self) -> int:
+        """Bytes it takes in memory once it is loaded."""
+        return self.spec.resident_bytes(self.num_bytes)
+
+    @property
     def reference(self) -> str:
         """A ``model`` value that means exactly these bytes, whatever becomes current."""
         return f"{self.name}@sha256:{self.digest[:12]}"
@@ -93,6 +101,7 @@ class Catalog:
         self._engine = create_engine(URL.create("sqlite", database=str(path)))
         event.listen(self._engine, "connect", _set_pragmas)
         _metadata.create_all(self._engine)
+        _alive.create(self._engine, checkfirst=True)  # a catalog may be older than it
 
     def close(self) -> None:
         """Close every connection. The catalog cannot be used afterwards."""
@@ -132,7 +141,7 @@ class Catalog:
     def remove(self, name: str) -> list[Version]:
         """Delete a name with all its versions, and return them; empty if there is none."""
         with self._engine.begin() as connection:
-            removed = self._all(connection, _select().where(_versions.c.name == name))
+            removed = self._all(connection, _of_name(name))
             connection.execute(delete(_versions).where(_versions.c.name == name))
             connection.execute(update(_names).where(_names.c.name == name).values(current=None))
             return removed
@@ -149,27 +158,26 @@ class Catalog:
         """Versions of ``name`` whose digest starts with ``prefix`` (hex digits)."""
         with self._engine.connect() as connection:
             return self._all(
-                connection,
-                _select().where(_versions.c.name == name, _versions.c.digest.startswith(prefix)),
+                connection, _of_name(name).where(_versions.c.digest.startswith(prefix))
             )
 
     def versions(self, name: str) -> list[Version]:
         """All versions of ``name``, oldest first."""
         with self._engine.connect() as connection:
-            return self._all(connection, _select().where(_versions.c.name == name))
+            return self._all(connection, _of_name(name))
 
-    def all_current(self) -> list[Version]:
-        """The current version of every name, by name."""
+    def all_current(self, after: str = "", limit: int | None = None) -> list[Version]:
+        """The current version of every name, by name: of those ``after`` one, up to ``limit``."""
+        page = _current().where(_names.c.name > after).order_by(_names.c.name).limit(limit)
         with self._engine.connect() as connection:
-            return self._all(connection, _current())
+            return self._all(connection, page)
 
-    def names(self, limit: int) -> tuple[list[str], int]:
-        """The first ``limit`` names in order, and how many there are."""
+    def names(self, limit: int) -> list[str]:
+        """The first ``limit`` names in order."""
         alive = _names.c.current.is_not(None)
+        first = select(_names.c.name).where(alive).order_by(_names.c.name).limit(limit)
         with self._engine.connect() as connection:
-            first = select(_names.c.name).where(alive).order_by(_names.c.name).limit(limit)
-            count = connection.scalar(select(func.count()).select_from(_names).where(alive))
-            return list(connection.scalars(first)), count or 0
+            return list(connection.scalars(first))
 
     def digests(self) -> set[str]:
         """Every digest that some version refers to."""
@@ -201,15 +209,18 @@ class Catalog:
 
     @staticmethod
     def _all(connection: Connection, query: Select[Any]) -> list[Version]:
-        rows: Sequence[Row[Any]] = connection.execute(
-            query.order_by(_versions.c.name, _versions.c.number)
-        ).all()
+        rows: Sequence[Row[Any]] = connection.execute(query).all()
         return [_to_version(row) for row in rows]
 
 
 def _select() -> Select[Any]:
     """Query of versions; conditions to be added."""
     return select(*_versions.c)
+
+
+def _of_name(name: str) -> Select[Any]:
+    """Query of a name's versions, oldest first."""
+    return _select().where(_versions.c.name == name).order_by(_versions.c.number)
 
 
 def _current() -> Select[Any]:

@@ -120,9 +120,9 @@ class Registry:
             raise self._not_found(name)
         return version
 
-    def all_current(self) -> list[Version]:
-        """The current version of every name."""
-        return self._catalog.all_current()
+    def all_current(self, after: str = "", limit: int | None = None) -> list[Version]:
+        """The current version of every name, by name: of those ``after`` one, up to ``limit``."""
+        return self._catalog.all_current(after, limit)
 
     def resolve(self, model: str) -> Version | None:
         """What a request's ``model`` means: an adapter version, or None for the base model.
@@ -148,9 +148,9 @@ class Registry:
 
     def _not_found(self, model: str) -> AdapterNotFound:
         """The error for an unknown model, naming those there are."""
-        names, count = self._catalog.names(_MAX_NAMES_SHOWN)
-        known = ", ".join([f"{self._model.name} (base)", *names])
-        more = f" and {count - len(names)} more" if count > len(names) else ""
+        names = self._catalog.names(_MAX_NAMES_SHOWN + 1)
+        known = ", ".join([f"{self._model.name} (base)", *names[:_MAX_NAMES_SHOWN]])
+        more = " and others" if len(names) > _MAX_NAMES_SHOWN else ""
         return AdapterNotFound(
             explain("model", model, f"one of {known}{more}; optionally with @<version> or ")
             + f"@sha256:<{MIN_DIGEST_PREFIX} or more hex digits>",

@@ -16,6 +16,7 @@ from server.protocol.models import (
     VersionCard,
 )
 from server.routes.guards import AdminRoute, make_router
+from server.routes.listing import After, Limit, answer_from_thread
 from server.services import Services, services_of
 
 router = make_router(AdminRoute, tag="admin")
@@ -51,16 +52,23 @@ async def upload_adapter(name: str, request: Request, response: Response) -> Upl
     if not uploaded.created:
         response.status_code = 200
     version = uploaded.version
+    await services.pins.follow(version)
     users = services.residency.num_users(version.digest)
     return UploadAnswer(**VersionCard.of(version, users).model_dump(), created=uploaded.created)
 
 
-@router.get("/admin/adapters")
-async def list_adapters(request: Request) -> AdapterList:
-    """The current version of every adapter."""
+@router.get("/admin/adapters", response_model=AdapterList)
+async def list_adapters(request: Request, after: After = "", limit: Limit = None) -> Response:
+    """The current version of every adapter, by name."""
     services = services_of(request)
-    versions = await asyncio.to_thread(services.registry.all_current)
-    return AdapterList(data=_cards(services, versions))
+    versions = await asyncio.to_thread(services.registry.all_current, after, limit)
+    users = [services.residency.num_users(version.digest) for version in versions]
+
+    def build() -> AdapterList:
+        cards = map(VersionCard.of, versions, users)
+        return AdapterList(data=list(cards))
+
+    return await answer_from_thread(build)
 
 
 @router.get("/admin/adapters/{name}")
@@ -82,6 +90,7 @@ async def delete_adapter(name: str, request: Request) -> DeleteAnswer:
     """Delete an adapter with all its versions. Requests that use it finish undisturbed."""
     services = services_of(request)
     deleted = await asyncio.to_thread(services.registry.delete, name)
+    services.pins.drop(name)
     for digest in deleted.orphaned:
         services.residency.forget(digest)
     return DeleteAnswer(

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from reft_core.threads import run_in_own_thread
+from reft_core.threads import run_in_own_thread, start_in_own_thread
 
 
 def test_the_result_comes_from_a_thread_that_has_ended() -> None:
@@ -22,3 +22,14 @@ def test_an_error_arrives_as_it_was_raised() -> None:
     with pytest.raises(ValueError, match="the very one") as caught:
         run_in_own_thread(fail)
     assert caught.value is error
+
+
+def test_a_result_can_be_waited_for_and_not_be_cancelled() -> None:
+    gate = threading.Event()
+    coming = start_in_own_thread(lambda: gate.wait(10))
+    assert not coming.done()
+    assert not coming.cancel()
+    gate.set()
+    assert coming.result(10) is True
+    with pytest.raises(ZeroDivisionError):
+        start_in_own_thread(lambda: 1 // 0).result(10)

@@ -241,6 +241,8 @@ class FakeEngine:
             cached_tokens_total=11,
             cached_blocks=2,
             preemptions_total=1,
+            free_cached_blocks=3,
+            max_cached_blocks=5,
         )
 
     def start(self) -> None:

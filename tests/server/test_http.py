@@ -224,6 +224,12 @@ def test_metrics_tell_what_happened(server, engine):
     assert found["reft_resident_adapters"] == 1
     assert found["reft_adapter_resident_bytes"] > 0
     assert found["reft_adapter_cold_loads_total"] == 1
+    assert found["reft_adapter_load_seconds_count"] == 1
+    assert found["reft_adapter_references"] == found["reft_adapters_waiting"] == 0
+    assert found["reft_adapter_evictions_total"] == found["reft_adapters_pinned"] == 0
+    assert found["reft_adapter_budget_bytes"] == 2**30
+    held, free = found["reft_prefix_cache_blocks"], found["reft_prefix_cache_blocks_free"]
+    assert held + free == found["reft_prefix_cache_blocks_max"] == 5
     assert found["reft_request_success_total finished_reason=length"] == 2
     assert found["reft_request_success_total finished_reason=stop"] == 2
     for name in ("time_to_first_token", "e2e_request_latency"):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+
+from tests.server.conftest import ADMIN
 from tests.server.fakes import MODEL, make_adapter
 
 
@@ -41,3 +44,23 @@ def test_an_unknown_model_names_those_there_are(server):
         assert (error["code"], error["param"]) == ("model_not_found", "model")
         assert "tone" in error["message"]
         assert MODEL.name in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "first"), [("/v1/models", "id", [MODEL.name]), ("/admin/adapters", "name", [])]
+)
+def test_a_long_list_comes_in_pages(server, path, key, first):
+    for name in ("c", "a", "d", "b"):
+        server.upload(name, make_adapter(1))
+    server.http.delete("/admin/adapters/d", headers=ADMIN)
+
+    def names(**page) -> list[str]:
+        answer = server.http.get(path, params=page, headers=ADMIN)
+        assert answer.headers["content-type"] == "application/json"
+        return [card[key] for card in answer.json()["data"]]
+
+    assert names() == [*first, "a", "b", "c"]
+    assert names(limit=2) == [*first, "a", "b"]
+    assert names(limit=2, after="a") == ["b", "c"]
+    assert names(after="c") == []
+    assert server.http.get(path, params={"limit": 0}, headers=ADMIN).status_code == 400

@@ -56,6 +56,14 @@ def test_a_short_admin_key_is_refused_and_not_repeated():
 def test_one_adapter_must_fit_the_memory_for_all():
     with pytest.raises(ValidationError, match="max_adapter_bytes"):
         Settings(max_adapter_bytes=2**30, adapter_memory_bytes=2**20)
+    with pytest.raises(ValidationError, match="16-bit"):
+        Settings(max_adapter_bytes=2**20, adapter_memory_bytes=2**21 - 1)
+    Settings(max_adapter_bytes=2**20, adapter_memory_bytes=2**21)
+
+
+def test_pinned_names_are_separated_by_commas(monkeypatch):
+    monkeypatch.setenv("REFT_PINNED_ADAPTERS", "tone, voice,")
+    assert Settings().pinned_adapters == ("tone", "voice")
 
 
 def test_auto_is_decided_once():

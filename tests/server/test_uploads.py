@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
 from dataclasses import replace
 
 import pytest
@@ -164,6 +165,30 @@ def test_a_file_over_the_cap_without_a_length_is_not_read_to_its_end(on_socket, 
         assert reply.startswith(b"HTTP/1.1 413 ")
         assert b"expected at most 1024 bytes" in reply
         assert_nothing_there(server, engine)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_client_that_sends_before_it_reads_gets_its_refusal(on_socket, declared):
+    """Not a connection that is reset, as it is when it is closed with data unread."""
+    part = b"x" * 50_000
+    with on_socket(max_adapter_bytes=1024) as server:
+        address = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=5) as connection:
+            length = "Content-Length: 500000" if declared else "Transfer-Encoding: chunked"
+            connection.sendall(
+                b"POST /admin/adapters/bad HTTP/1.1\r\nHost: x\r\n"
+                b"Authorization: Bearer %b\r\n%b\r\n\r\n" % (ADMIN_KEY.encode(), length.encode())
+            )
+            for _ in range(10):
+                connection.sendall(part if declared else b"c350\r\n" + part + b"\r\n")
+                time.sleep(0.02)  # by now it has been answered
+            connection.sendall(b"" if declared else b"0\r\n\r\n")
+            reply = b""
+            while data := connection.recv(65536):
+                reply += data
+        assert reply.startswith(b"HTTP/1.1 413 ")
+        assert b"expected at most 1024 bytes" in reply
+        assert server.http.get("/healthz").status_code == 200
 
 
 def test_a_form_is_explained(server, engine):

@@ -6,9 +6,11 @@ certain; those about the engine's own thread start it.
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -829,6 +831,20 @@ def test_a_deadline_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert recorders["free"].token_ids == expected(SHORT, greedy(9))
     assert again.finish_reason == "length"
     assert_idle(engine)
+
+
+def test_a_request_that_has_ended_keeps_nothing_alive() -> None:
+    """Its adapter may be unloaded next, and its deadline be minutes away."""
+    adapter = random_adapter(tiny_description())
+    engine = make_engine(adapter)
+    recorder = Recorder()
+    choice = AdapterChoice(adapter.digest)
+    engine.submit(Request("r", SHORT, greedy(2), (choice,), deadline_s=600.0), recorder)
+    finish(engine, recorder)
+    resident = weakref.ref(engine._adapters[adapter.digest])
+    engine.unload_adapter(adapter.digest)
+    gc.collect()
+    assert resident() is None
 
 
 @pytest.mark.parametrize(

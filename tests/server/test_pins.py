@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+from reft_core.errors import EngineOverloaded
+from reft_core.spec import AdapterSpec
+from tests.server.conftest import ADMIN
+from tests.server.fakes import make_adapter
+
+MIB = 2**20
+
+
+def users(server, name: str) -> int | None:
+    (card,) = server.http.get(f"/admin/adapters/{name}", headers=ADMIN).json()["versions"][-1:]
+    return card["num_users"]
+
+
+def test_a_pinned_adapter_is_there_before_it_is_asked_for(in_process, engine, tmp_path):
+    file = tmp_path / "one.safetensors"
+    file.write_bytes(make_adapter(1, name="one"))
+    with in_process(adapters=(file,), pinned_adapters=("one", "two")) as server:
+        (first,) = engine.adapters
+        assert users(server, "one") == 0
+        second = server.upload("two", make_adapter(2))["digest"]
+        server.upload("three", make_adapter(3))
+        assert engine.adapters == {first, second}
+
+
+def test_the_pin_follows_its_name(in_process, engine):
+    with in_process(pinned_adapters=("tone",)) as server:
+        residency = server.services.residency
+        old = server.upload("tone", make_adapter(1))["digest"]
+        new = server.upload("tone", make_adapter(2))["digest"]
+        assert (residency.num_references, residency.num_pinned) == (1, 1)
+        assert engine.adapters == {old, new}  # the old one until room is needed
+        server.upload("voice", make_adapter(2))
+        server.http.delete("/admin/adapters/tone", headers=ADMIN)
+        assert (residency.num_references, residency.num_pinned) == (0, 0)
+        assert engine.adapters == {new}
+
+
+def test_an_upload_that_cannot_be_pinned_is_still_an_upload(in_process, engine, caplog):
+    with in_process(pinned_adapters=("tone",)) as server:
+        engine.load_failure = EngineOverloaded("no room")
+        server.upload("tone", make_adapter(1))
+        assert "could not be pinned" in caplog.text
+        engine.load_failure = None
+        answer = server.http.post("/v1/completions", json={"model": "tone", "prompt": "x"})
+        assert answer.status_code == 200
+
+
+def test_a_start_without_room_for_all_pins_says_so(in_process, tmp_path, monkeypatch):
+    for index in range(2):
+        data = make_adapter(index, name=f"a{index}")
+        (tmp_path / f"{index}.safetensors").write_bytes(data)
+    room = {"adapter_memory_bytes": MIB, "max_adapter_bytes": MIB // 2, "adapter_wait_s": 0}
+    server = in_process(adapters=(tmp_path,), pinned_adapters=("a0", "a1"), **room)
+    monkeypatch.setattr(AdapterSpec, "resident_bytes", lambda *_: MIB)
+    with pytest.raises(EngineOverloaded, match="adapter memory is full"), server:
+        pass
