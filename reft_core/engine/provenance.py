@@ -69,9 +69,10 @@ class Provenance:
     def block_names(self, token_ids: Sequence[int], num_blocks: int) -> Sequence[bytes]:
         """Names of the first ``num_blocks`` full blocks of ``token_ids``."""
         for index in range(len(self._names), num_blocks):
-            start = index * BLOCK_TOKENS
-            block = self.items(token_ids, start, start + BLOCK_TOKENS)
-            self._names.append(name_of(self.parent_of(index), block))
+            block = range(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
+            tokens = token_ids[block.start : block.stop]
+            marks = [self._mark(position) for position in block]
+            self._names.append(_name(self.parent_of(index), tokens, marks))
         return self._names[:num_blocks]
 
     def num_same(self, other: Provenance, token_ids: Sequence[int], length: int) -> int:
@@ -82,8 +83,8 @@ class Provenance:
         num_full = length // BLOCK_TOKENS
         names = [each.block_names(token_ids, num_full) for each in (self, other)]
         start = num_common(*names) * BLOCK_TOKENS
-        end = min(start + BLOCK_TOKENS, length)
-        return start + num_common(*(each.items(token_ids, start, end) for each in (self, other)))
+        rest = range(start, min(start + BLOCK_TOKENS, length))
+        return next((at for at in rest if self._mark(at) != other._mark(at)), rest.stop)
 
     def parent_of(self, index: int) -> bytes:
         """Name of what stands before block ``index``; the earlier names must be known."""
@@ -95,13 +96,18 @@ class Provenance:
 
 def name_of(parent: bytes, items: Sequence[Item]) -> bytes:
     """Name of a block, full or not, that follows ``parent``."""
-    marked = b"".join(
-        offset.to_bytes(2, "little") + len(mark).to_bytes(4, "little") + mark
-        for offset, (_, mark) in enumerate(items)
-        if mark
-    )
-    tokens = array("q", [token for token, _ in items]).tobytes()
-    return _hash(parent, tokens, marked)
+    return _name(parent, [token for token, _ in items], [mark for _, mark in items])
+
+
+def _name(parent: bytes, tokens: Sequence[int], marks: Sequence[bytes]) -> bytes:
+    marked = b""
+    if any(marks):
+        marked = b"".join(
+            offset.to_bytes(2, "little") + len(mark).to_bytes(4, "little") + mark
+            for offset, mark in enumerate(marks)
+            if mark
+        )
+    return _hash(parent, array("q", tokens).tobytes(), marked)
 
 
 def _identity(use: AdapterUse) -> bytes:
