@@ -1,8 +1,9 @@
 # Every target sets itself up; see scripts/install for what PYTHON, VENV and TORCH_INDEX_URL do.
 BIN := .venv/bin
 MODEL ?= demo
+SOAK_SECONDS ?= 600
 
-.PHONY: help demo demo-train test lint format check test-oldest bench-tax bench-kernel clean
+.PHONY: help demo demo-train test lint format check test-oldest bench-tax bench-kernel bench-residency soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -45,6 +46,14 @@ bench-tax:  ## what adapters cost in throughput, against the same requests witho
 bench-kernel:  ## ways to apply edits against each other, and their share of a prefill
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.kernel
+
+bench-residency:  ## thousands of registered adapters against ten, and the time of a cold load
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.residency
+
+soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
