@@ -1,8 +1,10 @@
 # Every target sets itself up; see scripts/install for what PYTHON, VENV and TORCH_INDEX_URL do.
 BIN := .venv/bin
 MODEL ?= demo
+SOAK_SECONDS ?= 600
 
-.PHONY: help demo demo-train test lint format check test-oldest bench-tax bench-kernel bench-gpu clean
+.PHONY: help demo demo-train test lint format check test-oldest bench-tax bench-kernel bench-gpu \
+	bench-residency soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -49,6 +51,14 @@ bench-kernel:  ## ways to apply edits against each other, and their share of a p
 bench-gpu:  ## everything that needs a GPU: decode, prefill, adapters' cost, edits, cold loads (10 min)
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.gpu
+
+bench-residency:  ## thousands of registered adapters against ten, and the time of a cold load
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.residency
+
+soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -27,7 +27,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -81,7 +83,7 @@ def register(folder: Path, model: ModelDescription, files: dict[str, bytes]) -> 
     The files are read anew from ``folder``, so they lie in the page cache at best.
     """
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made:
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as made:
         registry = Registry.open(Path(made), model, MAX_BYTES)
         for name, file in files.items():
             registry.upload(name, file)
@@ -158,7 +160,6 @@ def measure(
     threads: int | None = 2,
 ) -> dict[str, Any]:
     """All of this module's measurements; see its docstring. Takes over the model."""
-    configure_logging("warning", "console")
     config = EngineConfig(max_model_len=512, num_threads=threads, prefix_cache_bytes=0)
     engine = EmbeddedEngine(loaded, config)
     num_cold = max(loads, 3 * requests)
@@ -185,7 +186,7 @@ def measure(
         finally:
             engine.stop()
         result["resolve_us"] = {
-            count: _time_us(lambda registry=registry: registry.resolve("hot-3"))
+            count: _time_us(partial(registry.resolve, "hot-3"))
             for count, registry in ((MIX, few), (registered, many))
         }
         few.close()
@@ -245,21 +246,25 @@ class _Bench:
         """Times of loading each of ``names`` once, in milliseconds."""
         residency = Residency(self.engine, self.many.read, 2**30)
         generator = self._generator(self.many, residency)
-        read = lambda name: self.many.read(self.many.current(name).digest)  # noqa: E731
-        nothing = lambda name: None  # noqa: E731
+
+        def read(name: str) -> None:
+            self.many.read(self.many.current(name).digest)
+
         await time_loads(self.many, residency, names[:20], read)
         found = {"cached": await time_loads(self.many, residency, names, read)}
         found["uncached"] = await time_loads(self.many, residency, names, drop)
-        long = replace(self.workload, params=replace(self.workload.params, max_tokens=400))
+        room = self.engine.max_model_len - max(map(len, self.workload.prompts))
+        long = replace(self.workload, params=replace(self.workload.params, max_tokens=room))
         busy = asyncio.create_task(
             long.run(generator, [f"hot-{i % MIX}" for i in range(len(long.prompts))])
         )
         full = min(len(long.prompts), self.engine.stats().num_slots)
-        while self.engine.stats().num_running < full:
+        while self.engine.stats().num_running < full and not busy.done():
             await asyncio.sleep(0.01)
-        found["busy"] = await time_loads(self.many, residency, names, nothing)
+        found["busy"] = await time_loads(self.many, residency, names, read)
         busy.cancel()
-        await asyncio.gather(busy, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await busy
         return {kind: _spread(times) for kind, times in found.items()}
 
 
@@ -299,6 +304,7 @@ def main() -> None:
     parser.add_argument("--loads", type=int, default=200)
     options = vars(parser.parse_args())
     model, dtype = options.pop("model"), options.pop("dtype")
+    configure_logging("warning", "console")
 
     loaded = load_model(model, dtype=dtype)
     results = measure(loaded, **options)
