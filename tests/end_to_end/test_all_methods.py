@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from reft_core.engine.engine import EmbeddedEngine
-from reft_core.engine.generate import generate
-from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.loading import LoadedModel
-from tests.factories import random_prompt
-from tests.reference.slow import reference_logits
-from tests.reft_core.engine.test_every_method_in_one_batch import stacks
+from tests.reft_core.engine.test_every_method_in_one_batch import cases
+from tests.reft_core.engine.truth import Case, alone, assert_as_alone, run_together
 
 MAX_TOKENS = 3
 SIZE = 0.2
@@ -20,36 +16,15 @@ SIZE = 0.2
 
 @pytest.mark.smollm2
 def test_every_method_in_one_batch(smollm2: LoadedModel, engine: EmbeddedEngine) -> None:
-    mixed = stacks(engine.model, SIZE)
-    digests = {adapter.digest for stack in mixed for adapter, _ in stack}
-    for stack in mixed:
-        for adapter, _ in stack:
-            engine.load_adapter(adapter)
-    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True, logprobs=20)
-    requests = [
-        Request(
-            f"all-methods-{index}",
-            random_prompt(1 + (index * 5) % 17, seed=index),
-            params,
-            tuple(AdapterChoice(adapter.digest, strength) for adapter, strength in stack),
-        )
-        for index, stack in enumerate(mixed)
-    ]
+    mixed = cases(engine.model, SIZE)
     try:
-        completions = generate(engine, requests)
+        answers = run_together(engine, mixed, MAX_TOKENS)
     finally:
-        for digest in digests:
+        for digest in {use.adapter.digest for case in mixed for use in case.stack}:
             engine.unload_adapter(digest)
     num_changed = 0
-    for stack, request, completion in zip(mixed, requests, completions, strict=True):
-        names = [adapter.spec.name for adapter, _ in stack]
-        prompt_len = len(request.prompt)
-        tokens = [*request.prompt, *completion.token_ids]
-        logits = reference_logits(smollm2.model, tokens, prompt_len, stack=stack)
-        assert logits[prompt_len - 1 : -1].argmax(-1).tolist() == completion.token_ids, names
-        expected = torch.log_softmax(logits[prompt_len - 1], dim=-1)
-        for entry in completion.tokens[0].top_logprobs:
-            assert abs(entry.logprob - float(expected[entry.token_id])) < 1e-3, names
-        plain = reference_logits(smollm2.model, list(request.prompt), prompt_len)
-        num_changed += bool((plain[-1] - logits[prompt_len - 1]).abs().max() > 0.1)
+    for case, answer in zip(mixed, answers, strict=True):
+        assert_as_alone(smollm2.model, case, answer)
+        plain = alone(smollm2.model, Case(case.prompt), answer.token_ids[:1])
+        num_changed += bool((plain[0] - answer.logits[0]).abs().max() > 0.1)
     assert num_changed >= len(mixed) / 2, "the adapters of this test must matter"

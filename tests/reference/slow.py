@@ -32,7 +32,13 @@ Change = Callable[[Tensor, Tensor], None]
 """Changes a site's output in place, given its input."""
 
 
-def reference_delta(edit: Edit, h: Tensor, x: Tensor | None = None) -> Tensor:
+Factors = Mapping[int, float] | None
+"""What each rank's contribution is multiplied by, 0 if it is left out; None: all by 1."""
+
+
+def reference_delta(
+    edit: Edit, h: Tensor, x: Tensor | None = None, factors: Factors = None
+) -> Tensor:
     """Δ(h, x) of one hidden state (d,), written out as the canonical formula reads."""
     if edit.source == "output":
         x = h
@@ -46,7 +52,8 @@ def reference_delta(edit: Edit, h: Tensor, x: Tensor | None = None) -> Tensor:
             inner = activate(edit.activation, inner)
             if edit.skip is not None:
                 inner = inner - x @ edit.skip[:, j]
-            total = total + edit.scale * inner * edit.up[j]
+            factor = 1 if factors is None else factors.get(j, 0)
+            total = total + factor * edit.scale * inner * edit.up[j]
     if edit.shift is not None:
         total = total + edit.shift
     if edit.gain is not None:
@@ -64,11 +71,13 @@ def reference_logits(
     *,
     stack: Stack = (),
     sources: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    subspaces: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> Tensor:
     """Float32 logits (T, V) of ``tokens``, of which the first ``prompt_len`` are the prompt.
 
     ``stack`` takes the place of ``adapter`` and ``strength`` where there are several.
-    ``sources`` holds the source prompt of interchange adapters, by digest.
+    ``sources`` holds the source prompt of interchange adapters, by digest, and ``subspaces`` the
+    chosen factors of named subspaces.
     """
     stack = stack or ([(adapter, strength)] if adapter is not None else [])
     prefixed = [used for used, factor in stack if factor]
@@ -77,6 +86,7 @@ def reference_logits(
     late: list[tuple[nn.Module, str, Change]] = []
     for used, factor in stack:
         units = used.rule.resolve(prompt_len)
+        factors = _rank_factors(used, subspaces.get(used.digest))
         for key, edit in used.edits.items():
             positions = list(units[key.unit])
             is_last_unit = key.unit == len(units) - 1
@@ -88,10 +98,11 @@ def reference_logits(
                 source = list(sources[used.digest])
                 states = _site_output(model, layer, key.site, source)
                 pairs = zip(rows, used.rule.resolve(len(source))[key.unit], strict=True)
-                change = _interchange(edit, factor, {row: states[at] for row, at in pairs})
+                paired = {row: states[at] for row, at in pairs}
+                change = _interchange(edit, factor, paired, factors)
                 late.append((layer, key.site, change))
                 continue
-            late.append((layer, key.site, _change(edit, factor, rows)))
+            late.append((layer, key.site, _change(edit, factor, rows, factors)))
     handles = [handle for place in late for handle in _hook(model, *place)]
     try:
         return _forward(model, tokens, prefixed)
@@ -175,26 +186,39 @@ def _forward(model: PreTrainedModel, tokens: list[int], adapters: list[Adapter])
     return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def _change(edit: Edit, strength: float, rows: list[int]) -> Change:
+def _rank_factors(adapter: Adapter, chosen: Mapping[str, float] | None) -> Factors:
+    """The factor of each rank when ``chosen`` subspaces are named; the others are off."""
+    if chosen is None:
+        return None
+    ranks = adapter.spec.subspaces or {}
+    return {rank: factor for name, factor in chosen.items() for rank in ranks[name]}
+
+
+def _change(edit: Edit, strength: float, rows: list[int], factors: Factors = None) -> Change:
     """Edit ``rows`` of a site's output, one after the other."""
 
     def change(hidden: Tensor, x: Tensor) -> None:
         for row in rows:
             h = hidden[0, row]
-            hidden[0, row] = h + strength * reference_delta(edit, h, x[0, row])
+            hidden[0, row] = h + strength * reference_delta(edit, h, x[0, row], factors)
 
     return change
 
 
-def _interchange(edit: Edit, strength: float, states: Mapping[int, Tensor]) -> Change:
+def _interchange(
+    edit: Edit, strength: float, states: Mapping[int, Tensor], factors: Factors = None
+) -> Change:
     """Put what ``states`` (d,) hold in the edit's subspace in place, row by row."""
     assert edit.up is not None
     rotation = edit.up.mT  # (d, r)
+    weights = torch.ones(edit.rank)
+    if factors is not None:
+        weights = torch.tensor([factors.get(j, 0.0) for j in range(edit.rank)])
 
     def change(hidden: Tensor, _x: Tensor) -> None:
         for row, s in states.items():
             h = hidden[0, row]
-            hidden[0, row] = h + strength * ((s - h) @ rotation) @ rotation.mT
+            hidden[0, row] = h + strength * (((s - h) @ rotation) * weights) @ rotation.mT
 
     return change
 

@@ -1,12 +1,15 @@
-"""Drawn batches: whatever methods, ranks, layers, positions, prompt lengths and strengths a
-batch mixes, each request gets what it would get alone."""
+"""Drawn batches: whatever a batch mixes, each request gets what it would get alone.
+
+Drawn are methods (those of virtual tokens too), sites, ranks, activations, phases, layers,
+positions, storage, strengths, subspaces, source prompts and prompt lengths.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,30 +17,51 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from reft_core.adapter import Adapter
+from reft_core.edits import Activation
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
-from reft_core.engine.generate import generate
-from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.methods import METHODS
+from reft_core.methods.base import Phase
+from reft_core.methods.virtual import VIRTUAL_METHODS
 from reft_core.sites import ModelDescription
-from tests.factories import NUM_LAYERS, random_adapter, random_prompt, tiny_loaded, tiny_model
-from tests.reference.slow import Stack, reference_logits
+from reft_core.spec import StorageDtype
+from tests.factories import (
+    NUM_LAYERS,
+    random_adapter,
+    random_prefix_adapter,
+    random_prompt,
+    tiny_loaded,
+    tiny_model,
+)
+from tests.reft_core.engine.truth import Case, Used, assert_as_alone, run_together
 
 MAX_TOKENS = 3
-NEAR_TIE = 1e-3
-"""Two tokens whose logits are closer than this may change places by rounding."""
+MAX_LENGTH = 20
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An adapter before it is made for a model."""
+    """A use of an adapter, before the adapter is made for a model."""
 
     method: str
+    """Of the registry."""
+    virtual: Literal["kv", "embedding"] | None
+    """Virtual tokens, beside the edits or (``edits`` is false) in their place."""
+    edits: bool
+    sites: tuple[int, ...]
+    """Picks from the sites that the model has, in turn."""
     rank: int
+    activation: Activation
+    phase: Phase
     layers: tuple[int, ...]
     rule: str
     tied: bool
+    dtype: StorageDtype
     strength: float
+    factors: tuple[float, ...]
+    """Of one subspace a rank; empty where none is chosen."""
+    source: int
+    """Picks a length for the source prompt; 0 for none."""
 
 
 def unit_rules() -> st.SearchStrategy[str]:
@@ -55,37 +79,93 @@ def unit_rules() -> st.SearchStrategy[str]:
 
 
 @st.composite
-def adapters(draw: st.DrawFn) -> Drawn:
-    method = draw(st.sampled_from(sorted(METHODS)))
-    all_tokens = METHODS[method].phase == "all"
+def uses(draw: st.DrawFn) -> Drawn:
+    name = draw(st.sampled_from([*sorted(METHODS), *sorted(VIRTUAL_METHODS)]))
+    virtual = VIRTUAL_METHODS.get(name)
+    inner = name if virtual is None else virtual.intervention
+    method = METHODS[inner or "loreft"]
+    rank = draw(st.integers(1, 4))
+    phases: list[Phase] = ["prompt"] if method.interchanges else [method.phase, "prompt", "all"]
+    strengths = [0.0, 1.0, 1.0, -0.5, 0.3, 2.0] if virtual is None else [1.0, 1.0, 0.0]
+    has_ranks = "up" in method.parts(method.activations[0]) and virtual is None
     return Drawn(
-        method=method,
-        rank=draw(st.integers(1, 4)),
+        method=method.method,
+        virtual=virtual and virtual.kind,
+        edits=inner is not None,
+        sites=tuple(draw(st.sets(st.integers(0, 20), min_size=1, max_size=2))),
+        rank=rank,
+        activation=draw(st.sampled_from(method.activations)),
+        phase=draw(st.sampled_from(phases)),
         layers=tuple(sorted(draw(st.sets(st.integers(0, NUM_LAYERS - 1), min_size=1)))),
-        rule="prompt" if all_tokens else draw(unit_rules()),
+        rule=draw(unit_rules()),
         tied=draw(st.booleans()),
-        strength=draw(st.sampled_from([0.0, 1.0, 1.0, -0.5, 0.3, 2.0])),
+        dtype=draw(st.sampled_from(["float32", "float32", "bfloat16", "float16"])),
+        strength=draw(st.sampled_from(strengths)),
+        factors=tuple(draw(st.lists(st.sampled_from([1.0, 0.0, -1.5]), max_size=rank)))
+        if has_ranks
+        else (),
+        source=draw(st.integers(0, 5)) if method.interchanges else 0,
     )
 
 
-requests = st.tuples(st.integers(1, 20), st.integers(0, 5), st.lists(adapters(), max_size=2))
+def one_prefix(stack: list[Drawn]) -> list[Drawn]:
+    """The stack without virtual tokens after the first that are not off."""
+    taken = [use for use in stack if use.virtual and use.strength]
+    return [use for use in stack if use not in taken[1:]]
+
+
+requests = st.tuples(
+    st.integers(1, MAX_LENGTH), st.integers(0, 5), st.lists(uses(), max_size=3).map(one_prefix)
+)
 """Prompt length, prompt seed, stack."""
 
 
 def make(model: ModelDescription, drawn: Drawn) -> Adapter:
     """The drawn adapter for a model, its weights drawn from its rank."""
-    linears = tuple(name for name in model.sites if name.startswith("linear:"))
-    return random_adapter(
+    if not drawn.edits:
+        assert drawn.virtual is not None
+        return random_prefix_adapter(model, drawn.virtual, length=drawn.rank, seed=drawn.rank)
+    chosen = METHODS[drawn.method].sites
+    known = [name for name in model.sites if name != "heads" or chosen == ("heads",)]
+    if chosen == ("linear",):
+        known = [name for name in known if name.startswith("linear:")]
+    sites = {known[pick % len(known)] for pick in drawn.sites}
+    if chosen == ("heads",):
+        sites = {"heads"}
+    edits = random_adapter(
         model,
         seed=drawn.rank,
         size=0.7,
         method=drawn.method,
         rank=drawn.rank,
         layers=drawn.layers,
-        sites=linears[:2] if METHODS[drawn.method].sites == ("linear",) else None,
+        sites=tuple(sorted(sites)),
+        activation=drawn.activation,
+        phase=drawn.phase,
         positions=drawn.rule,
         tied=drawn.tied,
+        dtype=drawn.dtype,
+        subspaces={f"rank-{rank}": (rank,) for rank in range(len(drawn.factors))} or None,
     )
+    if drawn.virtual is None:
+        return edits
+    return random_prefix_adapter(model, drawn.virtual, seed=drawn.rank, beside=edits)
+
+
+def as_used(model: ModelDescription, drawn: Drawn, prompt_len: int) -> Used:
+    """The adapter with the request's options; a source's positions pair up with the prompt's."""
+    adapter = make(model, drawn)
+    source: tuple[int, ...] = ()
+    if drawn.source:
+        wanted = [len(unit) for unit in adapter.rule.resolve(prompt_len)]
+        lengths = [
+            length
+            for length in range(1, MAX_LENGTH + 1)
+            if [len(unit) for unit in adapter.rule.resolve(length)] == wanted
+        ]
+        source = random_prompt(lengths[drawn.source % len(lengths)], seed=50 + drawn.source)
+    subspaces = {f"rank-{rank}": factor for rank, factor in enumerate(drawn.factors)}
+    return Used(adapter, drawn.strength, subspaces, source)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2"])
@@ -95,9 +175,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[tuple[str, EmbeddedEngine
     started.start()
     yield request.param, started
     started.stop()
-
-
-_ids = itertools.count()
 
 
 @settings(
@@ -111,31 +188,18 @@ def test_a_drawn_batch_equals_each_request_alone(
     engine: tuple[str, EmbeddedEngine], batch: list[tuple[int, int, list[Drawn]]]
 ) -> None:
     family, started = engine
-    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
-    mixed: list[tuple[Request, Stack]] = []
-    for length, seed, drawn in batch:
-        stack = [(make(started.model, each), each.strength) for each in drawn]
-        for adapter, _ in stack:
-            started.load_adapter(adapter)
-        choices = tuple(AdapterChoice(adapter.digest, strength) for adapter, strength in stack)
-        prompt = random_prompt(length, seed=seed)
-        mixed.append((Request(f"drawn-{next(_ids)}", prompt, params, choices), stack))
-    completions = generate(started, [request for request, _ in mixed])
-    for (request, stack), completion in zip(mixed, completions, strict=True):
-        assert len(completion.token_ids) == MAX_TOKENS
-        assert_greedy(family, request.prompt, completion.token_ids, stack)
+    cases = [
+        Case(
+            random_prompt(length, seed=seed),
+            tuple(as_used(started.model, use, length) for use in drawn),
+        )
+        for length, seed, drawn in batch
+    ]
+    for case, answer in zip(cases, run_together(started, cases, MAX_TOKENS), strict=True):
+        assert_as_alone(reference(family), case, answer)
 
 
 @cache
 def reference(family: str) -> PreTrainedModel:
     """The family's model as no engine has touched it."""
     return tiny_model(family)
-
-
-def assert_greedy(family: str, prompt: tuple[int, ...], generated: list[int], stack: Stack) -> None:
-    """Each token is the slow reference's greedy one, or tied with it."""
-    tokens = [*prompt, *generated]
-    logits = reference_logits(reference(family), tokens, len(prompt), stack=stack)
-    for step, token in enumerate(generated, start=len(prompt) - 1):
-        behind = float(logits[step].max() - logits[step, token])
-        assert behind < NEAR_TIE, f"token {token} at {step} is {behind} behind the best"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from reft_core.engine.generate import generate
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.sites import ModelDescription
 from tests.factories import FAMILIES, VOCAB_SIZE, random_adapter, tiny_loaded, tiny_model
-from tests.reference.slow import reference_generate, reference_logits
+from tests.reference.slow import reference_generate
+from tests.reft_core.engine.truth import Case, Used, assert_as_alone, matters, run_together
 
 MAX_TOKENS = 6
 PARAMS = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
@@ -45,79 +48,33 @@ def prompts(count: int) -> list[tuple[int, ...]]:
     ]
 
 
-def requests(adapters: list[Adapter | None], count: int) -> list[tuple[Request, Adapter | None]]:
-    """Requests that go through the adapters in turn."""
-    found = []
-    for index, prompt in enumerate(prompts(count)):
-        adapter = adapters[index % len(adapters)]
-        digest = adapter.digest if adapter else None
-        found.append(
-            (
-                Request(f"r{index}", prompt, PARAMS, (AdapterChoice(digest),) if digest else ()),
-                adapter,
-            )
-        )
-    return found
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_prefill_tokens", [512, 3])
 def test_mixed_batch_equals_each_request_alone(family: str, max_prefill_tokens: int) -> None:
     """More requests than slots, so admission, slot moves and idle rows all happen."""
-    loaded = tiny_loaded(family)
     engine = EmbeddedEngine(
-        loaded,
+        tiny_loaded(family),
         EngineConfig(max_num_seqs=5, max_prefill_tokens=max_prefill_tokens, max_model_len=64),
     )
     adapters = mixed_adapters(engine.model)
-    for adapter in adapters:
-        if adapter:
-            engine.load_adapter(adapter)
-    batch = requests(adapters, 16)
-    engine.start()
-    try:
-        completions = generate(engine, [request for request, _ in batch])
-    finally:
-        engine.stop()
-    reference = tiny_model(family)
-    base_outputs = []
-    for (request, adapter), completion in zip(batch, completions, strict=True):
-        expected = reference_generate(reference, request.prompt, MAX_TOKENS, adapter)
-        assert completion.token_ids == expected, (request.request_id, adapter and adapter.spec)
-        if adapter:
-            base_outputs.append(reference_generate(reference, request.prompt, MAX_TOKENS))
-    adapted = [c.token_ids for c, (_, adapter) in zip(completions, batch, strict=True) if adapter]
-    changed = sum(a != b for a, b in zip(adapted, base_outputs, strict=True))
-    assert changed >= len(adapted) / 4, "the adapters of this test must matter"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_logits_match_the_reference(family: str) -> None:
-    """First-token log-probabilities of every request of a mixed batch, within 1e-3."""
-    loaded = tiny_loaded(family)
-    engine = EmbeddedEngine(loaded, EngineConfig(max_prefill_tokens=7, max_model_len=64))
-    adapters = mixed_adapters(engine.model)
-    for adapter in adapters:
-        if adapter:
-            engine.load_adapter(adapter)
-    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, logprobs=20)
-    batch = [
-        (Request(r.request_id, r.prompt, params, r.adapters), adapter)
-        for r, adapter in requests(adapters, 14)
+    cases = [
+        Case(prompt, (Used(adapter),) if adapter else ())
+        for prompt, adapter in zip(prompts(16), cycle(adapters), strict=False)
     ]
     engine.start()
     try:
-        completions = generate(engine, [request for request, _ in batch])
+        answers = run_together(engine, cases, MAX_TOKENS)
     finally:
         engine.stop()
     reference = tiny_model(family)
-    worst = 0.0
-    for (request, adapter), completion in zip(batch, completions, strict=True):
-        logits = reference_logits(reference, list(request.prompt), len(request.prompt), adapter)
-        expected = torch.log_softmax(logits[-1], dim=-1)
-        for entry in completion.tokens[0].top_logprobs:
-            worst = max(worst, abs(entry.logprob - float(expected[entry.token_id])))
-    assert worst < 1e-3, f"largest difference {worst}"
+    for case, answer in zip(cases, answers, strict=True):
+        assert_as_alone(reference, case, answer)
+    changed = [
+        matters(reference, case, answer)
+        for case, answer in zip(cases, answers, strict=True)
+        if case.stack
+    ]
+    assert sum(changed) >= len(changed) / 4, "the adapters of this test must matter"
 
 
 def test_strength_scales_the_edit_and_zero_is_exactly_base() -> None:
