@@ -59,14 +59,13 @@ class PrefixCache:
     def restore(self, sequence: Sequence) -> None:
         """Fill the start of a sequence's slot with what is known; advances ``num_computed``.
 
-        At least the last token is left to compute, since its logits are wanted.
+        Positions whose logits are wanted are left to compute.
         """
         provenance = sequence.provenance
         if provenance is None:
             return
         path = self._match(provenance, sequence.token_ids)
-        limit = len(sequence.token_ids) - 1
-        length = min(sum(shared for _, shared in path), limit)
+        length = min(sum(shared for _, shared in path), sequence.first_read)
         if length < max(LEAST_MATCH, sequence.num_virtual + 1):
             return
         rows = torch.tensor([block.row for block, _ in path], device=self._pool.device)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ log = logging.getLogger(__name__)
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
+@dataclass(frozen=True)
+class PrefillLogits:
+    """What a prefill's chunks put out, float32, in the order of the chunks."""
+
+    next: Tensor
+    """(K, V) of the last token of each chunk after which a token is wanted."""
+    scored: Tensor
+    """(S, V) of the positions that each chunk scores."""
+
+
 class ModelRunner:
     """Forwards of one base model over one KV store.
 
@@ -59,17 +70,17 @@ class ModelRunner:
             self._try_fused()
 
     @torch.inference_mode()
-    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+    def prefill(self, chunks: Sequence[Chunk]) -> PrefillLogits:
         """Compute chunks of many prompts in one packed forward, with their edits.
 
-        Fills their slots; the caller advances ``num_computed``. Returns float32 logits
-        (K, V) of the last token of each chunk that completes its prompt, in order.
+        Fills their slots; the caller advances ``num_computed``.
         """
         tokens: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
         packed: list[PackedChunk] = []
         last_rows: list[int] = []
+        scored_rows: list[int] = []
         virtual: list[tuple[int, Tensor]] = []
         for chunk in chunks:
             sequence, row = chunk.sequence, len(tokens)
@@ -81,7 +92,8 @@ class ModelRunner:
             positions += range(chunk.start, chunk.end)
             segments.append(Segment(row, len(tokens), sequence.slot, chunk.start))
             packed.append(PackedChunk(row, chunk.start, chunk.end - chunk.start, sequence.edits))
-            if chunk.completes_prompt:
+            scored_rows += (row + position - chunk.start for position in chunk.scored)
+            if chunk.wants_token:
                 last_rows.append(len(tokens) - 1)
         plan = build_plan(packed, self._device)
         with self._embedded(virtual):
@@ -89,11 +101,11 @@ class ModelRunner:
                 torch.tensor([tokens], device=self._device),
                 torch.tensor([positions], device=self._device),
                 PrefillBatch(self._kv, segments),
-                torch.tensor(last_rows, dtype=torch.int64, device=self._device),
+                torch.tensor(last_rows + scored_rows, dtype=torch.int64, device=self._device),
                 plan,
             )
         self.num_edits_applied += plan.num_edits
-        return logits[0]
+        return PrefillLogits(logits[0, : len(last_rows)], logits[0, len(last_rows) :])
 
     @torch.inference_mode()
     def decode(

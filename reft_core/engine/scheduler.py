@@ -19,6 +19,9 @@ from reft_core.engine.sequence import Sequence
 _HEADROOM = 16
 """Tokens that each running sequence may still grow by when another is admitted, so that the
 one admitted last does not lose its slot at once."""
+_MOST_SCORED = 256
+"""Positions of prompts whose logits one step computes, each a number for every token of the
+vocabulary, for requests that want log-probabilities of their prompt."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,19 @@ class Chunk:
     def completes_prompt(self) -> bool:
         """Whether the sequence's next token can be sampled after this chunk."""
         return self.end == self.sequence.prefill_target
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether a token is to be sampled after this chunk."""
+        return self.completes_prompt and self.sequence.request.params.max_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Positions whose logits tell the log-probability of the prompt's next token."""
+        sequence = self.sequence
+        if not sequence.is_scoring:
+            return range(0)
+        return range(max(self.start, sequence.first_read), min(self.end, sequence.prompt_end - 1))
 
 
 class Scheduler:
@@ -71,6 +87,7 @@ class Scheduler:
         budget = self._max_prefill_tokens
         chunks: list[Chunk] = []
         coming: set[bytes] = set()
+        num_scored = 0
         unfinished = (sequence for sequence in self.running if not sequence.is_prefilled)
         for sequence in sorted(unfinished, key=_urgency):
             if budget == 0:
@@ -82,7 +99,12 @@ class Scheduler:
                 sequence.has_started = True
             start = sequence.num_computed
             end = min(sequence.prefill_target, start + budget)
+            if sequence.is_scoring:
+                end = min(end, max(start, sequence.first_read) + _MOST_SCORED - num_scored)
+                if end == start:
+                    continue
             chunks.append(Chunk(sequence, start, end))
+            num_scored += len(chunks[-1].scored)
             budget -= end - start
             if self._cache.num_rows:
                 coming.update(sequence.prompt_block_names)
@@ -132,6 +154,8 @@ class Scheduler:
 
     def _should_wait(self, sequence: Sequence, coming: set[bytes]) -> bool:
         """Whether a sequence's beginning is being computed by a more urgent one."""
+        if sequence.first_read < LEAST_MATCH:
+            return False  # it could take nothing
         names = sequence.prompt_block_names
         num_known = self._cache.num_known(names)
         num_coming = num_known
