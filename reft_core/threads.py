@@ -8,8 +8,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_stack_size = threading.Lock()
 
-def run_in_own_thread(function: Callable[[], T]) -> T:
+
+def run_in_own_thread(function: Callable[[], T], *, stack_bytes: int = 0) -> T:
     """What ``function`` returns or raises, run in a thread that ends with it.
 
     For heavy torch work outside of the engine's thread, such as loading a model. libgomp
@@ -18,6 +20,9 @@ def run_in_own_thread(function: Callable[[], T]) -> T:
     stops spinning between regions. Every small product of a decode step then waits for a
     wake-up, and on few cores a step takes about half as long again. A thread that ends takes
     its pool along.
+
+    ``stack_bytes`` gives the thread that much stack, for deep recursion in foreign code; 0 is
+    the platform's own size. Only what is used of it takes memory.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -29,7 +34,12 @@ def run_in_own_thread(function: Callable[[], T]) -> T:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="reft-once")
-    thread.start()
+    with _stack_size:  # the setting is the process's, so a thread started just now may share it
+        before = threading.stack_size(stack_bytes)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
     thread.join()
     if errors:
         raise errors[0]
