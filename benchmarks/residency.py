@@ -41,11 +41,13 @@ from reft_core.adapter import encode_adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import SamplingParams
+from reft_core.grammar import GrammarCompiler
 from reft_core.loading import LoadedModel, load_model
 from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription
 from reft_core.spec import AdapterSpec, PositionSpec
 from server.generation import Generator, Job, NamedAdapter
+from server.grammars import Grammars
 from server.logs import configure_logging
 from server.metrics import Metrics
 from server.registry import Registry
@@ -206,7 +208,10 @@ class _Bench:
     file_bytes: int
 
     def _generator(self, registry: Registry, residency: Residency) -> Generator:
-        return Generator(self.engine, registry, residency, self.loaded.tokenizer, Metrics())
+        grammars = Grammars(GrammarCompiler(self.loaded), most=1, timeout_s=1)  # of none is asked
+        return Generator(
+            self.engine, registry, residency, self.loaded.tokenizer, Metrics(), grammars
+        )
 
     async def throughput(self, cold: Sequence[str], repeats: int) -> dict[str, Any]:
         """The same requests with few registered, with many, and with all of them cold."""

@@ -16,10 +16,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_stack_size = threading.Lock()
 
-def run_in_own_thread(function: Callable[[], T]) -> T:
-    """What ``function`` returns or raises, run in a thread that has ended by then."""
-    thread, future = _start(function)
+
+def run_in_own_thread(function: Callable[[], T], *, stack_bytes: int = 0) -> T:
+    """What ``function`` returns or raises, run in a thread that has ended by then.
+
+    ``stack_bytes`` gives the thread that much stack, for deep recursion in foreign code; 0 is
+    the platform's own size. Only what is used of it takes memory.
+    """
+    thread, future = _start(function, stack_bytes)
     thread.join()
     return future.result()
 
@@ -32,7 +38,7 @@ def start_in_own_thread(function: Callable[[], T]) -> Future[T]:
     return _start(function)[1]
 
 
-def _start(function: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
+def _start(function: Callable[[], T], stack_bytes: int = 0) -> tuple[threading.Thread, Future[T]]:
     """A thread that has started, and the outcome of its function."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
@@ -46,5 +52,10 @@ def _start(function: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
             future.set_result(result)
 
     thread = threading.Thread(target=run, name="reft-once")
-    thread.start()
+    with _stack_size:  # the setting is the process's, so a thread started just now may share it
+        before = threading.stack_size(stack_bytes)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
     return thread, future

@@ -14,9 +14,11 @@ from reft_core import __version__
 from reft_core.adapter import read_adapter
 from reft_core.engine.interface import Engine
 from reft_core.errors import InvalidRequest
+from reft_core.grammar import GrammarCompiler
 from reft_core.loading import DEFAULT_CACHE, LoadedModel, load_model
 from server.errors import install_handlers
 from server.generation import Generator
+from server.grammars import Grammars
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
@@ -52,6 +54,7 @@ def create_app(
         finally:
             await services.lifecycle.drain()
             services.registry.close()
+            services.grammars.close()
 
     app = FastAPI(
         title="reft-serve",
@@ -95,6 +98,8 @@ def _build_services(
     except BaseException:
         registry.close()
         raise
+    compiler = GrammarCompiler(loaded, settings.grammar_limits())
+    grammars = Grammars(compiler, most=settings.max_grammars, timeout_s=settings.grammar_timeout_s)
     residency = Residency(
         engine,
         registry.read,
@@ -111,8 +116,15 @@ def _build_services(
         residency=residency,
         pins=Pins(settings.pinned_adapters, registry, residency),
         generator=Generator(
-            engine, registry, residency, loaded.tokenizer, metrics, settings.request_timeout_s
+            engine,
+            registry,
+            residency,
+            loaded.tokenizer,
+            metrics,
+            grammars,
+            settings.request_timeout_s,
         ),
+        grammars=grammars,
         metrics=metrics,
         lifecycle=Lifecycle(engine, settings.drain_timeout_s),
     )

@@ -16,6 +16,7 @@ _LEAST_LOGPROB = -9999.0
 class LikelyToken:
     """A token's text, bytes and log-probability, for people."""
 
+    token_id: int
     text: str
     data: bytes
     logprob: float
@@ -23,11 +24,13 @@ class LikelyToken:
 
 @dataclass(frozen=True)
 class TokenText(LikelyToken):
-    """A generated token, with the likeliest ones in its place."""
+    """A token of an answer or a prompt, with the likeliest ones in its place."""
 
     top: tuple[LikelyToken, ...] = ()
     text_offset: int = 0
-    """Characters of the choice's text before it."""
+    """Characters of the answer's, or the prompt's, text before it."""
+    rank: int | None = None
+    """Of a prompt's token, its place among all tokens, from 1."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class ChoiceText:
     vocabulary: Vocabulary
     stops: Sequence[str] = ()
     with_tokens: bool = False
+    with_stop_token: bool = False
+    """Whether a token that ends the answer is among the tokens, though not in the text."""
     num_tokens: int = field(default=0, init=False)
     """Tokens generated so far, a stop token included."""
 
@@ -75,6 +80,8 @@ class ChoiceText:
         if is_last and not self.stopped:
             text += self._see(self._detokenizer.finish())
             text += self._matcher.finish()
+        if hidden and self.with_tokens and self.with_stop_token:
+            self._pending.append(self._token_text(token))
         self._num_shown += len(text)
         return Piece(text, self._release(everything=is_last and not self.stopped))
 
@@ -91,13 +98,19 @@ class ChoiceText:
 
     def _token_text(self, token: Token) -> TokenText:
         """``token`` as people read it."""
-        text, data = self.vocabulary.describe(token.token_id)
-        top = tuple(
-            LikelyToken(*self.vocabulary.describe(other.token_id), _finite(other.logprob))
-            for other in token.top_logprobs
-        )
-        assert token.logprob is not None, "log-probabilities were asked for"
-        return TokenText(text, data, _finite(token.logprob), top, self._num_decoded)
+        return describe_token(self.vocabulary, token, self._num_decoded)
+
+
+def describe_token(vocabulary: Vocabulary, token: Token, text_offset: int) -> TokenText:
+    """A token, whose log-probability must be known, as people read it."""
+    text, data = vocabulary.describe(token.token_id)
+    top = tuple(
+        LikelyToken(other.token_id, *vocabulary.describe(other.token_id), _finite(other.logprob))
+        for other in token.top_logprobs
+    )
+    assert token.logprob is not None, "log-probabilities were asked for"
+    logprob = _finite(token.logprob)
+    return TokenText(token.token_id, text, data, logprob, top, text_offset, token.rank)
 
 
 def _finite(logprob: float) -> float:

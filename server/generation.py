@@ -18,9 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import AdapterChoice, Engine, Output, Request, SamplingParams
 from reft_core.errors import EngineUnavailable, InvalidRequest, RequestFailed
+from reft_core.grammar import Grammar, GrammarSpec
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_text
 from server.choice import ChoiceText, Piece, TokenText
+from server.echo import Echo, ScoredPrompt, echo_of
+from server.grammars import Grammars
 from server.metrics import Metrics
 from server.registry import Registry, Version
 from server.residency import Residency
@@ -61,6 +64,12 @@ class Job:
     priority: int = 0
     complete: Complete | None = None
     """Score these completions, one a choice, instead of generating ``n``."""
+    grammar: GrammarSpec | None = None
+    """What every answer must look like."""
+    echoed: tuple[str | None, ...] = ()
+    """The prompts' texts, None for tokens, if answers are to begin with them."""
+    with_stop_token: bool = False
+    """Report log-probabilities also of a token that ends an answer."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,19 @@ class FinishedChoice:
     text: str = ""
     tokens: list[TokenText] = field(default_factory=list)
     finish_reason: AnswerEnd | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a job needs before it can be submitted."""
+
+    versions: list[Version | None]
+    adapters: tuple[AdapterChoice, ...]
+    """The engine's form of them."""
+    prompts: list[list[int]]
+    completions: list[tuple[int, ...]]
+    """One a choice; one that is to be generated is empty."""
+    echoes: list[Echo]
 
 
 @dataclass
@@ -103,9 +125,11 @@ class Generator:
         residency: Residency,
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
+        grammars: Grammars,
         timeout_s: float | None = None,
     ) -> None:
         self._engine = engine
+        self._grammars = grammars
         self._timeout_s = timeout_s
         self._registry = registry
         self._residency = residency
@@ -113,38 +137,28 @@ class Generator:
         self._metrics = metrics
         self._vocabulary = Vocabulary(tokenizer)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids that a client sent as its prompt."""
-        return self._vocabulary.decode(token_ids)
-
     async def start(self, job: Job) -> Generation:
         """Accept a job and submit all of it. The caller must close what it gets.
 
         Raises what makes a request unacceptable; then nothing is left behind.
         """
         arrived_at = time.perf_counter()
-        versions, adapters, prompts, completions = await asyncio.to_thread(self._prepare, job)
-        generation = Generation(self, job, prompts, completions, arrived_at)
+        prepared = await asyncio.to_thread(self._prepare, job)
+        grammar = await self._grammars.get(job.grammar) if job.grammar else None
+        generation = Generation(self, job, prepared, arrived_at)
         try:
-            for version in versions:
+            for version in prepared.versions:
                 if version is not None:
                     await self._residency.acquire(version.digest, version.resident_bytes)
                     generation.versions.append(version)
-            generation.submit(adapters)
+            generation.submit(prepared.adapters, grammar)
         except BaseException:
             generation.close()
             raise
         return generation
 
-    def _prepare(
-        self, job: Job
-    ) -> tuple[
-        list[Version | None], tuple[AdapterChoice, ...], list[list[int]], list[tuple[int, ...]]
-    ]:
-        """The adapter versions and the engine's form of them, and the tokens of the prompts and
-        of each choice's completion.
-
-        Blocks on the catalog and tokenizer. A completion that is to be generated is empty.
+    def _prepare(self, job: Job) -> _Prepared:
+        """Resolve the adapters and tokenise. Blocks on the catalog and tokenizer.
 
         The prompt is rendered with the template of what ``model`` names. None stands for the
         base model, which has no options and cannot be stacked on something.
@@ -169,7 +183,18 @@ class Generator:
             for named, version in zip(job.named, versions, strict=True)
             if version is not None
         )
-        return versions, adapters, job.encode(self._tokenizer, template), completions
+        prompts = job.encode(self._tokenizer, template)
+        return _Prepared(versions, adapters, prompts, completions, self._echoes(job, prompts))
+
+    def _echoes(self, job: Job, prompts: list[list[int]]) -> list[Echo]:
+        """The prompts' echoes, if answers begin with them."""
+        pairs = zip(prompts, job.echoed, strict=True) if job.echoed else ()
+        if job.params.prompt_logprobs is not None:
+            return [echo_of(self._vocabulary, prompt, text) for prompt, text in pairs]
+        return [
+            Echo(self._vocabulary.decode(prompt) if text is None else text)
+            for prompt, text in pairs
+        ]
 
     def _source(self, named: NamedAdapter) -> tuple[int, ...]:
         """The tokens of an adapter's source prompt, none if it has none."""
@@ -188,18 +213,21 @@ class Generation:
         self,
         generator: Generator,
         job: Job,
-        prompts: list[list[int]],
-        completions: list[tuple[int, ...]],
+        prepared: _Prepared,
         arrived_at: float,
     ) -> None:
         self.versions: list[Version] = []
         """The adapters it holds, in the order they act."""
-        self.prompts = prompts
-        self.n = len(completions)
+        self.prompts = prepared.prompts
+        self.echoes = prepared.echoes
+        """Of each prompt, if answers begin with it."""
+        self.scored: dict[int, ScoredPrompt] = {}
+        """By prompt, if that was asked for; known before a delta of its choices comes."""
+        self.n = len(prepared.completions)
         self.num_edits = 0
         """(layer, site, position) triples the adapters change, over all sub-requests."""
         self._job = job
-        self._completions = completions
+        self._completions = prepared.completions
         self._owner = generator
         self._arrived_at = arrived_at
         self._loop = asyncio.get_running_loop()
@@ -227,7 +255,7 @@ class Generation:
         """Tokens generated so far, over all choices."""
         return sum(choice.text.num_tokens for choice in self._choices)
 
-    def submit(self, adapters: tuple[AdapterChoice, ...]) -> None:
+    def submit(self, adapters: tuple[AdapterChoice, ...], grammar: Grammar | None) -> None:
         """Submit every choice of every prompt; choice i of prompt p has index p·n + i."""
         owner, job = self._owner, self._job
         for prompt in self.prompts:
@@ -235,7 +263,12 @@ class Generation:
                 index = len(self._choices)
                 choice = _Choice(
                     uuid.uuid4().hex,
-                    ChoiceText(owner._vocabulary, job.stops, job.params.logprobs is not None),
+                    ChoiceText(
+                        owner._vocabulary,
+                        job.stops,
+                        job.params.logprobs is not None,
+                        job.with_stop_token,
+                    ),
                 )
                 request = Request(
                     choice.request_id,
@@ -243,6 +276,7 @@ class Generation:
                     self._params(len(prompt), i),
                     adapters,
                     completion,
+                    None if grammar is None else grammar.start(),
                     priority=job.priority,
                     deadline_s=owner._timeout_s,
                 )
@@ -252,11 +286,22 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Deltas of all choices as they come. Raises what ended a choice early."""
+        held: dict[int, list[tuple[int, Output]]] = {}
         while not all(choice.ended for choice in self._choices):
             index, output = await self._outputs.get()
-            delta = self._advance(index, output)
-            if delta is not None:
-                yield delta
+            prompt, place = divmod(index, self.n)
+            ready = [(index, output)]
+            if self._job.params.prompt_logprobs is not None and prompt not in self.scored:
+                if place > 0:  # the first choice brings the prompt's scores for all
+                    held.setdefault(prompt, []).extend(ready)
+                    continue
+                if output.prompt_logprobs:
+                    self.scored[prompt] = await asyncio.to_thread(self._describe, prompt, output)
+                    ready += held.pop(prompt, [])
+            for pair in ready:
+                delta = self._advance(*pair)
+                if delta is not None:
+                    yield delta
 
     async def collect(self) -> list[FinishedChoice]:
         """Every choice, whole, in order of index."""
@@ -280,9 +325,18 @@ class Generation:
         for version in self.versions:
             self._owner._residency.release(version.digest)
 
+    def _describe(self, prompt: int, output: Output) -> ScoredPrompt:
+        """A prompt's log-probabilities for people. Slow for a long prompt."""
+        others = [token for token in output.prompt_logprobs if token is not None]
+        offsets = self.echoes[prompt].offsets if self.echoes else ()
+        vocabulary = self._owner._vocabulary
+        return ScoredPrompt.of(vocabulary, self.prompts[prompt][0], others, offsets)
+
     def _params(self, prompt_len: int, i: int) -> SamplingParams:
         """Sampling of choice ``i`` of a prompt."""
         params = self._job.params
+        if i:
+            params = replace(params, prompt_logprobs=None)
         if self._job.fill_context:
             room = self._owner._engine.max_model_len - prompt_len
             params = replace(params, max_tokens=max(1, room))
@@ -322,7 +376,8 @@ class Generation:
             return None
         choice.num_cached_tokens = output.num_cached_tokens
         reason = output.finish_reason
-        if output.token is None or reason in ("error", "cancelled"):
+        has_answer = output.token is not None or reason == "length"
+        if not has_answer or reason in ("error", "cancelled"):
             self._end(choice, "error")
             if output.error is not None:
                 raise output.error
@@ -330,7 +385,10 @@ class Generation:
                 raise EngineUnavailable("the engine cancelled the request")
             raise RequestFailed("the engine ended the request without saying why")
         is_last = reason is not None
-        piece = choice.text.push(output.token, is_last=is_last, hidden=reason == "stop")
+        piece = Piece()
+        if output.token is not None:
+            hidden = reason == "stop" and not output.completes_constraint
+            piece = choice.text.push(output.token, is_last=is_last, hidden=hidden)
         end: AnswerEnd | None = None
         if choice.text.stopped or reason == "stop":
             end = "stop"

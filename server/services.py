@@ -11,6 +11,7 @@ from fastapi import Request
 from reft_core.engine.interface import Engine
 from reft_core.loading import LoadedModel
 from server.generation import Generator
+from server.grammars import Grammars
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.pins import Pins
@@ -30,6 +31,7 @@ class Services:
     residency: Residency
     pins: Pins
     generator: Generator
+    grammars: Grammars
     metrics: Metrics
     lifecycle: Lifecycle
     started_at: int = field(default_factory=lambda: int(time.time()))

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
     from reft_core.engine.config import EngineConfig
+    from reft_core.grammar import GrammarLimits
 
 MIB = 1024 * 1024
 
@@ -90,6 +91,13 @@ class Settings(BaseSettings):
     max_prompts: int = Field(default=64, ge=1, le=1024, description="prompts a completion")
     max_stop: int = Field(default=16, ge=1, le=64, description="stop strings a request")
     max_stop_chars: int = Field(default=256, ge=1, le=1024, description="length of each")
+    max_grammar_bytes: int = Field(
+        default=64 * 1024, ge=64, le=MIB, description="a schema, regex or grammar for answers"
+    )
+    max_grammars: int = Field(default=64, ge=1, le=4096, description="compiled grammars kept")
+    grammar_timeout_s: float = Field(
+        default=5.0, gt=0, le=60, description="a grammar that takes longer to compile: 400"
+    )
 
     drain_timeout_s: float = Field(default=30.0, ge=0, le=3600)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -134,6 +142,12 @@ class Settings(BaseSettings):
         if self.dtype == "auto":
             return device, "float32" if device == "cpu" else "bfloat16"
         return device, self.dtype
+
+    def grammar_limits(self) -> GrammarLimits:
+        """The bounds of a grammar that a request brings."""
+        from reft_core.grammar import GrammarLimits
+
+        return GrammarLimits(max_bytes=self.max_grammar_bytes)
 
     def engine_config(self) -> EngineConfig:
         """The part of the settings that the engine needs."""

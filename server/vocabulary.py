@@ -39,10 +39,10 @@ class Vocabulary:
         self.describe = lru_cache(maxsize=65536)(self._describe)
         """Text and bytes of one token by itself; text names the bytes if they are no text."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a run of tokens, special ones left out."""
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of a run of tokens, with or without that of special ones."""
         text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return text
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -27,10 +28,11 @@ from reft_core.engine.interface import (
     Token,
 )
 from reft_core.engine.kv import SlotKV
+from reft_core.engine.logprobs import finite_rows, with_logprobs
 from reft_core.engine.prefix_cache import PrefixCache
 from reft_core.engine.provenance import Provenance
 from reft_core.engine.runner import ModelRunner
-from reft_core.engine.sampler import sample
+from reft_core.engine.sampler import NOT_FINITE, sample
 from reft_core.engine.scheduler import Scheduler
 from reft_core.engine.sequence import Sequence
 from reft_core.engine.sharing import Chunk
@@ -253,7 +255,10 @@ class EmbeddedEngine:
         with_prefix = [u.adapter.spec.name for u in uses if u.adapter.num_virtual_tokens]
         if len(with_prefix) > 1:
             raise InvalidRequest.because("adapters", with_prefix, "at most one with a prefix")
-        return PromptEdits(tuple(uses), len(request.prompt)) if uses else None
+        if not uses:
+            return None
+        reads: Literal[last, all] = "last" if request.params.prompt_logprobs is None else "all"
+        return PromptEdits(tuple(uses), len(request.prompt), reads)
 
     def _check_source(self, use: AdapterUse, prompt_len: int) -> None:
         """Refuse a source prompt that nothing takes, or whose positions do not pair up."""
@@ -303,13 +308,10 @@ class EmbeddedEngine:
         stop_ids = params.stop_token_ids
         if not params.ignore_eos and not request.completion:
             stop_ids = stop_ids | self._loaded.eos_token_ids
-        generator = None
-        if params.seed is not None:
-            generator = torch.Generator().manual_seed(params.seed)
         provenance = None
         if not any(choice.source for choice in request.adapters):  # those use the slot first
             provenance = Provenance.of(edits, len(request.prompt), request.tenant)
-        return Sequence(request, sink, edits, stop_ids, provenance, generator)
+        return Sequence(request, sink, edits, stop_ids, provenance)
 
     # Called from the engine's thread alone ------------------------------------------------
 
@@ -380,7 +382,28 @@ class EmbeddedEngine:
             chunk.sequence.num_computed = chunk.end
             self._cache.store(chunk.sequence, tail=chunk.completes_prompt)
             self._prompt_tokens += chunk.end - chunk.start - chunk.num_shared
-        self._take_tokens(logits, [c.sequence for c in chunks if c.completes_prompt])
+        wanting = [chunk.sequence for chunk in chunks if chunk.wants_token]
+        self._score_prompts(logits.scored, [chunk for chunk in chunks if chunk.scored])
+        for chunk in chunks:
+            if chunk.completes_prompt and not chunk.wants_token and chunk.sequence.slot >= 0:
+                self._finish(chunk.sequence, None, "length")
+        kept = [row for row, sequence in enumerate(wanting) if sequence.slot >= 0]
+        rows = logits.next if len(kept) == len(wanting) else logits.next[kept]
+        self._take_tokens(rows, [wanting[row] for row in kept])
+
+    def _score_prompts(self, logits: torch.Tensor, chunks: list[Chunk]) -> None:
+        """Note the log-probabilities of prompts' tokens; logits (S, V) are of the positions that
+        the chunks score, in order. A prompt whose logits are not finite ends.
+        """
+        end = 0
+        for chunk in chunks:
+            sequence, start = chunk.sequence, end
+            end += len(chunk.scored)
+            try:
+                _score_prompt(chunk, logits[start:end])
+            except Exception as error:
+                self._cache.forget(sequence)
+                self._fail(sequence, RequestFailed(f"scoring the prompt failed: {error}"))
 
     def _decode(self, rows: list[Sequence]) -> None:
         """Decode one token for every ready sequence among ``rows``; if that fails, for each
@@ -426,14 +449,15 @@ class EmbeddedEngine:
             sequence.token_ids.append(token.token_id)
             if not sequence.first_token_at:
                 sequence.first_token_at = time.monotonic()
-            if token.token_id in sequence.stop_ids:
-                self._finish(sequence, token, "stop")
-            elif sequence.num_generated == sequence.request.params.max_tokens:
-                self._finish(sequence, token, "length")
+            try:
+                reason = _end_after(sequence, token)
+            except Exception as error:
+                self._fail(sequence, RequestFailed(f"the request's constraint failed: {error}"))
+                continue
+            if reason is not None:
+                self._finish(sequence, token, reason)
             else:
-                cached = sequence.num_cached_prompt_tokens
-                output = Output(sequence.request.request_id, token, num_cached_tokens=cached)
-                self._deliver(sequence, output)
+                self._deliver(sequence, _output(sequence, token))
 
     def _fail(self, sequence: Sequence, error: ReftError) -> None:
         """End one sequence with its error."""
@@ -460,13 +484,9 @@ class EmbeddedEngine:
         error: ReftError | None,
     ) -> None:
         """Deliver the last output and forget the request."""
+        self._deliver(sequence, _output(sequence, token, reason, error))
         request_id = sequence.request.request_id
         self._deadlines.remove(request_id)
-        timings = sequence.timings(time.monotonic())
-        self._deliver(
-            sequence,
-            Output(request_id, token, reason, error, timings, sequence.num_cached_prompt_tokens),
-        )
         with self._changed:
             self._open.pop(request_id, None)
             self._cancelled.discard(request_id)  # its id may come again
@@ -488,11 +508,62 @@ class EmbeddedEngine:
             self._close(sequence, None, "error", error)
 
 
+def _score_prompt(chunk: Chunk, logits: torch.Tensor) -> None:
+    """Note log-probabilities from the logits (S, V) of the positions that a chunk scores."""
+    if not all(finite_rows(logits)):
+        raise ValueError(NOT_FINITE)
+    sequence = chunk.sequence
+    token_ids = [sequence.token_ids[position + 1] for position in chunk.scored]
+    num_top = [sequence.request.params.prompt_logprobs or 0] * len(token_ids)
+    sequence.prompt_logprobs += with_logprobs(logits, token_ids, num_top, ranked=True)
+
+
+def _end_after(sequence: Sequence, token: Token) -> FinishReason | None:
+    """Why a sequence ends with the token it has just got; None if it goes on.
+
+    Tells its constraint. Raises what that raises.
+    """
+    if token.token_id in sequence.stop_ids:
+        return "stop"
+    request = sequence.request
+    if request.constraint is not None:
+        request.constraint.accept(token.token_id)
+        if request.constraint.is_finished:
+            return "stop"
+    return "length" if sequence.num_generated == request.params.max_tokens else None
+
+
+def _output(
+    sequence: Sequence,
+    token: Token | None,
+    reason: FinishReason | None = None,
+    error: ReftError | None = None,
+) -> Output:
+    """What happened to a sequence in this step; it has ended if there is a reason."""
+    is_first = sequence.num_generated == (0 if token is None else 1)
+    was_answered = reason not in ("cancelled", "error")
+    return Output(
+        sequence.request.request_id,
+        token,
+        reason,
+        error,
+        None if reason is None else sequence.timings(time.monotonic()),
+        sequence.num_cached_prompt_tokens,
+        completes_constraint=reason == "stop"
+        and token is not None
+        and token.token_id not in sequence.stop_ids,
+        prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and was_answered else (),
+    )
+
+
 def _as_scored(request: Request) -> Request:
     """A request whose completion is given, with the parameters that follow from that."""
     if not request.completion:
         return request
     params = SamplingParams(
-        max_tokens=len(request.completion), temperature=0, logprobs=request.params.logprobs or 0
+        max_tokens=len(request.completion),
+        temperature=0,
+        logprobs=request.params.logprobs or 0,
+        prompt_logprobs=request.params.prompt_logprobs,
     )
     return replace(request, params=params)

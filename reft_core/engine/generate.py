@@ -18,6 +18,8 @@ class Completion:
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
     num_edits: int = 0
+    prompt_logprobs: tuple[Token | None, ...] = ()
+    """See :attr:`Output.prompt_logprobs`."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -54,6 +56,7 @@ def generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
                 raise output.error
             if output.token is not None:
                 completion.tokens.append(output.token)
+            completion.prompt_logprobs += output.prompt_logprobs
             if output.finish_reason is not None:
                 completion.finish_reason = output.finish_reason
                 completion.timings = output.timings

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from reft_core.adapter import Adapter
+from reft_core.engine.constraint import Constraint
 from reft_core.errors import InvalidRequest, ReftError
 from reft_core.sites import ModelDescription
 
@@ -26,11 +27,13 @@ class SamplingParams:
     """How one request's tokens are chosen. Every value is checked on construction.
 
     Order of operations on a token's logits: logit bias, repetition penalty, presence and
-    frequency penalties, temperature, then top-k, top-p and min-p on the result. Reported
-    log-probabilities are of the model's own distribution, before all of these.
+    frequency penalties, the request's constraint, temperature, then top-k, top-p and min-p on
+    the result. Reported log-probabilities are of the model's own distribution, before all of
+    these.
     """
 
     max_tokens: int = 16
+    """0 only reads the prompt."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -48,9 +51,12 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """None reports nothing; n reports the chosen token's and the n likeliest."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, of which the first has none. Such a prompt is
+    computed whole: the prefix cache knows no logits."""
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, 1_000_000, whole=True)
+        _check("max_tokens", self.max_tokens, 0, 1_000_000, whole=True)
         _check("temperature", self.temperature, 0, 2)
         _check("top_p", self.top_p, 0, 1, open_low=True)
         _check("top_k", self.top_k, 0, 10_000_000, whole=True)
@@ -64,6 +70,8 @@ class SamplingParams:
             _check("seed", self.seed, -_MAX_SEED, _MAX_SEED, whole=True)
         if self.logprobs is not None:
             _check("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
+        if self.prompt_logprobs is not None:
+            _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, whole=True)
 
     @property
     def is_greedy(self) -> bool:
@@ -118,7 +126,11 @@ class Request:
     """Applied in order: at a site that several edit, each reads what the one before wrote."""
     completion: tuple[int, ...] = ()
     """Tokens to take in turn instead of choosing any, to learn their log-probabilities.
-    Stop tokens among them end nothing, and of ``params`` only ``logprobs`` counts."""
+    Stop tokens among them end nothing, and of ``params`` only ``logprobs`` and
+    ``prompt_logprobs`` count."""
+    constraint: Constraint | None = None
+    """The form of the answer. It belongs to this request from now on; when nothing may follow,
+    the request ends with reason ``stop``."""
     priority: int = 0
     """Lower is more urgent: admitted first, and the last to lose its slot."""
     tenant: str = ""
@@ -131,6 +143,10 @@ class Request:
         _check("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, whole=True)
         if self.deadline_s is not None:
             _check("deadline_s", self.deadline_s, 0, MAX_DEADLINE_S, open_low=True)
+        if self.completion and self.constraint is not None:
+            raise InvalidRequest.because(
+                "constraint", self.constraint, "none beside a given completion"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,11 +159,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token."""
+    """One generated token, or one of a prompt whose log-probabilities are wanted."""
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
+    rank: int | None = None
+    """Place among all tokens by probability, from 1; of a prompt's tokens only."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +184,10 @@ class Timings:
 class Output:
     """What happened to a request in one engine step.
 
-    Each carries a token, except a last one that ends by cancellation or error. The last
-    has ``finish_reason`` and ``timings``; ``error`` is set only with reason ``error``.
-    A stop token is counted and delivered like any other; callers that show text drop it.
+    Each carries a token, except a last one that ends by cancellation or error, or because no
+    token was wanted. The last has ``finish_reason`` and ``timings``; ``error`` is set only with
+    reason ``error``. A stop token is counted and delivered like any other; callers that show
+    text drop it, unless ``completes_constraint``.
     """
 
     request_id: str
@@ -179,6 +198,10 @@ class Output:
     num_cached_tokens: int = 0
     """Tokens of the prompt that were not computed for this request: the prefix cache knew them,
     or they were computed for another request that began in the same way."""
+    completes_constraint: bool = False
+    """Reason ``stop``, but by a token that is part of the answer: nothing may follow it."""
+    prompt_logprobs: tuple[Token | None, ...] = ()
+    """With the first output, if they were asked for: a token each, None for the first."""
 
 
 @dataclass(frozen=True)

@@ -63,15 +63,14 @@ class PrefixCache:
     def restore(self, sequence: Sequence, beyond: int = 0) -> int:
         """Fill the start of a sequence's slot with what is known, and return how many tokens.
 
-        Nothing, and 0, if not more than ``beyond`` are known. At least the last token is left
-        to compute, since its logits are wanted.
+        Nothing, and 0, if not more than ``beyond`` are known. Positions whose logits are wanted
+        are left to compute.
         """
         provenance = sequence.provenance
         if provenance is None:
             return 0
         path = self._match(provenance, sequence.token_ids)
-        limit = len(sequence.token_ids) - 1
-        length = min(sum(shared for _, shared in path), limit)
+        length = min(sum(shared for _, shared in path), sequence.first_read)
         if length < max(LEAST_MATCH, sequence.num_virtual + 1, beyond + 1):
             return 0
         rows = torch.tensor([block.row for block, _ in path], device=self._pool.device)

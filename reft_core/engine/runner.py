@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ _CHECK_TOKENS = 12
 log = logging.getLogger(__name__)
 
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class PrefillLogits:
+    """What a prefill's chunks put out, float32, in the order of the chunks."""
+
+    next: Tensor
+    """(K, V) of the last token of each chunk after which a token is wanted."""
+    scored: Tensor
+    """(S, V) of the positions that each chunk scores."""
 
 
 class ModelRunner:
@@ -75,11 +86,10 @@ class ModelRunner:
             self.graphs.warm_up()
 
     @torch.inference_mode()
-    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+    def prefill(self, chunks: Sequence[Chunk]) -> PrefillLogits:
         """Compute chunks of many prompts in one packed forward, with their edits.
 
-        Fills their slots; the caller advances ``num_computed``. Returns float32 logits
-        (K, V) of the last token of each chunk that completes its prompt, in order.
+        Fills their slots; the caller advances ``num_computed``.
         """
         for chunk in chunks:
             if chunk.start <= chunk.sequence.num_virtual:
@@ -103,19 +113,24 @@ class ModelRunner:
         last_rows = [
             layout.row_of(layout.last, chunk, chunk.end - 1)
             for chunk in chunks
-            if chunk.completes_prompt
+            if chunk.wants_token
+        ]
+        scored_rows = [
+            layout.row_of(layout.last, chunk, position)
+            for chunk in chunks
+            for position in chunk.scored
         ]
         with self._embedded(virtual):
             logits = self._forward(
                 torch.tensor([tokens], device=self._device),
                 torch.tensor([positions], device=self._device),
                 self._batch(layout, layout.first),
-                torch.tensor(last_rows, dtype=torch.int64, device=self._device),
+                torch.tensor(last_rows + scored_rows, dtype=torch.int64, device=self._device),
                 plan,
                 layout,
             )
         self.num_edits_applied += plan.num_edits
-        return logits[0]
+        return PrefillLogits(logits[0, : len(last_rows)], logits[0, len(last_rows) :])
 
     def can_branch(self, sequence: EngineSequence) -> bool:
         """Whether the forward that takes a sequence's edits can share lower layers only."""

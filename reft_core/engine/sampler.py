@@ -5,119 +5,133 @@ A sequence's token depends on its own logits, history and seed, never on its nei
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence as Seq
+
 import torch
 from torch import Tensor
 
-from reft_core.engine.interface import SamplingParams, Token, TokenLogprob
+from reft_core.engine.draw import draw
+from reft_core.engine.interface import Token
+from reft_core.engine.logprobs import MAX_ELEMENTS, finite_rows, with_logprobs
+from reft_core.engine.penalties import adjust, adjusts
 from reft_core.engine.sequence import Sequence
 from reft_core.errors import RequestFailed
 
-_MIN_TEMPERATURE = 1e-6
-"""Below it logits divided by the temperature could overflow; the choice is greedy anyway."""
-_MAX_LOGIT = 1e30
-"""Penalties below one multiply logits; what they make stays finite."""
+NOT_FINITE = "the model's logits are not finite for this request"
+_unseeded = random.Random()
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | RequestFailed]:
     """The next token of each sequence, or the error that ends it.
 
-    ``logits`` (B, V) float32, may be overwritten. Plain greedy requests share one argmax;
-    the rest are taken row by row, so that one row's failure stays its own.
+    ``logits`` (B, V) float32, left as they are. Plain greedy requests share one argmax, the rest
+    go through the same few operations together; if those fail, each alone, so that one row's
+    failure stays its own.
     """
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-    greedy = logits.argmax(dim=-1).tolist()
-    results: list[Token | RequestFailed] = []
-    for row, sequence in enumerate(sequences):
-        params = sequence.request.params
-        if not finite[row]:
-            results.append(RequestFailed("the model's logits are not finite for this request"))
-        elif params.is_greedy and params.logprobs is None and not _adjusts(params):
-            results.append(Token(greedy[row]))
-        else:
-            try:
-                results.append(_sample_row(logits[row], sequence))
-            except Exception as error:  # ends this request alone
-                results.append(RequestFailed(f"sampling failed: {error}"))
+    finite = finite_rows(logits)
+    results: list[Token | RequestFailed] = [RequestFailed(NOT_FINITE) for _ in sequences]
+    if plain := [row for row, s in enumerate(sequences) if finite[row] and _is_plain(s)]:
+        for row, token in zip(plain, _take(logits, plain).argmax(dim=-1).tolist(), strict=True):
+            results[row] = Token(token)
+    others = [row for row, s in enumerate(sequences) if finite[row] and not _is_plain(s)]
+    # Drawn once, so that a second try does not move a seed's sequence on.
+    uniforms = {row: _uniform(sequences[row]) for row in others}
+    most = max(1, MAX_ELEMENTS // logits.shape[-1])
+    for start in range(0, len(others), most):
+        rows = others[start : start + most]
+        chosen = _choose_each(
+            _take(logits, rows), [sequences[row] for row in rows], [uniforms[row] for row in rows]
+        )
+        for row, result in zip(rows, chosen, strict=True):
+            results[row] = result
     return results
 
 
-def _adjusts(params: SamplingParams) -> bool:
-    """Whether the parameters change logits before the choice."""
-    return bool(
-        params.logit_bias
-        or params.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
+def _take(logits: Tensor, rows: list[int]) -> Tensor:
+    """These rows of the logits, in ascending order; not copied if they are all."""
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    """Whether the likeliest token is all that is wanted."""
+    request = sequence.request
+    params = request.params
+    return (
+        params.is_greedy
+        and params.logprobs is None
+        and request.constraint is None
+        and not request.completion
+        and not adjusts(params)
     )
 
 
-def _sample_row(logits: Tensor, sequence: Sequence) -> Token:
-    """One sequence's token from its logits (V,)."""
-    params = sequence.request.params
-    if sequence.request.completion:
-        given = sequence.request.completion[sequence.num_generated]
-        return _with_logprobs(logits, given, params.logprobs or 0)
-    model_logits = logits
-    if _adjusts(params):
-        logits = _adjust(logits.clone(), sequence).clamp_(max=_MAX_LOGIT)
-    if params.is_greedy:
-        token_id = int(logits.argmax())
-    else:
-        token_id = _draw(
-            logits / max(params.temperature, _MIN_TEMPERATURE), params, sequence.generator
-        )
-    if params.logprobs is None:
-        return Token(token_id)
-    return _with_logprobs(model_logits, token_id, params.logprobs)
+def _uniform(sequence: Sequence) -> float:
+    """The next number of a sequence that draws its tokens, from 0 up to, not including, 1."""
+    if sequence.request.params.is_greedy or sequence.request.completion:
+        return 0.0
+    return (sequence.generator or _unseeded).random()
 
 
-def _adjust(logits: Tensor, sequence: Sequence) -> Tensor:
-    """Logit bias and penalties, in place. Formulas as in the OpenAI and CTRL papers' APIs."""
-    params = sequence.request.params
-    device = logits.device
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.token_ids[sequence.num_virtual :])), device=device)
-        old = logits[seen]
-        penalised = torch.where(
-            old > 0, old / params.repetition_penalty, old * params.repetition_penalty
-        )
-        logits[seen] = penalised
-    if (params.presence_penalty or params.frequency_penalty) and sequence.num_generated:
-        ids, counts = torch.tensor(sequence.generated_ids, device=device).unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    return logits
+def _choose_each(
+    logits: Tensor, sequences: Seq[Sequence], uniforms: Seq[float]
+) -> list[Token | RequestFailed]:
+    """The token of each row of logits (R, V), together if that works."""
+    try:
+        return [*_choose(logits, sequences, uniforms)]
+    except Exception as error:
+        if len(sequences) == 1:
+            return [RequestFailed(f"sampling failed: {error}")]
+    return [
+        _choose_each(logits[i : i + 1], [sequence], [uniform])[0]
+        for i, (sequence, uniform) in enumerate(zip(sequences, uniforms, strict=True))
+    ]
 
 
-def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator | None) -> int:
-    """A token from softmax(logits) (V,) restricted by top-k, top-p and min-p.
+def _choose(logits: Tensor, sequences: Seq[Sequence], uniforms: Seq[float]) -> list[Token]:
+    """The token of each row of logits (R, V). Raises what ends one of them."""
+    changed = _changed(logits, sequences)
+    chosen: dict[int, int] = {}
+    greedy: list[int] = []
+    drawn: list[int] = []
+    for row, sequence in enumerate(sequences):
+        if sequence.request.completion:
+            chosen[row] = sequence.request.completion[sequence.num_generated]
+        else:
+            (greedy if sequence.request.params.is_greedy else drawn).append(row)
+    if greedy:
+        likeliest = _take(changed, greedy).argmax(dim=-1)
+        chosen.update(zip(greedy, likeliest.tolist(), strict=True))
+    if drawn:
+        params = [sequences[row].request.params for row in drawn]
+        found = draw(_take(changed, drawn), params, [uniforms[row] for row in drawn])
+        chosen.update(zip(drawn, found, strict=True))
+    tokens = {row: Token(token) for row, token in chosen.items()}
+    num_top = {
+        row: n for row, s in enumerate(sequences) if (n := s.request.params.logprobs) is not None
+    }
+    if num_top:
+        rows = list(num_top)
+        told = with_logprobs(_take(logits, rows), [chosen[r] for r in rows], [*num_top.values()])
+        tokens.update(zip(rows, told, strict=True))
+    return [tokens[row] for row in range(len(sequences))]
 
-    Inverse transform sampling with one uniform number: the choice is a function of the
-    logits and that number alone.
-    """
-    probs, ids = torch.softmax(logits, dim=-1).sort(descending=True, stable=True)
-    mass = probs.double().cumsum(dim=-1)
-    keep = torch.ones_like(probs, dtype=torch.bool)
-    if params.top_k:
-        keep[params.top_k :] = False
-    if params.top_p < 1:
-        keep &= mass - probs < params.top_p  # the token that crosses top_p stays
-    if params.min_p:
-        keep &= probs >= params.min_p * probs[0]
-    keep[0] = True
-    kept = int(keep.sum())  # every filter keeps a head of the sorted list
-    uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
-    index = int(torch.searchsorted(mass[:kept], uniform * mass[kept - 1].item(), right=True))
-    return int(ids[min(index, kept - 1)])
 
-
-def _with_logprobs(logits: Tensor, token_id: int, num_top: int) -> Token:
-    """The token with natural-log probabilities under the model's own distribution."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    values, ids = logprobs.topk(num_top)
-    top = tuple(
-        TokenLogprob(i, value) for i, value in zip(ids.tolist(), values.tolist(), strict=True)
-    )
-    return Token(token_id, float(logprobs[token_id]), top)
+def _changed(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    """Logits (R, V) with bias, penalties and constraints worked in; the same if there are none."""
+    is_adjusted = any(adjusts(sequence.request.params) for sequence in sequences)
+    constrained = {
+        row: constraint
+        for row, sequence in enumerate(sequences)
+        if (constraint := sequence.request.constraint) is not None
+    }
+    if not is_adjusted and not constrained:
+        return logits
+    changed = logits.clone()
+    if is_adjusted:
+        adjust(changed, sequences)
+    for row, constraint in constrained.items():
+        changed[row].masked_fill_(~constraint.allowed().to(logits.device), -torch.inf)
+        if changed[row].amax() == -torch.inf:
+            raise ValueError("the request's constraint allows no token")
+    return changed

@@ -20,6 +20,9 @@ from reft_core.engine.sharing import Chunk, Lead, common, find_lead
 _HEADROOM = 16
 """Tokens that each running sequence may still grow by when another is admitted, so that the
 one admitted last does not lose its slot at once."""
+_MOST_SCORED = 256
+"""Positions of prompts whose logits one step computes, each a number for every token of the
+vocabulary, for requests that want log-probabilities of their prompt."""
 
 
 _LEAST_TRUNK = 1 / 8
@@ -37,6 +40,8 @@ class _Step:
     """Rows times layers that may still be computed."""
     branching: bool
     """Whether sequences may share lower layers only."""
+    num_scored: int = 0
+    """Positions whose logits it computes for the log-probabilities of prompts."""
     chunks: list[Chunk] = field(default_factory=list)
 
 
@@ -157,7 +162,7 @@ class Scheduler:
             return False
         sequence.has_started = True
         others = [other for other in self.running if other is not sequence]
-        limit = len(sequence.token_ids) - 1
+        limit = sequence.first_read
         known = [min(common(sequence, s).same, s.num_computed, limit) for s in others]
         best = max(known, default=0)
         taken = self._cache.restore(sequence, beyond=best)
@@ -203,6 +208,9 @@ class Scheduler:
         num_layers, start = self._kv.num_layers, sequence.num_computed
         target = sequence.prefill_target if pace is None else start + pace
         target = min(target, sequence.prefill_target)
+        if sequence.is_scoring:
+            most = _MOST_SCORED - step.num_scored
+            target = min(target, max(start, sequence.first_read) + most)
         costs = [(target, num_layers)]
         if lead is not None:
             if lead.alike == lead.chunk.end and not lead.chunk.completes_prompt:
@@ -219,6 +227,7 @@ class Scheduler:
         if end > start:
             chunk = Chunk(sequence, start, end, lead.up_to(end) if lead else None)
             step.chunks.append(chunk)
+            step.num_scored += len(chunk.scored)
             self._note_taken(sequence, chunk.num_shared)
 
     def _note_taken(self, sequence: Sequence, num_tokens: int) -> None:

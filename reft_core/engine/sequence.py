@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass, field
 
-import torch
-
 from reft_core.batch import PromptEdits
-from reft_core.engine.interface import OutputSink, Request, Timings
+from reft_core.engine.interface import OutputSink, Request, Timings, Token
 from reft_core.engine.provenance import Provenance
 
 Flow = tuple[str, tuple[str, ...]]
@@ -26,7 +25,7 @@ class Sequence:
     """Tokens that end it: the request's own, and the model's unless it ignores them."""
     provenance: Provenance | None = None
     """Names of its blocks in the prefix cache; None keeps it out of the cache."""
-    generator: torch.Generator | None = None
+    generator: random.Random | None = field(init=False, default=None)
     """Source of randomness when the request has a seed."""
     token_ids: list[int] = field(init=False)
     """A placeholder for each virtual token, the prompt, then generated tokens."""
@@ -42,6 +41,8 @@ class Sequence:
     num_taken: int = 0
     """Tokens in its slot that were not computed for it: the prefix cache held them, another
     sequence had them in its slot, or they were computed for another one in the same step."""
+    prompt_logprobs: list[Token | None] = field(default_factory=list)
+    """Of the prompt's first tokens, as far as they are known; see :attr:`is_scoring`."""
     num_cached: int = 0
     """Most tokens it took over, if it was computed more than once."""
     submitted_at: float = field(default_factory=time.monotonic)
@@ -50,6 +51,10 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = [0] * self.num_virtual + list(self.request.prompt)
+        if self.request.params.seed is not None:
+            self.generator = random.Random(str(self.request.params.seed))
+        if self.request.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)  # nothing stands before the first token
         self.restart()
 
     def restart(self) -> None:
@@ -85,6 +90,19 @@ class Sequence:
     def prompt_end(self) -> int:
         """Tokens before the first generated one: the virtual ones and the original prompt."""
         return self.num_virtual + len(self.request.prompt)
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log-probabilities of its prompt's tokens are still to be computed."""
+        return 0 < len(self.prompt_logprobs) < len(self.request.prompt)
+
+    @property
+    def first_read(self) -> int:
+        """First position whose logits are wanted; what comes before may be taken from the
+        prefix cache."""
+        if self.is_scoring:
+            return self.num_virtual + len(self.prompt_logprobs) - 1
+        return len(self.token_ids) - 1
 
     @property
     def num_cached_prompt_tokens(self) -> int:

@@ -41,6 +41,19 @@ class Chunk:
         return self.end == self.sequence.prefill_target
 
     @property
+    def wants_token(self) -> bool:
+        """Whether a token is to be sampled after this chunk."""
+        return self.completes_prompt and self.sequence.request.params.max_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Positions whose logits tell the log-probability of the prompt's next token."""
+        sequence = self.sequence
+        if not sequence.is_scoring:
+            return range(0)
+        return range(max(self.start, sequence.first_read), min(self.end, sequence.prompt_end - 1))
+
+    @property
     def num_shared(self) -> int:
         """Tokens of which nothing is computed for this sequence."""
         return 0 if self.lead is None else self.lead.same - self.start
@@ -98,8 +111,8 @@ def find_lead(
 ) -> Lead | None:
     """The chunk that saves a sequence most if it is followed; None if none saves anything.
 
-    Without ``branching`` there is no trunk. The last row before a token is sampled is followed
-    only where the logits are the same too.
+    Without ``branching`` there is no trunk. A row whose logits are read is followed only where
+    they are the same too, and not for the log-probabilities of a prompt.
     """
     start, target = sequence.num_computed, sequence.prefill_target
     best, most = None, 0
@@ -108,7 +121,8 @@ def find_lead(
             continue
         found = common(sequence, chunk.sequence)
         end = min(chunk.end, target)
-        same = max(start, min(found.same, end if found.is_twin else min(end, target - 1)))
+        is_twin = found.is_twin and not sequence.is_scoring
+        same = max(start, min(found.same, end if is_twin else min(end, sequence.first_read)))
         alike = max(same, min(found.alike, end)) if branching and found.depth else same
         lead = Lead(chunk, same, alike, found.depth)
         if (saved := lead.saved(start, num_layers)) > most:

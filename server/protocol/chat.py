@@ -9,7 +9,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from server.choice import LikelyToken, TokenText
-from server.protocol.common import FinishReason, ReftReport, RequestBody, SamplingFields, Usage
+from server.protocol.common import (
+    FinishReason,
+    PromptLogprobs,
+    ReftReport,
+    RequestBody,
+    SamplingFields,
+    Usage,
+)
 from server.settings import Settings
 
 
@@ -73,7 +80,6 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: int | None = Field(None, description="newer name of max_tokens")
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, description="likeliest tokens to report; needs logprobs")
-    response_format: dict[str, Any] | None = Field(None, description='{"type": "text"} only')
     modalities: list[str] | None = Field(None, description='["text"] only')
     tool_choice: str | dict[str, Any] | None = Field(None, description='"none" only')
     parallel_tool_calls: bool | None = Field(None, description="accepted, without effect")
@@ -91,7 +97,6 @@ class ChatRequest(SamplingFields):
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
         super().check(settings)
         for name, only in (
-            ("response_format", {"type": "text"}),
             ("modalities", ["text"]),
             ("tool_choice", "none"),
         ):
@@ -101,6 +106,9 @@ class ChatRequest(SamplingFields):
             raise InvalidRequest.because(
                 "top_logprobs", self.top_logprobs, "null unless logprobs is true"
             )
+        if self.token_limit == 0 and self.prompt_logprobs is None:
+            field = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+            raise InvalidRequest.because(field, 0, "at least 1, or 0 with prompt_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise InvalidRequest.because(
                 "max_tokens", self.max_tokens, "null beside max_completion_tokens"
@@ -190,6 +198,12 @@ class ChatResponse(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     reft: ReftReport
+
+
+class ScoredChatResponse(ChatResponse):
+    """Answer of ``/v1/chat/completions``, with what ``prompt_logprobs`` asked for."""
+
+    prompt_logprobs: PromptLogprobs
 
 
 class MessageDelta(BaseModel):

@@ -9,7 +9,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from reft_core.engine.interface import SamplingParams
 from reft_core.errors import InvalidRequest, UnsupportedFeature
+from reft_core.grammar import GrammarSpec
+from server.choice import TokenText
 from server.generation import Generation, NamedAdapter
+from server.protocol.structured import ResponseFormat, StructuredOutputs, grammar_of
 from server.settings import Settings
 
 FinishReason = Literal["stop", "length"]
@@ -132,6 +135,9 @@ class SamplingFields(AdapterRequest):
     logit_bias: LogitBias = Field(default={})
     seed: int | None = Field(None, description="choice i samples with seed + i")
     stop: StopStrings = Field(default=[])
+    response_format: ResponseFormat | None = Field(
+        None, description="text, or JSON that follows a schema"
+    )
 
     top_k: int | None = Field(None, ge=-1, description="extension; 0 or -1 keeps all tokens")
     min_p: float | None = Field(None, description="extension")
@@ -139,6 +145,18 @@ class SamplingFields(AdapterRequest):
     stop_token_ids: list[int] = Field(default=[], max_length=128, description="extension")
     priority: int = Field(0, description="extension; lower is more urgent")
     ignore_eos: bool = Field(False, description="extension; generate up to max_tokens")
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="extension; the form that answers have"
+    )
+    guided_json: dict[str, Any] | str | None = Field(None, description="older name of the above")
+    guided_regex: str | None = Field(None, description="older name of the above")
+    guided_choice: list[str] | None = Field(None, description="older name of the above")
+    guided_grammar: str | None = Field(None, description="older name of the above")
+    prompt_logprobs: int | None = Field(
+        None,
+        description="extension; log-probabilities of the prompt's tokens, with that many "
+        "likeliest in the place of each; not in a stream",
+    )
 
     user: str | None = Field(None, description="accepted, without effect")
     metadata: dict[str, Any] | None = Field(None, description="accepted, without effect")
@@ -155,6 +173,10 @@ class SamplingFields(AdapterRequest):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest.because(
                 "stream_options", self.stream_options.model_dump(), "null unless stream is true"
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest.because(
+                "prompt_logprobs", self.prompt_logprobs, "null when stream is true"
             )
         if self.num_choices > settings.max_n:
             raise InvalidRequest.because("n", self.n, f"at most {settings.max_n}")
@@ -177,7 +199,20 @@ class SamplingFields(AdapterRequest):
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        """The grammar that answers must follow, if any. Raises :class:`InvalidRequest`."""
+        guided = StructuredOutputs(
+            json_=self.guided_json,
+            regex=self.guided_regex,
+            choice=self.guided_choice,
+            grammar=self.guided_grammar,
+        )
+        return grammar_of(self.response_format, self.structured_outputs, guided)
+
+    def sampling(
+        self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
         """The engine's form of these fields. Raises :class:`InvalidRequest`."""
         # JSON null means the default, whatever the field.
         return SamplingParams(
@@ -194,12 +229,43 @@ class SamplingFields(AdapterRequest):
             stop_token_ids=frozenset(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
 def _default(value: float | None, default: float) -> float:
     """``value``, or the default for null."""
     return default if value is None else value
+
+
+class PromptLogprob(BaseModel):
+    """A token in a place of the prompt."""
+
+    logprob: float
+    rank: int = Field(description="among all tokens in this place, from 1")
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""For each token of a prompt, the token itself and the likeliest in its place, by id."""
+
+
+def prompt_logprobs_of(tokens: list[TokenText], num_top: int) -> PromptLogprobs:
+    """vLLM's form of a prompt's log-probabilities, given all its tokens but the first."""
+    found: PromptLogprobs = [None]
+    for token in tokens:
+        entries = {
+            token.token_id: PromptLogprob(
+                logprob=token.logprob, rank=token.rank or 1, decoded_token=token.text
+            )
+        }
+        for rank, other in enumerate(token.top[:num_top], start=1):
+            entries.setdefault(
+                other.token_id,
+                PromptLogprob(logprob=other.logprob, rank=rank, decoded_token=other.text),
+            )
+        found.append(entries)
+    return found
 
 
 class PromptTokensDetails(BaseModel):

@@ -8,7 +8,14 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from server.choice import TokenText
-from server.protocol.common import FinishReason, ReftReport, SamplingFields, Usage
+from server.echo import ScoredPrompt
+from server.protocol.common import (
+    FinishReason,
+    PromptLogprobs,
+    ReftReport,
+    SamplingFields,
+    Usage,
+)
 from server.settings import Settings
 
 Prompt = str | list[str] | list[int] | list[list[int]]
@@ -51,16 +58,20 @@ class CompletionRequest(SamplingFields):
         super().check(settings)
         if self.best_of is not None and self.best_of != self.num_choices:
             raise UnsupportedFeature.because("best_of", self.best_of, "it left out, or equal to n")
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedFeature.because(
-                "echo",
-                True,
-                "false together with logprobs; prompt log-probabilities are not supported here",
-            )
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            allowed = "at least 1, or 0 with echo or prompt_logprobs"
+            raise InvalidRequest.because("max_tokens", self.max_tokens, allowed)
         if len(self.prompts) > settings.max_prompts:
             raise InvalidRequest.because(
                 "prompt", f"{len(self.prompts)} prompts", f"at most {settings.max_prompts}"
             )
+
+    @property
+    def scored_prompt(self) -> int | None:
+        """How many likeliest tokens to report in each place of the prompt; None for no scores."""
+        echoed = self.logprobs if self.echo else None
+        wanted = [number for number in (echoed, self.prompt_logprobs) if number is not None]
+        return max(wanted, default=None)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -73,24 +84,50 @@ class CompletionRequest(SamplingFields):
 
 
 class CompletionLogprobs(BaseModel):
-    """Parallel lists, an entry a token. Offsets count characters of the choice's text."""
+    """Parallel lists, an entry a token. Offsets count characters of the choice's text.
+
+    The first token of an echoed prompt has no probability, and null for it.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
     @classmethod
-    def of(cls, tokens: list[TokenText]) -> CompletionLogprobs:
-        """The lists for some tokens."""
-        return cls(
-            tokens=[token.text for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[
-                {other.text: other.logprob for other in (token, *token.top)} for token in tokens
-            ],
-            text_offset=[token.text_offset for token in tokens],
-        )
+    def of(
+        cls, tokens: list[TokenText], num_top: int, *, shift: int = 0, echo: ScoredPrompt | None
+    ) -> CompletionLogprobs:
+        """The lists for some tokens of an answer, and for the prompt that it begins with.
+
+        ``shift`` is the length of the echoed text.
+        """
+        lists = cls(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        if echo is not None:
+            lists._append(echo.first, None, None, 0)
+            for token in echo.tokens:
+                lists._append(token.text, token.logprob, _top(token, num_top), token.text_offset)
+        for token in tokens:
+            lists._append(
+                token.text, token.logprob, _top(token, num_top), shift + token.text_offset
+            )
+        return lists
+
+    def _append(
+        self, text: str, logprob: float | None, top: dict[str, float] | None, offset: int
+    ) -> None:
+        self.tokens.append(text)
+        self.token_logprobs.append(logprob)
+        self.top_logprobs.append(top)
+        self.text_offset.append(offset)
+
+
+def _top(token: TokenText, num_top: int) -> dict[str, float]:
+    """The likeliest tokens and the chosen one; of those with the same text, the likeliest."""
+    found: dict[str, float] = {}
+    for other in (*token.top[:num_top], token):
+        found.setdefault(other.text, other.logprob)
+    return found
 
 
 class CompletionChoice(BaseModel):
@@ -102,6 +139,12 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
+class ScoredCompletionChoice(CompletionChoice):
+    """One answer, with what ``prompt_logprobs`` asked for."""
+
+    prompt_logprobs: PromptLogprobs
+
+
 class CompletionResponse(BaseModel):
     """Answer of ``/v1/completions``, also in parts; parts differ in what they leave out."""
 
@@ -109,6 +152,6 @@ class CompletionResponse(BaseModel):
     object: str = "text_completion"
     created: int
     model: str
-    choices: list[CompletionChoice]
+    choices: list[ScoredCompletionChoice | CompletionChoice]
     usage: Usage | None = None
     reft: ReftReport | None = None

@@ -21,8 +21,9 @@ from server.protocol.chat import (
     ChatResponse,
     ChunkChoice,
     MessageDelta,
+    ScoredChatResponse,
 )
-from server.protocol.common import ReftReport, Usage
+from server.protocol.common import ReftReport, Usage, prompt_logprobs_of
 from server.routes.answering import answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
 from server.services import services_of
@@ -30,7 +31,7 @@ from server.services import services_of
 router = make_router(ApiRoute, tag="inference")
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse)
+@router.post("/v1/chat/completions", response_model=ScoredChatResponse | ChatResponse)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, with the adapter that ``model`` names and its template."""
     body.check(services_of(request).settings)
@@ -45,16 +46,17 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     job = Job(
         named=body.named,
         encode=encode,
-        params=body.sampling(1 if limit is None else limit, num_logprobs),
+        params=body.sampling(1 if limit is None else limit, num_logprobs, body.prompt_logprobs),
         fill_context=limit is None,
         n=body.num_choices,
         stops=tuple(body.stop),
         priority=body.priority,
+        grammar=body.grammar,
     )
     head = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
 
     def whole(generation: Generation, choices: list[FinishedChoice]) -> ChatResponse:
-        return ChatResponse(
+        answer = ChatResponse(
             **head,
             choices=[
                 ChatChoice(
@@ -68,6 +70,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             usage=Usage.of(generation),
             reft=ReftReport.of(generation),
         )
+        if body.prompt_logprobs is None:
+            return answer
+        scores = prompt_logprobs_of(generation.scored[0].tokens, body.prompt_logprobs)
+        return ScoredChatResponse(**dict(answer), prompt_logprobs=scores)
 
     async def chunks(
         generation: Generation, deltas: AsyncIterator[Delta]

@@ -10,13 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_text
+from server.choice import TokenText
 from server.generation import Delta, FinishedChoice, Generation, Job
-from server.protocol.common import ReftReport, Usage
+from server.protocol.common import ReftReport, Usage, prompt_logprobs_of
 from server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
+    ScoredCompletionChoice,
 )
 from server.routes.answering import answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
@@ -39,13 +41,17 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
             for prompt in body.prompts
         ]
 
+    max_tokens = 16 if body.max_tokens is None else body.max_tokens
     job = Job(
         named=body.named,
         encode=encode,
-        params=body.sampling(16 if body.max_tokens is None else body.max_tokens, body.logprobs),
+        params=body.sampling(max_tokens, body.logprobs, body.scored_prompt),
         n=body.num_choices,
         stops=tuple(body.stop),
         priority=body.priority,
+        grammar=body.grammar,
+        echoed=_texts(body) if body.echo else (),
+        with_stop_token=True,
     )
     head: dict[str, Any] = {
         "id": new_id("cmpl"),
@@ -53,17 +59,20 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         "created": now(),
         "model": body.model,
     }
-    echoes = _echoes(body, services.generator.decode)
 
     def whole(generation: Generation, choices: list[FinishedChoice]) -> CompletionResponse:
         return CompletionResponse(
             **head,
             choices=[
-                CompletionChoice(
-                    index=index,
-                    text=(echoes[index // generation.n] if echoes else "") + choice.text,
-                    logprobs=_logprobs(body, choice.tokens),
-                    finish_reason=choice.finish_reason,
+                _with_scores(
+                    body,
+                    generation,
+                    CompletionChoice(
+                        index=index,
+                        text=_echo(generation, index) + choice.text,
+                        logprobs=_logprobs(body, generation, index, choice.tokens, begins=True),
+                        finish_reason=choice.finish_reason,
+                    ),
                 )
                 for index, choice in enumerate(choices)
             ],
@@ -79,14 +88,13 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         first: dict[str, Any] = {"reft": ReftReport.of(generation)}
         begun: set[int] = set()
         async for delta in deltas:
-            text = delta.piece.text
-            if echoes and delta.index not in begun:
-                text = echoes[delta.index // generation.n] + text
-            begun.add(delta.index)
+            index, piece = delta.index, delta.piece
+            begins = index not in begun
+            begun.add(index)
             choice = CompletionChoice(
-                index=delta.index,
-                text=text,
-                logprobs=_logprobs(body, list(delta.piece.tokens)),
+                index=index,
+                text=(_echo(generation, index) if begins else "") + piece.text,
+                logprobs=_logprobs(body, generation, index, list(piece.tokens), begins=begins),
                 finish_reason=delta.finish_reason,
             )
             yield CompletionResponse(**shared, **first, choices=[choice])
@@ -99,13 +107,44 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     return await answer_whole(request, job, whole)
 
 
-def _echoes(body: CompletionRequest, decode: Any) -> list[str]:
-    """The prompts' texts, if the answers are to begin with them."""
-    if not body.echo:
-        return []
-    return [prompt if isinstance(prompt, str) else decode(prompt) for prompt in body.prompts]
+def _texts(body: CompletionRequest) -> tuple[str | None, ...]:
+    """The prompts' texts, None for tokens."""
+    return tuple(prompt if isinstance(prompt, str) else None for prompt in body.prompts)
 
 
-def _logprobs(body: CompletionRequest, tokens: list[Any]) -> CompletionLogprobs | None:
-    """The log-probabilities of some tokens, if they are wanted."""
-    return None if body.logprobs is None else CompletionLogprobs.of(tokens)
+def _echo(generation: Generation, index: int) -> str:
+    """The text that a choice begins with."""
+    return generation.echoes[index // generation.n].text if generation.echoes else ""
+
+
+def _logprobs(
+    body: CompletionRequest,
+    generation: Generation,
+    index: int,
+    tokens: list[TokenText],
+    *,
+    begins: bool,
+) -> CompletionLogprobs | None:
+    """The log-probabilities of some tokens of a choice, if they are wanted, and of the prompt
+    that it begins with.
+    """
+    if body.logprobs is None:
+        return None
+    is_echoed = begins and bool(generation.echoes)
+    return CompletionLogprobs.of(
+        tokens,
+        body.logprobs,
+        shift=len(_echo(generation, index)),
+        echo=generation.scored[index // generation.n] if is_echoed else None,
+    )
+
+
+def _with_scores(
+    body: CompletionRequest, generation: Generation, choice: CompletionChoice
+) -> CompletionChoice:
+    """A choice with the prompt's log-probabilities in vLLM's form, if they are wanted."""
+    if body.prompt_logprobs is None:
+        return choice
+    tokens = generation.scored[choice.index // generation.n].tokens
+    scores = prompt_logprobs_of(tokens, body.prompt_logprobs)
+    return ScoredCompletionChoice(**dict(choice), prompt_logprobs=scores)

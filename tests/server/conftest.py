@@ -12,12 +12,14 @@ import structlog
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
+from reft_core.engine.config import EngineConfig
+from reft_core.engine.engine import EmbeddedEngine
 from reft_core.loading import LoadedModel
 from server.app import create_app
 from server.run import DrainingServer
 from server.services import Services
 from server.settings import Settings
-from tests.server.fakes import FakeEngine, make_loaded, wait_until
+from tests.server.fakes import FakeEngine, make_loaded, make_tiny_loaded, wait_until
 
 ADMIN_KEY = "admin-key-for-tests"
 API_KEY = "api-key-for-tests"
@@ -128,3 +130,16 @@ def server(in_process) -> Iterator[Server]:
 def live(on_socket) -> Iterator[Server]:
     with on_socket() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Iterator[Server]:
+    """The app over the embedded engine and a tiny random model that reads bytes."""
+    loaded = make_tiny_loaded()
+    engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=512, max_prefill_tokens=16))
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("tiny"), admin_key=ADMIN_KEY, max_grammar_bytes=4096
+    )
+    app = create_app(settings, engine, loaded)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield Server(app.state.services, client)

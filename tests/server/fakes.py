@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from reft_core.adapter import Adapter, EditKey, check_fits, encode_adapter
 from reft_core.edits import Edit
@@ -27,7 +27,7 @@ from reft_core.engine.interface import (
 )
 from reft_core.errors import EngineUnavailable, InvalidRequest, PromptTooLong, ReftError, explain
 from reft_core.loading import LoadedModel
-from reft_core.sites import ModelDescription
+from reft_core.sites import ModelDescription, describe_model
 from reft_core.spec import AdapterSpec, PositionSpec, SiteSpec, TemplateSpec
 
 MODEL = ModelDescription(
@@ -68,6 +68,33 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_loaded() -> LoadedModel:
     """A loaded model of which only tokenizer and description are ever asked."""
     return LoadedModel(cast(PreTrainedModel, None), make_tokenizer(), MODEL)
+
+
+def make_tiny_model() -> PreTrainedModel:
+    """A random model over the byte tokenizer's tokens; the same at every call."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=MODEL.vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        eos_token_id=make_tokenizer().eos_token_id,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.4)
+    return model
+
+
+def make_tiny_loaded() -> LoadedModel:
+    """A tiny model that runs, with its tokenizer."""
+    model = make_tiny_model()
+    return LoadedModel(model, make_tokenizer(), describe_model(model, "tiny"))
 
 
 def make_adapter(seed: int = 0, name: str = "tone", **changes: Any) -> bytes:
@@ -282,6 +309,9 @@ class FakeEngine:
         if self.fail_after is not None and running.num_sent >= self.fail_after:
             self._end(running, None, "error", self.failure)
             return
+        if params.max_tokens == 0:
+            self._end(running, None, "length")
+            return
         token_id = running.script[running.num_sent % len(running.script)]
         running.num_sent += 1
         self.num_tokens += 1
@@ -299,7 +329,8 @@ class FakeEngine:
         elif running.num_sent == params.max_tokens:
             self._end(running, token, "length")
         else:
-            running.sink(Output(running.request.request_id, token))
+            scores = _scores(running.request) if running.num_sent == 1 else ()
+            running.sink(Output(running.request.request_id, token, prompt_logprobs=scores))
 
     def _end(
         self,
@@ -311,11 +342,36 @@ class FakeEngine:
         with self._changed:
             if self._running.pop(running.request.request_id, None) is None:
                 return
+        is_first = running.num_sent <= 1 and reason not in ("error", "cancelled")
         running.sink(
-            Output(running.request.request_id, token, reason, error, Timings(0.01, 0.02, 0.03))
+            Output(
+                running.request.request_id,
+                token,
+                reason,
+                error,
+                Timings(0.01, 0.02, 0.03),
+                prompt_logprobs=_scores(running.request) if is_first else (),
+            )
         )
         with self._changed:
             self._changed.notify_all()
+
+
+def _scores(request: Request) -> tuple[Token | None, ...]:
+    """Token i of a prompt has log-probability -i and rank 2, behind its successors by id."""
+    number = request.params.prompt_logprobs
+    if number is None:
+        return ()
+    scored = (
+        Token(
+            token,
+            -float(i),
+            tuple(TokenLogprob((token + j + 1) % 256, -float(i) - j / 8) for j in range(number)),
+            rank=2,
+        )
+        for i, token in enumerate(request.prompt[1:], start=1)
+    )
+    return (None, *scored)
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:

@@ -124,7 +124,6 @@ def test_streamed_logprobs_are_those_of_the_whole(server):
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"function_call": "auto"}, "function_call"),
         ({"tool_choice": "auto"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"prediction": {"type": "content"}}, "prediction"),
@@ -176,6 +175,9 @@ def test_harmless_fields_are_accepted(server, changes):
         ({"messages": [{"role": "user", "content": "x", "extra": 1}]}, "messages.0.extra"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"prompt": "x"}, "prompt"),
     ],
 )

@@ -268,7 +268,9 @@ class Bad:
 BAD = [
     Bad({"n": 9}, "n", "at most 8"),
     Bad({"n": 0}, "n", "greater than or equal to 1"),
-    Bad({"max_tokens": 0}, "max_tokens", "from 1"),
+    Bad({"max_tokens": 0}, "max_tokens", "at least 1"),
+    Bad({"max_tokens": -1, "echo": True}, "max_tokens", "from 0"),
+    Bad({"prompt_logprobs": 21}, "prompt_logprobs", "expected"),
     Bad({"max_tokens": "many"}, "max_tokens", "'many'"),
     Bad({"temperature": 3}, "temperature", "got 3"),
     Bad({"top_p": 0}, "top_p", "above 0"),
@@ -289,7 +291,7 @@ BAD = [
     Bad({"prompt": "x" * 999}, "prompt", "256", "context_length_exceeded"),
     Bad({"best_of": 3}, "best_of", "n", "unsupported_parameter"),
     Bad({"suffix": "x"}, "suffix", "", "unsupported_parameter"),
-    Bad({"echo": True, "logprobs": 1}, "echo", "", "unsupported_parameter"),
+    Bad({"echo": True, "logprobs": 21}, "logprobs", "20"),
     Bad({"model": "missing"}, "model", MODEL.name, "model_not_found"),
     Bad({"model": 5}, "model", "string"),
 ]

@@ -33,8 +33,8 @@ def test_sampling_params_accept(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("max_tokens", 0, "from 1 to 1000000"),
-        ("max_tokens", 1_000_001, "from 1 to 1000000"),
+        ("max_tokens", -1, "from 0 to 1000000"),
+        ("max_tokens", 1_000_001, "from 0 to 1000000"),
         ("temperature", -0.1, "from 0 to 2"),
         ("temperature", 2.1, "from 0 to 2"),
         ("top_p", 0, "above 0 up to 1"),
@@ -54,7 +54,7 @@ def test_sampling_params_accept(fields: dict[str, Any]) -> None:
             for field in ("temperature", "top_p", "min_p", "repetition_penalty")
         ),
         # A fraction of a token would never be reached, and the request never end.
-        ("max_tokens", 1.5, "from 1 to 1000000"),
+        ("max_tokens", 1.5, "from 0 to 1000000"),
         ("top_k", 1.5, "from 0 to 10000000"),
         ("seed", 1.5, "from -9223372036854775807 to 9223372036854775807"),
         ("logprobs", 1.5, f"from 0 to {MAX_LOGPROBS}"),

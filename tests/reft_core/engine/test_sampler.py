@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -24,9 +25,7 @@ PROMPT = (1, 3, 3)
 
 
 def sequence(params: SamplingParams, generated: tuple[int, ...] = ()) -> Sequence:
-    generator = None if params.seed is None else torch.Generator().manual_seed(params.seed)
-    request = Request("r", PROMPT, params)
-    made = Sequence(request, print, None, frozenset(), generator=generator)
+    made = Sequence(Request("r", PROMPT, params), print, None, frozenset())
     made.token_ids += generated
     return made
 
@@ -312,10 +311,83 @@ def test_a_token_of_probability_zero_is_no_failure() -> None:
     assert 2 not in draw_many(logits, 50)
 
 
-def test_a_row_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here by asking for more log-probabilities than there are tokens."""
-    rows = [sequence(SamplingParams(temperature=0, logprobs=n)) for n in (V, V + 1, V)]
-    first, second, third = sample(SPREAD.repeat(3, 1), rows)
-    assert isinstance(second, RequestFailed)
-    assert "sampling failed" in str(second)
-    assert first == third == choose(SPREAD, SamplingParams(temperature=0, logprobs=V))
+class Broken:
+    """A constraint that raises."""
+
+    is_finished = False
+
+    def allowed(self) -> Tensor:
+        raise ValueError("out of order")
+
+    def accept(self, _token_id: int) -> None:
+        raise AssertionError("nothing was chosen")
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"seed": 1}, {"seed": 1, "logprobs": V}])
+def test_a_row_that_raises_fails_alone(fields: dict[str, Any]) -> None:
+    """And the numbers that its neighbours draw are not used up by the first try."""
+    rows = [sequence(SamplingParams(**fields)) for _ in range(3)]
+    rows[1].request = replace(rows[1].request, constraint=Broken())
+    expected = sequence(SamplingParams(**fields))
+    for _ in range(2):
+        first, second, third = sample(SPREAD.repeat(3, 1), rows)
+        assert isinstance(second, RequestFailed)
+        assert "sampling failed: out of order" in str(second)
+        assert [first] == [third] == sample(SPREAD.unsqueeze(0), [expected])
+
+
+def test_more_logprobs_than_tokens_are_all() -> None:
+    token = choose(SPREAD, SamplingParams(temperature=0, logprobs=V + 1))
+    assert len(token.top_logprobs) == V
+
+
+class Only:
+    """A constraint that always allows the same tokens."""
+
+    is_finished = False
+
+    def __init__(self, *token_ids: int) -> None:
+        self.token_ids = token_ids
+
+    def allowed(self) -> Tensor:
+        return torch.tensor([token in self.token_ids for token in range(V)])
+
+    def accept(self, token_id: int) -> None:
+        assert token_id in self.token_ids
+
+
+def test_a_constraint_binds_its_own_row() -> None:
+    """After bias and penalties; the log-probabilities stay the model's own."""
+    fields: list[dict[str, Any]] = [
+        {"temperature": 0, "logprobs": 1},
+        {"seed": 3, "top_k": 1},
+        {"temperature": 0, "logit_bias": {2: 100.0}},
+        {"temperature": 0},
+    ]
+    rows = [sequence(SamplingParams(**field)) for field in fields]
+    for row in rows[:3]:
+        row.request = replace(row.request, constraint=Only(1, 7))
+    tokens = sample(SPREAD.repeat(4, 1), rows)
+    assert [t.token_id for t in tokens if isinstance(t, Token)] == [1, 1, 1, 2]
+    assert isinstance(tokens[0], Token)
+    p = probabilities(SPREAD)
+    assert tokens[0].logprob == pytest.approx(math.log(p[1]), abs=1e-5)
+    assert tokens[0].top_logprobs[0].token_id == 2
+
+
+def test_a_constraint_that_allows_nothing_fails_alone() -> None:
+    rows = [sequence(SamplingParams(temperature=0)) for _ in range(2)]
+    rows[0].request = replace(rows[0].request, constraint=Only())
+    first, second = sample(SPREAD.repeat(2, 1), rows)
+    assert isinstance(first, RequestFailed)
+    assert "allows no token" in str(first)
+    assert second == Token(2)
+
+
+def test_large_batches_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"seed": i, "logprobs": i % 3} if i % 4 else {"temperature": 0} for i in range(11)]
+    logits = torch.randn(11, V, generator=torch.Generator().manual_seed(0))
+    whole = sample(logits, [sequence(SamplingParams(**row)) for row in rows])
+    for name in ("sampler", "logprobs"):
+        monkeypatch.setattr(f"reft_core.engine.{name}.MAX_ELEMENTS", 2 * V)
+    assert sample(logits, [sequence(SamplingParams(**row)) for row in rows]) == whole
