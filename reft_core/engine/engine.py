@@ -257,7 +257,7 @@ class EmbeddedEngine:
             raise InvalidRequest.because("adapters", with_prefix, "at most one with a prefix")
         if not uses:
             return None
-        reads: Literal[last, all] = "last" if request.params.prompt_logprobs is None else "all"
+        reads: Literal["last", "all"] = "last" if request.params.prompt_logprobs is None else "all"
         return PromptEdits(tuple(uses), len(request.prompt), reads)
 
     def _check_source(self, use: AdapterUse, prompt_len: int) -> None:
