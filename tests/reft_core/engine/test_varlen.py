@@ -170,7 +170,7 @@ def test_a_wrong_kernel_fails_its_trial(change: str) -> None:
         if change == "window":
             window_size = (window_size[0] + 1, 0)
         if change == "scale":
-            scale *= 1.1
+            scale *= 1.5
         if change == "alignment":  # queries at the first keys instead of the last
             args = (*args[:4], args[4] - torch.tensor([0, 0, 1]).int(), *args[5:])
             args = (*args[:6], args[6] - 1)
@@ -179,7 +179,7 @@ def test_a_wrong_kernel_fails_its_trial(change: str) -> None:
 
     heads = (HEADS, KEY_HEADS, WIDTH)
     error = varlen.largest_error(kernel_of(wrong), torch.device("cpu"), torch.float32, heads, 3)
-    assert error > 0.02
+    assert error > 2 * varlen._TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_on_a_gpu_the_kernel_serves_half_precision(
     found = varlen.kernel()
     assert found is not None
     error = varlen.largest_error(found, torch.device("cuda"), dtype, (*heads, head_dim), window)
-    assert error < 0.02
+    assert error < varlen._TOLERANCE
     query, key = (torch.zeros(1, n, 4, head_dim, dtype=dtype, device="cuda") for n in heads)
     assert varlen.serves(query, key, window, None)
     assert not varlen.serves(query.float(), key.float(), window, None)
