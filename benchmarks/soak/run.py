@@ -105,8 +105,8 @@ def _settings(
         "prefix_cache_bytes": 400 * 16 * _token_bytes(world),
         "max_adapter_bytes": max(512 * 1024, largest),
         "adapter_memory_bytes": max(2**20, 4 * largest),
-        "adapter_wait_s": 0.5,
-        "request_timeout_s": 20 / rate,
+        "adapter_wait_s": 20 / rate,
+        "request_timeout_s": 30 / rate,
         "max_n": 4,
         "pinned_adapters": "stable-0",
     }
