@@ -102,7 +102,7 @@ def _settings(
         "max_waiting": 20,
         "max_prefill_tokens": 48,
         "kv_tokens": _MAX_LEN,
-        "prefix_cache_bytes": 400 * 16 * _token_bytes(world),
+        "prefix_cache_bytes": 40 * 16 * _token_bytes(world),
         "max_adapter_bytes": max(512 * 1024, largest),
         "adapter_memory_bytes": max(2**20, 8 * largest),
         "adapter_wait_s": 20 / rate,
