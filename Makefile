@@ -7,7 +7,7 @@ SOAK_SECONDS ?= 600
 	bench-residency soak clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 demo:  ## install, start the server with the example adapters, print curl lines (MODEL=hub id or folder)
 	@scripts/install demo

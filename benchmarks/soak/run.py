@@ -30,7 +30,7 @@ class Options:
     model: str = TINY
     seconds: float = 600.0
     seed: int = 0
-    num_files: int = 16
+    num_files: int = 24
     max_rss_growth_mb: float = 24.0
     """Memory that the second half may add; the first fills caches."""
 
@@ -102,11 +102,11 @@ def _settings(
         "max_waiting": 20,
         "max_prefill_tokens": 48,
         "kv_tokens": _MAX_LEN,
-        "prefix_cache_bytes": 400 * 16 * _token_bytes(world),
+        "prefix_cache_bytes": 40 * 16 * _token_bytes(world),
         "max_adapter_bytes": max(512 * 1024, largest),
-        "adapter_memory_bytes": max(2**20, 4 * largest),
-        "adapter_wait_s": 0.5,
-        "request_timeout_s": 20 / rate,
+        "adapter_memory_bytes": max(2**20, 8 * largest),
+        "adapter_wait_s": 20 / rate,
+        "request_timeout_s": 30 / rate,
         "max_n": 4,
         "pinned_adapters": "stable-0",
     }

@@ -112,16 +112,18 @@ class Catalog:
     ) -> tuple[Version, bool]:
         """Make ``digest`` the current version of ``name``; True if the version is new."""
         with self._engine.begin() as connection:
-            last = connection.scalar(select(_names.c.last_number).where(_names.c.name == name))
+            held = connection.execute(select(_names).where(_names.c.name == name)).one_or_none()
             known = self._one(
                 connection,
                 _select().where(_versions.c.name == name, _versions.c.digest == digest),
             )
             if known is not None:
-                self._set_current(connection, name, known.number)
+                if held is not None and held.current != known.number:
+                    self._set_current(connection, name, known.number)
                 return known, False
-            version = Version(name, (last or 0) + 1, digest, num_bytes, int(time.time()), spec)
-            if last is None:
+            number = 1 if held is None else held.last_number + 1
+            version = Version(name, number, digest, num_bytes, int(time.time()), spec)
+            if held is None:
                 connection.execute(
                     insert(_names).values(name=name, current=version.number, last_number=0)
                 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from reft_core.errors import (
     AdapterConflict,
@@ -100,6 +100,23 @@ def test_unknown_references_are_not_found(registry, model):
     with pytest.raises(AdapterNotFound, match=r"tiny-base \(base\), tone") as caught:
         registry.resolve(model)
     assert caught.value.field == "model"
+
+
+def test_what_is_current_already_is_not_written_again(registry):
+    """A server that registers a folder of thousands at every start does not wait for the disk."""
+    data, other = make_adapter(1), make_adapter(2)
+    registry.upload("tone", data)
+    statements: list[str] = []
+    event.listen(
+        registry._catalog._engine,
+        "before_cursor_execute",
+        lambda _connection, _cursor, statement, *_: statements.append(statement.split()[0]),
+    )
+    assert not registry.upload("tone", data).created
+    assert set(statements) == {"SELECT"}
+    registry.upload("tone", other)
+    assert registry.upload("tone", data).version.number == 1
+    assert registry.current("tone").number == 1
 
 
 def test_the_list_of_known_names_is_capped(registry):
