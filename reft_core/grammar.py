@@ -26,8 +26,10 @@ _STACK_BYTES_PER_BYTE = 4096
 """A compiler calls itself once for each rule that refers to another. A rule has ten bytes or
 more, and no level was seen to need more than 16 KiB."""
 _LEAST_STACK_BYTES = 64 * 1024 * 1024
-_WHITESPACE = r"[ \t\n\r]{1,20}"
-"""Between JSON's tokens. Unlimited, a small model may put out nothing else."""
+_WHITESPACE = r" |\r?\n[ \t]{0,40}"
+"""Between JSON's tokens: a space, or a new line and its indentation. Where it may, a small model
+puts out nothing else.
+"""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from reft_core.engine.interface import Token, TokenLogprob
 
-MAX_ELEMENTS = 1 << 22
-"""Numbers in a temporary tensor over the vocabulary: a few rows at a time are worked on."""
+_MOST_NUMBERS_CPU = 1 << 17
+"""In a temporary tensor over the vocabulary: few enough to stay in a core's cache."""
+_MOST_NUMBERS = 1 << 24
+"""The same elsewhere, where memory is the only limit."""
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """How many rows of logits (R, V) to work on together."""
+    most = _MOST_NUMBERS_CPU if logits.device.type == "cpu" else _MOST_NUMBERS
+    return max(1, most // logits.shape[-1])
 
 
 def finite_rows(logits: Tensor) -> list[bool]:
@@ -27,7 +35,7 @@ def with_logprobs(
     ``logits`` (R, V) float32 are what the model puts out, before bias, penalties and
     temperature. ``ranked`` adds the token's own rank; of equally likely ones all have the best.
     """
-    num_rows = max(1, MAX_ELEMENTS // logits.shape[-1])
+    num_rows = rows_at_once(logits)
     tokens: list[Token] = []
     for start in range(0, len(token_ids), num_rows):
         end = start + num_rows

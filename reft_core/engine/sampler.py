@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reft_core.engine.draw import draw
 from reft_core.engine.interface import Token
-from reft_core.engine.logprobs import MAX_ELEMENTS, finite_rows, with_logprobs
+from reft_core.engine.logprobs import finite_rows, rows_at_once, with_logprobs
 from reft_core.engine.penalties import adjust, adjusts
 from reft_core.engine.sequence import Sequence
 from reft_core.errors import RequestFailed
@@ -37,7 +37,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Token | RequestFai
     others = [row for row, s in enumerate(sequences) if finite[row] and not _is_plain(s)]
     # Drawn once, so that a second try does not move a seed's sequence on.
     uniforms = {row: _uniform(sequences[row]) for row in others}
-    most = max(1, MAX_ELEMENTS // logits.shape[-1])
+    most = rows_at_once(logits)
     for start in range(0, len(others), most):
         rows = others[start : start + most]
         chosen = _choose_each(

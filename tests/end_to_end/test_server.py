@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 import uvicorn
 
@@ -170,6 +172,33 @@ def test_seeded_sampling_repeats(client: openai.OpenAI) -> None:
 
     assert sample(1) == sample(1)
     assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_answers_follow_a_schema(client: openai.OpenAI) -> None:
+    """Base and adapter at once, as a user would ask for it; and the client's own parser."""
+
+    class Pet(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")
+
+        kind: Literal["cat", "dog"]
+        legs: Literal[2, 3, 4]
+
+    def ask(model: str) -> Pet:
+        answer = client.chat.completions.parse(
+            model=model,
+            messages=[{"role": "user", "content": "Which pet do you have? As JSON."}],
+            response_format=Pet,
+            max_tokens=60,
+            temperature=0,
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.choices[0].message.parsed is not None
+        return answer.choices[0].message.parsed
+
+    models = [base_name(client), "json_answer", "sentiment"] * 2
+    with ThreadPoolExecutor(len(models)) as pool:
+        pets = list(pool.map(ask, models))
+    assert pets[:3] == pets[3:]
 
 
 def test_classify_chooses_the_likeliest_label(url: str) -> None:

@@ -114,8 +114,11 @@ def test_a_token_that_is_not_allowed_is_an_error() -> None:
 
 def test_whitespace_in_json_has_an_end() -> None:
     """A small model puts out nothing else where it may."""
-    assert accepts(start("json_schema", '{"type": "object"}'), '{\n        "a" : 1\n}')
-    assert not accepts(start("json_schema", '{"type": "object"}'), "{" + " " * 60 + "}")
+    any_object = '{"type": "object"}'
+    for good in ('{"a": [1, {}]}', '{"a":1,"b":2}', '{\n        "a" : 1\r\n}', "{\n\t\t}"):
+        assert accepts(start("json_schema", any_object), good), good
+    for bad in ("{  }", "{\n\n}", "{\n" + " " * 41 + "}", " {}", "{} "):
+        assert not accepts(start("json_schema", any_object), bad), bad
 
 
 # What is refused ----------------------------------------------------------------------------

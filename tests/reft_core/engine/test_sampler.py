@@ -388,6 +388,5 @@ def test_large_batches_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -
     rows = [{"seed": i, "logprobs": i % 3} if i % 4 else {"temperature": 0} for i in range(11)]
     logits = torch.randn(11, V, generator=torch.Generator().manual_seed(0))
     whole = sample(logits, [sequence(SamplingParams(**row)) for row in rows])
-    for name in ("sampler", "logprobs"):
-        monkeypatch.setattr(f"reft_core.engine.{name}.MAX_ELEMENTS", 2 * V)
+    monkeypatch.setattr("reft_core.engine.logprobs._MOST_NUMBERS_CPU", 2 * V)
     assert sample(logits, [sequence(SamplingParams(**row)) for row in rows]) == whole
