@@ -233,10 +233,11 @@ def random_prefix_adapter(
     *,
     length: int = 3,
     seed: int = 0,
+    size: float = 1.0,
     beside: Adapter | None = None,
 ) -> Adapter:
-    """Prefix tuning or prompt tuning with random tensors; with the edits of ``beside``, as in MAM,
-    or with none.
+    """Prefix tuning or prompt tuning with random tensors of this size; with the edits of
+    ``beside``, as in MAM, or with none.
     """
     generator = torch.Generator().manual_seed(seed)
     heads = (model.num_kv_heads, model.head_dim) if kind == "kv" else (None, None)
@@ -251,7 +252,9 @@ def random_prefix_adapter(
         prefix=prefix_spec,
     )
     shapes = prefix_spec.tensor_shapes(model.num_layers, model.hidden_size)
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    drawn = {
+        name: size * torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
     layers = range(model.num_layers if kind == "kv" else 0)
     prefix = Prefix(
         tuple(drawn[f"prefix.{layer}.key"] for layer in layers),
