@@ -204,6 +204,7 @@ def random_classifier_bytes(
     seed: int = 0,
     method: str = "loreft",
     sites: tuple[str, ...] | None = None,
+    labels: tuple[str, ...] | None = None,
     **fields: object,
 ) -> bytes:
     """The file of an encoder's adapter with moved edits and a random head."""
@@ -215,7 +216,9 @@ def random_classifier_bytes(
         method=method,
         name=f"{method}-{seed}",
         head=head,
-        task=TaskSpec(kind="classification", labels=tuple(f"l{i}" for i in range(num_labels))),
+        task=TaskSpec(
+            kind="classification", labels=labels or tuple(f"l{i}" for i in range(num_labels))
+        ),
         **fields,  # type: ignore[arg-type]
     )
     shapes = head.tensor_shapes(model.hidden_size, num_labels)
@@ -233,10 +236,11 @@ def random_prefix_adapter(
     *,
     length: int = 3,
     seed: int = 0,
+    size: float = 1.0,
     beside: Adapter | None = None,
 ) -> Adapter:
-    """Prefix tuning or prompt tuning with random tensors; with the edits of ``beside``, as in MAM,
-    or with none.
+    """Prefix tuning or prompt tuning with random tensors of this size; with the edits of
+    ``beside``, as in MAM, or with none.
     """
     generator = torch.Generator().manual_seed(seed)
     heads = (model.num_kv_heads, model.head_dim) if kind == "kv" else (None, None)
@@ -251,7 +255,7 @@ def random_prefix_adapter(
         prefix=prefix_spec,
     )
     shapes = prefix_spec.tensor_shapes(model.num_layers, model.hidden_size)
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    drawn = {name: size * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     layers = range(model.num_layers if kind == "kv" else 0)
     prefix = Prefix(
         tuple(drawn[f"prefix.{layer}.key"] for layer in layers),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from reft_core.adapter import Adapter
 from reft_core.batch import AdapterUse
 from reft_core.engine.interface import AdapterChoice
@@ -11,13 +13,20 @@ MAX_STRENGTH = 100.0
 """Largest magnitude by which a request may multiply an adapter's edits."""
 
 
-def as_use(choice: AdapterChoice, adapter: Adapter | None) -> AdapterUse:
-    """The use of ``adapter`` that ``choice`` asks for; None means it is not loaded.
+def loaded_adapter(adapters: Mapping[str, Adapter], digest: str) -> Adapter:
+    """The adapter of this digest. Raises :class:`InvalidRequest` if it is not loaded."""
+    adapter = adapters.get(digest)
+    if adapter is None:
+        raise InvalidRequest.because("adapter", digest, "a loaded digest")
+    return adapter
+
+
+def as_use(choice: AdapterChoice, adapters: Mapping[str, Adapter]) -> AdapterUse:
+    """The use that ``choice`` asks for of one of the loaded ``adapters``, by digest.
 
     Raises :class:`InvalidRequest` naming the option and its range.
     """
-    if adapter is None:
-        raise InvalidRequest.because("adapter", choice.digest, "a loaded digest")
+    adapter = loaded_adapter(adapters, choice.digest)
     strength = adapter.spec.strength if choice.strength is None else choice.strength
     if not abs(strength) <= MAX_STRENGTH:
         raise InvalidRequest.because(

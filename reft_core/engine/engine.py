@@ -13,7 +13,7 @@ import torch
 
 from reft_core.adapter import Adapter, check_fits
 from reft_core.batch import AdapterUse, PromptEdits
-from reft_core.engine.choices import as_use
+from reft_core.engine.choices import as_use, loaded_adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.cuda_graphs import recorder_for
 from reft_core.engine.deadlines import Deadlines
@@ -50,6 +50,7 @@ from reft_core.errors import (
 )
 from reft_core.loading import LoadedModel
 from reft_core.sites import ModelDescription
+from reft_core.spec import AdapterSpec
 from reft_core.threads import run_in_own_thread
 
 log = logging.getLogger(__name__)
@@ -176,6 +177,10 @@ class EmbeddedEngine:
         """Whether requests may name this digest now."""
         return digest in self._adapters
 
+    def adapter_spec(self, digest: str) -> AdapterSpec:
+        """The spec of a loaded adapter; see :meth:`interface.AdapterHost.adapter_spec`."""
+        return loaded_adapter(self._adapters, digest).spec
+
     def stats(self) -> EngineStats:
         """Counters and gauges as of the last step."""
         running = list(self._scheduler.running)
@@ -246,7 +251,7 @@ class EmbeddedEngine:
 
         At strength 0 an adapter is left out with all that it is made of, virtual tokens too.
         """
-        uses = [as_use(choice, self._adapters.get(choice.digest)) for choice in request.adapters]
+        uses = [as_use(choice, self._adapters) for choice in request.adapters]
         for use in uses:
             self._uploads.wait(use.adapter.digest)
             if use.source:

@@ -13,6 +13,7 @@ from reft_core.adapter import Adapter
 from reft_core.engine.constraint import Constraint
 from reft_core.errors import InvalidRequest, ReftError
 from reft_core.sites import ModelDescription
+from reft_core.spec import AdapterSpec
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -248,8 +249,8 @@ OutputSink = Callable[[Output], None]
 """Receives a request's outputs, in order, on the engine's thread. Must not block or raise."""
 
 
-class Engine(Protocol):
-    """Runs many requests, each with its own adapter or none, in one continuous batch.
+class AdapterHost(Protocol):
+    """A base model that runs on a thread of its own, and the adapters it can use.
 
     Every method may be called from any thread.
     """
@@ -266,17 +267,6 @@ class Engine(Protocol):
     def healthy(self) -> bool:
         """False once the engine can no longer run requests."""
 
-    def submit(self, request: Request, sink: OutputSink) -> Ticket:
-        """Accept a request; from now on ``sink`` gets tokens until a finish reason.
-
-        Raises without calling ``sink``: :class:`InvalidRequest` (empty prompt, token outside
-        the vocabulary, adapter not loaded), :class:`PromptTooLong`,
-        :class:`EngineOverloaded`, :class:`EngineUnavailable`.
-        """
-
-    def cancel(self, request_id: str) -> None:
-        """End a request at the next step with reason ``cancelled``; no-op if it has ended."""
-
     def load_adapter(self, adapter: Adapter) -> None:
         """Make an adapter usable by its digest; no-op if it already is.
 
@@ -289,6 +279,9 @@ class Engine(Protocol):
     def has_adapter(self, digest: str) -> bool:
         """Whether requests may name this digest now."""
 
+    def adapter_spec(self, digest: str) -> AdapterSpec:
+        """The spec of a loaded adapter. Raises :class:`InvalidRequest` if it is not loaded."""
+
     def stats(self) -> EngineStats:
         """Counters and gauges as of the last step."""
 
@@ -300,3 +293,18 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """End the thread; requests still open get an :class:`EngineUnavailable` output."""
+
+
+class Engine(AdapterHost, Protocol):
+    """Runs many requests, each with its own adapter or none, in one continuous batch."""
+
+    def submit(self, request: Request, sink: OutputSink) -> Ticket:
+        """Accept a request; from now on ``sink`` gets tokens until a finish reason.
+
+        Raises without calling ``sink``: :class:`InvalidRequest` (empty prompt, token outside
+        the vocabulary, adapter not loaded), :class:`PromptTooLong`,
+        :class:`EngineOverloaded`, :class:`EngineUnavailable`.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step with reason ``cancelled``; no-op if it has ended."""

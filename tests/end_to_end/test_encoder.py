@@ -8,7 +8,7 @@ import torch
 
 from reft_core.adapter import decode_adapter
 from reft_core.batch import AdapterUse
-from reft_core.classification import EncoderClassifier
+from reft_core.classification import HeadedEncoder
 from reft_core.encoder import EncoderRequest
 from reft_core.loading import LoadedModel, load_encoder
 from reft_core.spec import HeadSpec
@@ -45,7 +45,7 @@ def test_a_mixed_batch_equals_each_text_alone(minilm: LoadedModel) -> None:
         for adapter, text in zip(adapters, TEXTS[shift:] + TEXTS[:shift], strict=True)
     ]
     requests = [EncoderRequest(tokens, (AdapterUse(adapter),)) for adapter, tokens in pairs]
-    found = EncoderClassifier(minilm).logits(requests)
+    found = HeadedEncoder(minilm).logits(requests)
     num_changed = 0
     for (adapter, tokens), logits in zip(pairs, found, strict=True):
         expected = reference_classify(minilm.model, list(tokens), [(adapter, 1.0)])

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, RobertaConfig, 
 
 from reft_core.adapter import Adapter, Head, decode_adapter, encode_adapter
 from reft_core.batch import AdapterUse
-from reft_core.classification import EncoderClassifier
+from reft_core.classification import HeadedEncoder
 from reft_core.encoder import EncoderRequest
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.errors import AdapterFileInvalid, AdapterMismatch, InvalidRequest, PromptTooLong
@@ -112,7 +112,7 @@ def test_a_mixed_batch_equals_each_text_alone(kind: str, max_batch_tokens: int) 
         for index in range(2 * len(stacks))
     ]
     pairs = list(zip(stacks * 2, texts, strict=True))
-    classifier = EncoderClassifier(loaded(kind), max_batch_tokens=max_batch_tokens)
+    classifier = HeadedEncoder(loaded(kind), max_batch_tokens=max_batch_tokens)
     found = classifier.logits([request_for(stack, tokens) for stack, tokens in pairs])
     num_changed = 0
     for (stack, tokens), logits in zip(pairs, found, strict=True):
@@ -126,7 +126,7 @@ def test_a_mixed_batch_equals_each_text_alone(kind: str, max_batch_tokens: int) 
 def test_padding_changes_nothing() -> None:
     adapter = classifiers("roberta")[2]
     short, long = request_for([(adapter, 1.0)], [7, 9]), request_for([(adapter, 1.0)], [5] * 30)
-    classifier = EncoderClassifier(loaded("roberta"))
+    classifier = HeadedEncoder(loaded("roberta"))
     alone = classifier.logits([short])[0]
     torch.testing.assert_close(classifier.logits([long, short])[1], alone, atol=1e-5, rtol=1e-5)
 
@@ -135,13 +135,13 @@ def test_strength_zero_leaves_the_encoder_alone() -> None:
     adapter = classifiers("bert")[1]
     still = replace(adapter, edits={})
     requests = [request_for([(adapter, 0.0)], [4, 5, 6]), request_for([(still, 1.0)], [4, 5, 6])]
-    first, second = EncoderClassifier(loaded("bert")).logits(requests)
+    first, second = HeadedEncoder(loaded("bert")).logits(requests)
     torch.testing.assert_close(first, second)
 
 
 def test_the_longest_text_fits() -> None:
     for kind, most in (("bert", 42), ("roberta", 40)):
-        classifier = EncoderClassifier(loaded(kind))
+        classifier = HeadedEncoder(loaded(kind))
         stack = [(classifiers(kind)[0], 1.0)]
         assert classifier.encoder.max_tokens == most
         assert classifier.logits([request_for(stack, [5] * most)])[0].shape == (2,)
@@ -150,7 +150,7 @@ def test_the_longest_text_fits() -> None:
 
 
 def test_bad_requests_are_named() -> None:
-    classifier = EncoderClassifier(loaded("bert"))
+    classifier = HeadedEncoder(loaded("bert"))
     good, other = classifiers("bert")[0], classifiers("bert")[1]
     for stack, tokens, message in [
         ([(good, 1.0)], [], "at least one token"),

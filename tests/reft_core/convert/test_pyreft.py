@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from reft_core.adapter import Adapter, EditKey, decode_adapter
 from reft_core.batch import AdapterUse
-from reft_core.classification import EncoderClassifier
+from reft_core.classification import HeadedEncoder
 from reft_core.convert import ConvertOptions, base_from_folder, convert, to_pyreft
 from reft_core.convert.assembling import Conventions, assemble
 from reft_core.convert.pyreft.config import NAMED_SITES
@@ -180,7 +180,7 @@ def test_a_classifier_and_its_head_reproduce_pyreft(
     tokenizer: PreTrainedTokenizerBase = NoTokenizer()  # type: ignore[assignment]
     loaded = LoadedModel(model, tokenizer, describe_model(model, "tiny-encoder"))
     requests = [EncoderRequest(tuple(prompt), (AdapterUse(adapter),)) for prompt in case.prompts]
-    served = EncoderClassifier(loaded).logits(requests)
+    served = HeadedEncoder(loaded).logits(requests)
     for prompt, logits, batched in zip(case.prompts, case.logits, served, strict=True):
         ours = reference_classify(model, prompt, [(adapter, 1.0)])
         torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)

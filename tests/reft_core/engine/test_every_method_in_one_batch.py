@@ -73,10 +73,11 @@ def stacks(model: ModelDescription, size: float = 0.7) -> list[tuple[Used, ...]]
     swap = random_adapter(
         model, seed=43, size=size, name="swap", method="interchange", rank=8, positions="l2"
     )
-    prefix = random_prefix_adapter(model, "kv")
-    virtual = random_prefix_adapter(model, "embedding", length=4)
+    prefix = random_prefix_adapter(model, "kv", size=size)
+    virtual = random_prefix_adapter(model, "embedding", length=4, size=size)
     by_name = {adapter.spec.name: adapter for adapter in alone}
-    mam = random_prefix_adapter(model, "kv", beside=by_name["scaled_parallel_adapter"])
+    beside = by_name["scaled_parallel_adapter"]
+    mam = random_prefix_adapter(model, "kv", size=size, beside=beside)
     first, second = Used(by_name["loreft"]), Used(by_name["scaled_parallel_adapter"])
     return [
         (),

@@ -1,4 +1,4 @@
-"""Classification by an encoder: texts with different adapters and heads in one forward.
+"""Trained heads on an encoder: texts with different adapters and heads in one forward.
 
 After the forward each text's pooled state goes through the head of its own adapter, grouped by
 adapter.
@@ -19,8 +19,8 @@ from reft_core.loading import LoadedModel
 from reft_core.sites import find_layers
 
 
-class EncoderClassifier:
-    """Classifies batches of texts with one frozen encoder and any number of adapters."""
+class HeadedEncoder:
+    """One frozen encoder, and the heads of any number of adapters."""
 
     def __init__(self, loaded: LoadedModel, *, max_batch_tokens: int = MAX_BATCH_TOKENS) -> None:
         """``loaded`` is an encoder without a head, as ``load_encoder`` returns it."""
@@ -38,7 +38,7 @@ class EncoderClassifier:
         Exactly one adapter of a request has a head. Raises :class:`InvalidRequest`, or
         :class:`AdapterMismatch` for another model's adapter; no text is classified then.
         """
-        adapters = [self._headed(request) for request in requests]
+        adapters = [self.check(request) for request in requests]
         found: dict[int, Tensor] = {}
         for places in self.encoder.batches(requests):
             encoded = self.encoder.encode([requests[place] for place in places])
@@ -52,8 +52,11 @@ class EncoderClassifier:
                 found |= {places[row]: logits[i] for i, row in enumerate(rows)}
         return [found[place] for place in range(len(requests))]
 
-    def _headed(self, request: EncoderRequest) -> Adapter:
-        """The adapter with the request's head, once all of the request is found in order."""
+    def check(self, request: EncoderRequest) -> Adapter:
+        """The adapter with the request's head, once all of the request is found in order.
+
+        Raises what :meth:`logits` does.
+        """
         self.encoder.check(request)
         headed = [use.adapter for use in request.uses if use.adapter.head is not None]
         if len(headed) != 1:

@@ -1,0 +1,59 @@
+"""Classification by an encoder: the trained head in an adapter's file says what it knows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from reft_core.classification.encoder_engine import EncoderEngine
+from reft_core.classification.interface import (
+    Classification,
+    ClassificationSink,
+    TextRequest,
+    TextTicket,
+)
+from reft_core.errors import InvalidRequest, ReftError
+from reft_core.templates import encode_text
+
+
+class EncoderClassifier:
+    """Asks trained heads on an encoder. Implements :class:`interface.Classifier`.
+
+    Exactly one adapter of a text has a head. The text gets the special tokens that the encoder's
+    tokenizer puts around it.
+    """
+
+    def __init__(self, engine: EncoderEngine, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.engine = engine
+        self._tokenizer = tokenizer
+
+    def submit(self, request: TextRequest, sink: ClassificationSink) -> TextTicket:
+        """Accept a text; see :meth:`interface.Classifier.submit`."""
+        tokens = encode_text(self._tokenizer, request.text)
+        known = self._known_labels(request)
+        labels = request.labels or known
+        for label in labels:
+            if known and label not in known:
+                allowed = f"some of {', '.join(known)}, which the head was trained on"
+                raise InvalidRequest.because("labels", label, allowed)
+
+        def finish(outcome: Tensor | ReftError) -> None:
+            if isinstance(outcome, ReftError):
+                sink(outcome)
+                return
+            logprobs = dict(zip(known, outcome.double().log_softmax(-1).tolist(), strict=True))
+            sink(Classification(labels, tuple(logprobs[label] for label in labels)))
+
+        ticket = self.engine.submit(
+            request.request_id, tokens, request.adapters, finish, request.deadline_s
+        )
+        return TextTicket(request.request_id, ticket.num_prompt_tokens, 0, ticket.num_edits)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a text; see :meth:`interface.Classifier.cancel`."""
+        self.engine.cancel(request_id)
+
+    def _known_labels(self, request: TextRequest) -> tuple[str, ...]:
+        """What the head's logits stand for; the engine refuses a request without one head."""
+        specs = [self.engine.adapter_spec(choice.digest) for choice in request.adapters]
+        return next((spec.task.labels for spec in specs if spec.head and spec.task.labels), ())
