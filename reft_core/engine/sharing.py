@@ -102,7 +102,8 @@ def find_lead(
     only where the logits are the same too.
     """
     start, target = sequence.num_computed, sequence.prefill_target
-    best, most = None, 0
+    best: Lead | None = None
+    most = (0, False)
     for chunk in chunks:
         if not chunk.start <= start < chunk.end:
             continue
@@ -111,7 +112,8 @@ def find_lead(
         same = max(start, min(found.same, end if found.is_twin else min(end, target - 1)))
         alike = max(same, min(found.alike, end)) if branching and found.depth else same
         lead = Lead(chunk, same, alike, found.depth)
-        if (saved := lead.saved(start, num_layers)) > most:
+        saved = (lead.saved(start, num_layers), found.is_twin)
+        if saved > most and saved[0] > 0:
             best, most = lead, saved
     return best
 
