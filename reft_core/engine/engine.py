@@ -447,7 +447,8 @@ class EmbeddedEngine:
         for sequence, token in zip(sequences, sample(logits, sequences), strict=True):
             if isinstance(token, RequestFailed):
                 self._cache.forget(sequence)
-                self._fail(sequence, token)
+                if not self._scheduler.start_over(sequence):
+                    self._fail(sequence, token)
                 continue
             self._generated_tokens += 1
             self._scheduler.charge(sequence, 1)

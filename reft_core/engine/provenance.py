@@ -117,14 +117,16 @@ def _identity(use: AdapterUse) -> bytes:
 
 def num_common(left: Sequence[object], right: Sequence[object]) -> int:
     """Length of the common beginning."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:  # comparing slices is many times faster than comparing in a loop
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
+    at, end, stride, has_failed = 0, min(len(left), len(right)), 16, False
+    while at < end and stride:
+        stop = min(at + stride, end)
+        if left[at:stop] == right[at:stop]:  # many times faster than a loop over items
+            at = stop
+            stride = stride if has_failed else 2 * stride
         else:
-            high = middle - 1
-    return low
+            has_failed = True
+            stride = (stop - at) // 2
+    return at
 
 
 def _hash(*parts: bytes) -> bytes:

@@ -8,41 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.fairness import FairQueue
 from reft_core.engine.kv import SlotKV
-from reft_core.engine.prefix_cache import LEAST_MATCH, PrefixCache
+from reft_core.engine.packing import Packing
+from reft_core.engine.prefix_cache import PrefixCache
 from reft_core.engine.sequence import Sequence
-from reft_core.engine.sharing import Chunk, Lead, common, find_lead
+from reft_core.engine.sharing import Chunk, common
 
 _HEADROOM = 16
 """Tokens that each running sequence may still grow by when another is admitted, so that the
 one admitted last does not lose its slot at once."""
-_MOST_SCORED = 256
-"""Positions of prompts whose logits one step computes, each a number for every token of the
-vocabulary, for requests that want log-probabilities of their prompt."""
-
-
-_LEAST_TRUNK = 1 / 8
-"""Share of the layers for whose sake sequences are prefilled at one pace, and all of them get
-their first token at the end, where otherwise the first of them got its own much earlier."""
-_LEAST_PACE = 8
-"""Fewest tokens a step that such sequences advance by; of more sequences, the rest wait."""
-
-
-@dataclass
-class _Step:
-    """The prefill of one step while it is put together."""
-
-    budget: int
-    """Rows times layers that may still be computed."""
-    branching: bool
-    """Whether sequences may share lower layers only."""
-    num_scored: int = 0
-    """Positions whose logits it computes for the log-probabilities of prompts."""
-    chunks: list[Chunk] = field(default_factory=list)
 
 
 class Scheduler:
@@ -88,24 +65,21 @@ class Scheduler:
         """
         self._admit()
         unfinished = [s for s in sorted(self.running, key=_urgency) if not s.is_prefilled]
-        step = _Step(
-            self._max_prefill_tokens * self._kv.num_layers,
+        packing = Packing(
+            self._kv.num_layers,
+            budget=self._max_prefill_tokens * self._kv.num_layers,
             branching=all(self._can_branch(sequence) for sequence in unfinished),
         )
         while unfinished:
             sequence = unfinished.pop(0)
-            if not self._start(sequence, step):
+            if not self._start(sequence, packing):
                 continue
-            lead = self._find_lead(sequence, step)
-            pace: int | None = None
-            companions: list[Sequence] = []
-            if lead is None and step.branching:
-                pace, companions = self._companions(sequence, unfinished, step)
-            self._put(sequence, lead, step, pace)
+            pace, companions = self._companions(sequence, unfinished, packing)
+            self._put(sequence, packing, pace)
             for companion in companions:
                 unfinished.remove(companion)
-                self._put(companion, self._find_lead(companion, step), step, pace)
-        return step.chunks
+                self._put(companion, packing, pace)
+        return packing.chunks
 
     def next_decode(self) -> list[Sequence]:
         """Rows 0..B-1 of this step's decode: every sequence with a prefilled prompt.
@@ -130,6 +104,20 @@ class Scheduler:
         """Count tokens computed for a sequence, towards its flow's share."""
         self.waiting.charge(sequence, num_tokens)
 
+    def start_over(self, sequence: Sequence) -> bool:
+        """Have a running sequence computed again, with nothing taken over from others, because
+        that may be why its numbers are not finite. False if it took nothing over.
+
+        An adapter that overflows can spoil what its sequence computed before the edit: attention
+        multiplies masked values by zero, and they may be NaN.
+        """
+        if not sequence.num_taken:
+            return False
+        self._clear(sequence)
+        sequence.provenance = None
+        sequence.restart()
+        return True
+
     @property
     def _num_reserved(self) -> int:
         """Tokens that the running sequences hold after this step's decode."""
@@ -149,85 +137,49 @@ class Scheduler:
                 self.charge(sequence, len(sequence.token_ids))
             self.running.append(sequence)
 
-    def _start(self, sequence: Sequence, step: _Step) -> bool:
+    def _start(self, sequence: Sequence, packing: Packing) -> bool:
         """Have a sequence's slot hold what is known of its beginning.
 
         False if this step has nothing for it; then that is put off.
         """
         if sequence.has_started:
             return True
-        if step.budget < self._kv.num_layers and not any(
-            common(sequence, chunk.sequence).same > sequence.num_computed for chunk in step.chunks
-        ):
+        if not packing.has_something_for(sequence):
             return False
-        sequence.has_started = True
         others = [other for other in self.running if other is not sequence]
-        limit = sequence.first_read
+        limit, has = sequence.first_read, sequence.num_computed
         known = [min(common(sequence, s).same, s.num_computed, limit) for s in others]
         best = max(known, default=0)
-        taken = self._cache.restore(sequence, beyond=best)
-        if not taken and best >= max(LEAST_MATCH, sequence.num_virtual + 1):
+        taken = self._cache.restore(sequence, beyond=max(best, has))
+        if not taken and best > max(sequence.num_virtual, has):
             self._kv.move(others[known.index(best)].slot, sequence.slot, best)
             taken = best
         if taken:
-            self._note_taken(sequence, taken - sequence.num_computed)
+            self._note_taken(sequence, taken - has)
             sequence.num_computed = taken
         return True
 
     def _companions(
-        self, sequence: Sequence, others: list[Sequence], step: _Step
+        self, sequence: Sequence, others: list[Sequence], packing: Packing
     ) -> tuple[int | None, list[Sequence]]:
         """Sequences to be prefilled with this one at one pace, because only then are the layers
-        below their edits computed once; and the pace, in tokens a step."""
-        num_layers = self._kv.num_layers
-        found: list[Sequence] = []
-        cost = num_layers
-        for other in others:
-            shared = common(sequence, other)
-            if (
-                other.request.priority != sequence.request.priority
-                or shared.same > sequence.num_computed  # it follows without computing anything
-                or shared.alike <= sequence.num_computed
-                or shared.depth < _LEAST_TRUNK * num_layers
-                or not self._start(other, step)
-                or other.num_computed != sequence.num_computed
-            ):
-                continue
-            more = cost + num_layers - shared.depth
-            if step.budget // more < _LEAST_PACE:
-                break
-            found.append(other)
-            cost = more
-        return (step.budget // cost, found) if found else (None, found)
+        below their edits computed once; and the pace, in tokens."""
+        if packing.lead_of(sequence) is not None:
+            return None, []
+        found = [
+            other
+            for other in others
+            if packing.may_share_trunk(sequence, other)
+            and self._start(other, packing)
+            and other.num_computed == sequence.num_computed
+        ]
+        pace, together = packing.pace_of(sequence, found)
+        return (pace, together) if together else (None, [])
 
-    def _find_lead(self, sequence: Sequence, step: _Step) -> Lead | None:
-        return find_lead(sequence, step.chunks, self._kv.num_layers, branching=step.branching)
-
-    def _put(self, sequence: Sequence, lead: Lead | None, step: _Step, pace: int | None) -> None:
-        """Add a sequence's chunk to a step, as far as the budget goes."""
-        num_layers, start = self._kv.num_layers, sequence.num_computed
-        target = sequence.prefill_target if pace is None else start + pace
-        target = min(target, sequence.prefill_target)
-        if sequence.is_scoring:
-            most = _MOST_SCORED - step.num_scored
-            target = min(target, max(start, sequence.first_read) + most)
-        costs = [(target, num_layers)]
-        if lead is not None:
-            if lead.alike == lead.chunk.end and not lead.chunk.completes_prompt:
-                target = min(target, lead.alike)  # there is more to follow in the next step
-            costs = [(lead.same, 0), (lead.alike, num_layers - lead.depth), *costs]
-        end = start
-        for until, cost in costs:
-            wanted = max(0, min(until, target) - end)
-            length = min(wanted, step.budget // cost) if cost else wanted
-            step.budget -= length * cost
-            end += length
-            if length < wanted:
-                break
-        if end > start:
-            chunk = Chunk(sequence, start, end, lead.up_to(end) if lead else None)
-            step.chunks.append(chunk)
-            step.num_scored += len(chunk.scored)
+    def _put(self, sequence: Sequence, packing: Packing, pace: int | None) -> None:
+        chunk = packing.put(sequence, pace)
+        if chunk is not None:
+            sequence.has_started = True
             self._note_taken(sequence, chunk.num_shared)
 
     def _note_taken(self, sequence: Sequence, num_tokens: int) -> None:

@@ -37,10 +37,11 @@ class Sequence:
     """Tokens to prefill before the next one can be sampled: those of the prompt, and after a
     preemption also those generated before it."""
     has_started: bool = False
-    """Whether anything of it was computed, or taken over, in its slot."""
+    """Whether a chunk of it has its turn, or had it, since it has its slot."""
     num_taken: int = 0
-    """Tokens in its slot that were not computed for it: the prefix cache held them, another
-    sequence had them in its slot, or they were computed for another one in the same step."""
+    """Tokens in its slot that were not computed for it, after its virtual keys if it has any: the
+    prefix cache held them, another sequence had them in its slot, or they were computed for
+    another one in the same step."""
     prompt_logprobs: list[Token | None] = field(default_factory=list)
     """Of the prompt's first tokens, as far as they are known; see :attr:`is_scoring`."""
     num_cached: int = 0
@@ -64,7 +65,7 @@ class Sequence:
         self.num_computed = self.num_virtual if has_kv_prefix else 0
         self.prefill_target = len(self.token_ids)
         self.has_started = False
-        self.num_taken = self.num_computed
+        self.num_taken = 0
 
     def take_over(self, num_tokens: int) -> None:
         """Note that this many tokens need not be computed for it."""
@@ -107,7 +108,9 @@ class Sequence:
     @property
     def num_cached_prompt_tokens(self) -> int:
         """Tokens of the request's own prompt that were not computed for it."""
-        return max(0, min(self.num_cached, self.prompt_end) - self.num_virtual)
+        adapter = self.edits.prefixed if self.edits else None
+        first = 0 if adapter is None or adapter.has_kv_prefix else self.num_virtual
+        return max(0, min(self.num_cached - first, len(self.request.prompt)))
 
     @property
     def num_generated(self) -> int:

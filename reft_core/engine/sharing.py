@@ -115,7 +115,8 @@ def find_lead(
     they are the same too, and not for the log-probabilities of a prompt.
     """
     start, target = sequence.num_computed, sequence.prefill_target
-    best, most = None, 0
+    best: Lead | None = None
+    most = (0, False)
     for chunk in chunks:
         if not chunk.start <= start < chunk.end:
             continue
@@ -125,7 +126,8 @@ def find_lead(
         same = max(start, min(found.same, end if is_twin else min(end, sequence.first_read)))
         alike = max(same, min(found.alike, end)) if branching and found.depth else same
         lead = Lead(chunk, same, alike, found.depth)
-        if (saved := lead.saved(start, num_layers)) > most:
+        saved = (lead.saved(start, num_layers), found.is_twin)
+        if saved > most and saved[0] > 0:
             best, most = lead, saved
     return best
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from reft_core.adapter import Adapter
-from reft_core.engine import scheduler as scheduler_module
+from reft_core.engine import packing as packing_module
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams, Token
@@ -243,7 +243,7 @@ def test_a_preemption_in_the_middle_of_the_prompt(cache_bytes: int) -> None:
 
 def test_one_step_scores_a_bounded_number_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others go on meanwhile."""
-    monkeypatch.setattr(scheduler_module, "_MOST_SCORED", 10)
+    monkeypatch.setattr(packing_module, "MOST_SCORED", 10)
     seen: list[int] = []
     real = scheduler_module.Scheduler.next_prefill
 

@@ -1,0 +1,91 @@
+"""The prefill of one step while the scheduler puts it together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from reft_core.engine.sequence import Sequence
+from reft_core.engine.sharing import Chunk, Lead, common, find_lead
+
+LEAST_TRUNK = 1 / 8
+"""Share of the layers for whose sake sequences are prefilled at one pace. Then all of them get
+their first token at the end, where one after the other the first had got its own much earlier."""
+LEAST_PACE = 8
+"""Fewest tokens a step that such sequences advance by; if there are more of them, some wait."""
+MOST_SCORED = 256
+"""Positions of prompts whose logits one step computes, each a number for every token of the
+vocabulary, for requests that want log-probabilities of their prompt."""
+
+
+@dataclass
+class Packing:
+    """Chunks that one forward computes, and what may still be added."""
+
+    num_layers: int
+    budget: int
+    """Rows times layers that may still be computed."""
+    branching: bool
+    """Whether sequences may share lower layers only."""
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def has_something_for(self, sequence: Sequence) -> bool:
+        """Whether a sequence that has not begun can begin in this step."""
+        return self.budget >= self.num_layers or any(
+            common(sequence, chunk.sequence).same > sequence.num_computed for chunk in self.chunks
+        )
+
+    def pace_of(self, sequence: Sequence, others: list[Sequence]) -> tuple[int, list[Sequence]]:
+        """Tokens by which a sequence can advance in this step together with ``others``, whose
+        lower layers are its own; and those of them for whom that is enough."""
+        cost, together = self.num_layers, []
+        for other in others:
+            more = cost + self.num_layers - common(sequence, other).depth
+            if self.budget // more < LEAST_PACE:
+                break
+            together.append(other)
+            cost = more
+        return self.budget // cost, together
+
+    def may_share_trunk(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether two sequences would share lower layers, and those only, of what comes next in
+        the first; and enough of them to be prefilled at one pace."""
+        shared = common(sequence, other)
+        return (
+            self.branching
+            and other.request.priority == sequence.request.priority
+            and shared.same <= sequence.num_computed < shared.alike
+            and shared.depth >= LEAST_TRUNK * self.num_layers
+        )
+
+    def put(self, sequence: Sequence, pace: int | None = None) -> Chunk | None:
+        """Add the next chunk of a sequence, of at most ``pace`` tokens, as far as the budget
+        goes. It follows the chunk that saves it most."""
+        start, target = sequence.num_computed, sequence.prefill_target
+        if pace is not None:
+            target = min(target, start + pace)
+        if sequence.is_scoring:
+            num_scored = sum(len(chunk.scored) for chunk in self.chunks)
+            target = min(target, max(start, sequence.first_read) + MOST_SCORED - num_scored)
+        lead = self.lead_of(sequence)
+        costs = [(target, self.num_layers)]
+        if lead is not None:
+            if lead.alike == lead.chunk.end and not lead.chunk.completes_prompt:
+                target = min(target, lead.alike)  # there is more to follow in the next step
+            costs = [(lead.same, 0), (lead.alike, self.num_layers - lead.depth), *costs]
+        end = start
+        for until, cost in costs:
+            wanted = max(0, min(until, target) - end)
+            length = min(wanted, self.budget // cost) if cost else wanted
+            self.budget -= length * cost
+            end += length
+            if length < wanted:
+                break
+        if end == start:
+            return None
+        chunk = Chunk(sequence, start, end, lead.up_to(end) if lead else None)
+        self.chunks.append(chunk)
+        return chunk
+
+    def lead_of(self, sequence: Sequence) -> Lead | None:
+        """The chunk that it saves most to follow."""
+        return find_lead(sequence, self.chunks, self.num_layers, branching=self.branching)
