@@ -16,6 +16,7 @@ import torch
 
 from reft_core.adapter import Adapter
 from reft_core.engine import packing as packing_module
+from reft_core.engine import scheduler as scheduler_module
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams, Token
@@ -159,12 +160,30 @@ def test_last_layer_edits_act_wherever_logits_are_read() -> None:
         recorders.append(Recorder())
         request = Request(name, LONG, params, (AdapterChoice(top_layer().digest),))
         tickets.append(engine.submit(request, recorders[-1]))
+        finish(engine, recorders[-1])  # one after the other, or the last row would be computed once
     assert [ticket.num_edits for ticket in tickets] == [len(LONG), 1]
-    finish(engine, *recorders)
     assert engine.stats().edits_applied_total == len(LONG) + 1
     assert_scored(prompt_logprobs(recorders[0]), LONG, top_layer())
     answer = reference_generate(tiny_model(), LONG, MAX_TOKENS, top_layer())
     assert [recorder.token_ids for recorder in recorders] == [answer, answer]
+
+
+@pytest.mark.parametrize("chunk", [512, 7])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_requests_with_one_prompt_in_one_step(order: tuple[int, ...], chunk: int) -> None:
+    """What they have in common is computed once, but not where one is scored and another not."""
+    lower = random_adapter(tiny_description(), seed=3, size=3.0, positions="f9+l3", layers=(2, 3))
+    for adapter in (None, top_layer(), lower):
+        used = (adapter, adapter, None)
+        engine = make_engine(top_layer(), lower, max_prefill_tokens=chunk)
+        params = (PLAIN, PARAMS, PARAMS)
+        recorders = {i: submit(engine, str(i), LONG, params[i], used[i]) for i in order}
+        finish(engine, *recorders.values())
+        for i, recorder in recorders.items():
+            answer = reference_generate(tiny_model(), LONG, MAX_TOKENS, used[i])
+            assert recorder.token_ids == answer
+            if params[i] is PARAMS:
+                assert_scored(prompt_logprobs(recorder), LONG, used[i])
 
 
 @pytest.mark.parametrize("adapter", [None, top_layer()], ids=["base", "top layer"])
