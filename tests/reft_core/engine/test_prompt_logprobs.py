@@ -168,6 +168,24 @@ def test_last_layer_edits_act_wherever_logits_are_read() -> None:
     assert [recorder.token_ids for recorder in recorders] == [answer, answer]
 
 
+@pytest.mark.parametrize("chunk", [512, 7])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_requests_with_one_prompt_in_one_step(order: tuple[int, ...], chunk: int) -> None:
+    """What they have in common is computed once, but not where one is scored and another not."""
+    lower = random_adapter(tiny_description(), seed=3, size=3.0, positions="f9+l3", layers=(2, 3))
+    for adapter in (None, top_layer(), lower):
+        used = (adapter, adapter, None)
+        engine = make_engine(top_layer(), lower, max_prefill_tokens=chunk)
+        params = (PLAIN, PARAMS, PARAMS)
+        recorders = {i: submit(engine, str(i), LONG, params[i], used[i]) for i in order}
+        finish(engine, *recorders.values())
+        for i, recorder in recorders.items():
+            answer = reference_generate(tiny_model(), LONG, MAX_TOKENS, used[i])
+            assert recorder.token_ids == answer
+            if params[i] is PARAMS:
+                assert_scored(prompt_logprobs(recorder), LONG, used[i])
+
+
 @pytest.mark.parametrize("adapter", [None, top_layer()], ids=["base", "top layer"])
 def test_the_prefix_cache_is_filled_but_not_read(adapter: Adapter | None) -> None:
     """The same prompt before and after, whose keys and values are the same."""
