@@ -78,10 +78,11 @@ def model_kind(config: PreTrainedConfig) -> ModelKind:
     return "encoder" if masked and not getattr(config, "is_decoder", False) else "causal"
 
 
-def read_config(name: str) -> PreTrainedConfig:
+def read_config(name: str, *, field: str = "base") -> PreTrainedConfig:
     """The config of the model with this hub id, or in this folder.
 
-    Raises :class:`UnsupportedModel` when there is none. No code that comes with it is run.
+    Raises :class:`UnsupportedModel` naming ``field`` when there is none. No code that comes with
+    it is run.
     """
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -89,11 +90,11 @@ def read_config(name: str) -> PreTrainedConfig:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UnsupportedModel(
             explain(
-                "base",
+                field,
                 name,
                 f"a hub id, a folder with a config.json, or {DEMO_MODEL!r} ({reason})",
             ),
-            field="base",
+            field=field,
         ) from None
 
 

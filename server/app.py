@@ -12,13 +12,23 @@ from fastapi import FastAPI
 
 from reft_core import __version__
 from reft_core.adapter import read_adapter
-from reft_core.engine.interface import Engine
+from reft_core.classification import EncoderEngine, classifier_on
+from reft_core.engine.interface import AdapterHost, Engine
 from reft_core.errors import InvalidRequest
 from reft_core.grammar import GrammarCompiler
-from reft_core.loading import DEFAULT_CACHE, LoadedModel, load_model
+from reft_core.loading import (
+    DEFAULT_CACHE,
+    DEMO_MODEL,
+    LoadedModel,
+    load_encoder,
+    load_model,
+    model_kind,
+    read_config,
+)
 from server.errors import install_handlers
 from server.generation import Generator
 from server.grammars import Grammars
+from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
@@ -33,7 +43,7 @@ log = structlog.get_logger(__name__)
 
 
 def create_app(
-    settings: Settings, engine: Engine | None = None, loaded: LoadedModel | None = None
+    settings: Settings, engine: AdapterHost | None = None, loaded: LoadedModel | None = None
 ) -> FastAPI:
     """The application. What is not given (model, engine) is built when it starts.
 
@@ -72,22 +82,28 @@ def create_app(
 
 
 def load_base_model(settings: Settings) -> LoadedModel:
-    """The base model that the settings name. Raises :class:`UnsupportedModel`."""
+    """The base model that the settings name: a causal model, or an encoder without its head.
+
+    Raises :class:`UnsupportedModel`.
+    """
+    name = settings.model
     device, dtype = settings.resolve_device()
-    return load_model(
-        settings.model, dtype=dtype, device=device, cache=settings.cache_dir or DEFAULT_CACHE
-    )
+    if name != DEMO_MODEL and model_kind(read_config(name, field="model")) == "encoder":
+        return load_encoder(name, dtype=dtype, device=device)
+    return load_model(name, dtype=dtype, device=device, cache=settings.cache_dir or DEFAULT_CACHE)
 
 
-def build_engine(settings: Settings, loaded: LoadedModel) -> Engine:
-    """The embedded engine over a loaded model, not started."""
+def build_engine(settings: Settings, loaded: LoadedModel) -> AdapterHost:
+    """The engine over a loaded model, not started."""
     from reft_core.engine.engine import EmbeddedEngine
 
+    if model_kind(loaded.model.config) == "encoder":
+        return EncoderEngine(loaded, settings.engine_config())
     return EmbeddedEngine(loaded, settings.engine_config())
 
 
 def _build_services(
-    settings: Settings, engine: Engine | None, loaded: LoadedModel | None, metrics: Metrics
+    settings: Settings, engine: AdapterHost | None, loaded: LoadedModel | None, metrics: Metrics
 ) -> Services:
     """Every part of the server, connected. Blocks while the model loads."""
     loaded = loaded or load_base_model(settings)
@@ -108,6 +124,12 @@ def _build_services(
         settings.adapter_wait_s,
     )
     metrics.watch(engine, residency)
+    tokenizer, timeout_s = loaded.tokenizer, settings.request_timeout_s
+    generator = None
+    if not isinstance(engine, EncoderEngine):
+        causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
+        generator = Generator(causal, registry, residency, tokenizer, metrics, grammars, timeout_s)
+    classifier = classifier_on(engine, tokenizer)
     return Services(
         settings=settings,
         loaded=loaded,
@@ -115,15 +137,8 @@ def _build_services(
         registry=registry,
         residency=residency,
         pins=Pins(settings.pinned_adapters, registry, residency),
-        generator=Generator(
-            engine,
-            registry,
-            residency,
-            loaded.tokenizer,
-            metrics,
-            grammars,
-            settings.request_timeout_s,
-        ),
+        text_generator=generator,
+        labeller=Labeller(classifier, registry, residency, tokenizer, metrics, timeout_s),
         grammars=grammars,
         metrics=metrics,
         lifecycle=Lifecycle(engine, settings.drain_timeout_s),

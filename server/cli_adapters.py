@@ -19,6 +19,7 @@ from server.cli_diff import diff
 from server.cli_errors import one_line_errors
 from server.cli_inspect import describe, inspect
 from server.cli_mix import mix
+from server.cli_steer import steer
 
 adapters_app = typer.Typer(
     help="Inspect, convert, mix, upload, list and delete adapters.", no_args_is_help=True
@@ -36,6 +37,7 @@ adapters_app.command()(diff)
 adapters_app.command()(convert)
 adapters_app.command()(export)
 adapters_app.command()(mix)
+adapters_app.command()(steer)
 
 
 @adapters_app.command()

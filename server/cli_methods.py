@@ -40,6 +40,14 @@ The ranks of a low-rank edit may have names, its *subspaces*: `subspaces: {{tone
 trained together. A request that names some, `"reft": {{"subspaces": {{"tone": 0.5}}}}`, weighs
 their part of Δ; the ranks it does not name are then off, and what no rank makes (a shift, a gain)
 stays.
+
+A request may stack adapters. Each draws its positions on the request's own prompt, whatever the
+others do; virtual tokens, of which one adapter at most may bring any, stand before it and are not
+counted. Where two edit the same site at the same position, they act in the order of the stack, and
+an edit of h reads what the one before it wrote; edits of x read the site's input, which no edit of
+that site changes, so they add up. At different sites the one that the forward passes first acts
+first, whatever their order. Strength multiplies Δ; at 0 an adapter is left out whole, its virtual
+tokens too.
 """
 
 

@@ -10,42 +10,29 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import AdapterChoice, Engine, Output, Request, SamplingParams
-from reft_core.errors import EngineUnavailable, InvalidRequest, RequestFailed
+from reft_core.errors import EngineUnavailable, RequestFailed
 from reft_core.grammar import Grammar, GrammarSpec
 from reft_core.spec import TemplateSpec
-from reft_core.templates import encode_text
 from server.choice import ChoiceText, Piece, TokenText
 from server.echo import Echo, ScoredPrompt, echo_of
 from server.grammars import Grammars
 from server.metrics import Metrics
+from server.named import NamedAdapter, Resolved, resolve
 from server.registry import Registry, Version
 from server.residency import Residency
 from server.vocabulary import Vocabulary
-
-Complete = Callable[[PreTrainedTokenizerBase, Version | None], list[tuple[int, ...]]]
-"""Completions to score, in tokens, given the adapter that ``model`` names if it names one."""
 
 Encode = Callable[[PreTrainedTokenizerBase, TemplateSpec | None], list[list[int]]]
 """Renders and tokenises a request's prompts, given the adapter's own template if it has one."""
 
 AnswerEnd = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class NamedAdapter:
-    """An adapter as a request names it, with its options; see :class:`AdapterChoice`."""
-
-    model: str
-    strength: float | None = None
-    subspaces: Mapping[str, float] = field(default_factory=dict)
-    source: str | Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +49,6 @@ class Job:
     n: int = 1
     stops: tuple[str, ...] = ()
     priority: int = 0
-    complete: Complete | None = None
-    """Score these completions, one a choice, instead of generating ``n``."""
     grammar: GrammarSpec | None = None
     """What every answer must look like."""
     echoed: tuple[str | None, ...] = ()
@@ -94,12 +79,8 @@ class FinishedChoice:
 class _Prepared:
     """What a job needs before it can be submitted."""
 
-    versions: list[Version | None]
-    adapters: tuple[AdapterChoice, ...]
-    """The engine's form of them."""
+    resolved: Resolved
     prompts: list[list[int]]
-    completions: list[tuple[int, ...]]
-    """One a choice; one that is to be generated is empty."""
     echoes: list[Echo]
 
 
@@ -147,11 +128,10 @@ class Generator:
         grammar = await self._grammars.get(job.grammar) if job.grammar else None
         generation = Generation(self, job, prepared, arrived_at)
         try:
-            for version in prepared.versions:
-                if version is not None:
-                    await self._residency.acquire(version.digest, version.resident_bytes)
-                    generation.versions.append(version)
-            generation.submit(prepared.adapters, grammar)
+            for version in prepared.resolved.versions:
+                await self._residency.acquire(version.digest, version.resident_bytes)
+                generation.versions.append(version)
+            generation.submit(prepared.resolved.choices, grammar)
         except BaseException:
             generation.close()
             raise
@@ -160,31 +140,12 @@ class Generator:
     def _prepare(self, job: Job) -> _Prepared:
         """Resolve the adapters and tokenise. Blocks on the catalog and tokenizer.
 
-        The prompt is rendered with the template of what ``model`` names. None stands for the
-        base model, which has no options and cannot be stacked on something.
+        The prompt is rendered with the template of what ``model`` names.
         """
-        versions = [self._registry.resolve(named.model) for named in job.named]
-        for place, (named, version) in enumerate(zip(job.named, versions, strict=True)):
-            if version is not None:
-                continue
-            if place > 0:
-                raise InvalidRequest.because("reft.stack", named.model, "names of adapters")
-            for option in ("strength", "subspaces", "source"):
-                if (value := getattr(named, option)) not in (None, {}):
-                    raise InvalidRequest.because(
-                        f"reft.{option}", value, "nothing, since the base model has no edits"
-                    )
-        template = versions[0].spec.template if versions[0] else None
-        completions: list[tuple[int, ...]] = [()] * job.n
-        if job.complete is not None:
-            completions = job.complete(self._tokenizer, versions[0])
-        adapters = tuple(
-            AdapterChoice(version.digest, named.strength, named.subspaces, self._source(named))
-            for named, version in zip(job.named, versions, strict=True)
-            if version is not None
-        )
+        resolved = resolve(job.named, self._registry, self._tokenizer)
+        template = resolved.versions[0].spec.template if resolved.leads else None
         prompts = job.encode(self._tokenizer, template)
-        return _Prepared(versions, adapters, prompts, completions, self._echoes(job, prompts))
+        return _Prepared(resolved, prompts, self._echoes(job, prompts))
 
     def _echoes(self, job: Job, prompts: list[list[int]]) -> list[Echo]:
         """The prompts' echoes, if answers begin with them."""
@@ -195,12 +156,6 @@ class Generator:
             Echo(self._vocabulary.decode(prompt) if text is None else text)
             for prompt, text in pairs
         ]
-
-    def _source(self, named: NamedAdapter) -> tuple[int, ...]:
-        """The tokens of an adapter's source prompt, none if it has none."""
-        if isinstance(named.source, str):
-            return tuple(encode_text(self._tokenizer, named.source))
-        return tuple(named.source or ())
 
 
 class Generation:
@@ -218,27 +173,23 @@ class Generation:
     ) -> None:
         self.versions: list[Version] = []
         """The adapters it holds, in the order they act."""
+        self.starts_with_adapter = prepared.resolved.leads
+        """Whether ``model`` named an adapter, and not the base model."""
         self.prompts = prepared.prompts
         self.echoes = prepared.echoes
         """Of each prompt, if answers begin with it."""
         self.scored: dict[int, ScoredPrompt] = {}
         """By prompt, if that was asked for; known before a delta of its choices comes."""
-        self.n = len(prepared.completions)
+        self.n = job.n
         self.num_edits = 0
         """(layer, site, position) triples the adapters change, over all sub-requests."""
         self._job = job
-        self._completions = prepared.completions
         self._owner = generator
         self._arrived_at = arrived_at
         self._loop = asyncio.get_running_loop()
         self._choices: list[_Choice] = []
         self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self._closed = False
-
-    @property
-    def starts_with_adapter(self) -> bool:
-        """Whether ``model`` named an adapter, and not the base model."""
-        return len(self.versions) == len(self._job.named)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -259,7 +210,7 @@ class Generation:
         """Submit every choice of every prompt; choice i of prompt p has index p·n + i."""
         owner, job = self._owner, self._job
         for prompt in self.prompts:
-            for i, completion in enumerate(self._completions):
+            for i in range(self.n):
                 index = len(self._choices)
                 choice = _Choice(
                     uuid.uuid4().hex,
@@ -275,8 +226,7 @@ class Generation:
                     tuple(prompt),
                     self._params(len(prompt), i),
                     adapters,
-                    completion,
-                    None if grammar is None else grammar.start(),
+                    constraint=None if grammar is None else grammar.start(),
                     priority=job.priority,
                     deadline_s=owner._timeout_s,
                 )

@@ -6,7 +6,7 @@ import asyncio
 
 import structlog
 
-from reft_core.engine.interface import Engine
+from reft_core.engine.interface import AdapterHost
 
 log = structlog.get_logger(__name__)
 
@@ -14,7 +14,7 @@ log = structlog.get_logger(__name__)
 class Lifecycle:
     """Starts the engine, says whether to send requests, and ends in good order."""
 
-    def __init__(self, engine: Engine, drain_timeout_s: float) -> None:
+    def __init__(self, engine: AdapterHost, drain_timeout_s: float) -> None:
         self._engine = engine
         self._drain_timeout_s = drain_timeout_s
         self._started = False

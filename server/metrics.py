@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from reft_core.engine.interface import Engine, EngineStats, Timings
+from reft_core.engine.interface import AdapterHost, EngineStats, Timings
 from server.residency import Residency
 
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -64,7 +64,7 @@ class Metrics:
             "request_decode_time", "From the first token to the last", _STAGE_BUCKETS
         )
 
-    def watch(self, engine: Engine, residency: Residency) -> None:
+    def watch(self, engine: AdapterHost, residency: Residency) -> None:
         """Report the own numbers of both with every scrape."""
         self.registry.register(_Watcher(engine, residency))
 
@@ -104,7 +104,7 @@ class Metrics:
 class _Watcher(Collector):
     """Turns what others know of themselves into metrics at scrape time."""
 
-    def __init__(self, engine: Engine, residency: Residency) -> None:
+    def __init__(self, engine: AdapterHost, residency: Residency) -> None:
         self._engine = engine
         self._residency = residency
 

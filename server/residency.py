@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from reft_core.adapter import decode_adapter
-from reft_core.engine.interface import Engine
+from reft_core.engine.interface import AdapterHost
 from reft_core.errors import EngineOverloaded
 from reft_core.threads import start_in_own_thread
 
@@ -54,7 +54,7 @@ class Residency:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AdapterHost,
         read: ReadBlob,
         budget_bytes: int,
         on_load: Callable[[float], None] = lambda seconds: None,

@@ -8,10 +8,12 @@ from typing import cast
 
 from fastapi import Request
 
-from reft_core.engine.interface import Engine
+from reft_core.engine.interface import AdapterHost
+from reft_core.errors import UnsupportedFeature
 from reft_core.loading import LoadedModel
 from server.generation import Generator
 from server.grammars import Grammars
+from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.pins import Pins
@@ -26,15 +28,28 @@ class Services:
 
     settings: Settings
     loaded: LoadedModel
-    engine: Engine
+    engine: AdapterHost
     registry: Registry
     residency: Residency
     pins: Pins
-    generator: Generator
+    text_generator: Generator | None
+    """None on an encoder, which generates nothing."""
+    labeller: Labeller
     grammars: Grammars
     metrics: Metrics
     lifecycle: Lifecycle
     started_at: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def generator(self) -> Generator:
+        """What generates text. Raises :class:`UnsupportedFeature` on an encoder."""
+        if self.text_generator is None:
+            raise UnsupportedFeature(
+                f"path: {self.engine.model.name} is an encoder, which generates no text; "
+                "expected /v1/classify",
+                field="path",
+            )
+        return self.text_generator
 
 
 def services_of(request: Request) -> Services:

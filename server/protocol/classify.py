@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
+from reft_core.classification.interface import Classification
 from reft_core.errors import InvalidRequest
-from server.generation import FinishedChoice
 from server.protocol.common import AdapterRequest, ReftReport, Usage
+from server.registry import Version
 from server.settings import Settings
 
 MAX_LABELS = 256
@@ -30,7 +31,9 @@ class ClassifyRequest(AdapterRequest):
 
     input: Annotated[
         list[str], BeforeValidator(_as_texts, json_schema_input_type=str | list[str])
-    ] = Field(description="each text becomes one user message in the adapter's template")
+    ] = Field(
+        description="for a causal model each becomes one user message in the adapter's template"
+    )
     labels: list[_Label] | None = Field(
         None, min_length=2, max_length=MAX_LABELS, description="default: the adapter's own"
     )
@@ -44,16 +47,18 @@ class ClassifyRequest(AdapterRequest):
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise InvalidRequest.because("labels", self.labels, "each label once")
 
-    def choose_labels(self, own: tuple[str, ...] | None) -> list[str]:
-        """The labels to choose from, ``own`` being the adapter's."""
-        labels = self.labels or list(own or ())
-        if not labels:
+    def choose_labels(self, versions: Sequence[Version]) -> list[str]:
+        """The labels that a causal model is to score, the adapters' own if none are given."""
+        if self.labels:
+            return self.labels
+        brought = (version.spec.task.labels for version in versions)
+        labels = list(next(filter(None, brought), ()))
+        if not 2 <= len(labels) <= MAX_LABELS:
             raise InvalidRequest.because(
-                "labels", None, f"2 to {MAX_LABELS} labels, since {self.model!r} brings none"
-            )
-        if len(labels) > MAX_LABELS:
-            raise InvalidRequest.because(
-                "labels", f"{len(labels)} of the adapter", f"at most {MAX_LABELS}"
+                "labels",
+                f"{len(labels)} of the adapter" if labels else None,
+                f"2 to {MAX_LABELS} labels, since {self.model!r} brings "
+                + ("too many" if labels else "none"),
             )
         return labels
 
@@ -63,7 +68,10 @@ class LabelProbability(BaseModel):
 
     label: str
     prob: float
-    logprob: float = Field(description="natural log of the label's probability as an answer")
+    logprob: float = Field(
+        description="natural log of the label's probability: as a causal model's whole answer, or "
+        "among all labels of a trained head"
+    )
 
 
 class ClassifiedText(BaseModel):
@@ -76,23 +84,18 @@ class ClassifiedText(BaseModel):
     labels: list[LabelProbability]
 
     @classmethod
-    def of(cls, index: int, labels: list[str], choices: list[FinishedChoice]) -> Self:
-        """From the scored completions, one a label.
-
-        A label's log-probability is that of its tokens and of the end of the answer.
-        """
-        logprobs = [math.fsum(token.logprob for token in choice.tokens) for choice in choices]
-        top = max(logprobs)
-        weights = [math.exp(logprob - top) for logprob in logprobs]
-        probs = [weight / math.fsum(weights) for weight in weights]
+    def of(cls, index: int, outcome: Classification) -> Self:
+        """From the classifier's outcome for the ``index``-th text."""
         return cls(
             index=index,
-            label=labels[probs.index(max(probs))],
-            probs=probs,
-            num_classes=len(labels),
+            label=outcome.best,
+            probs=list(outcome.probs),
+            num_classes=len(outcome.labels),
             labels=[
                 LabelProbability(label=label, prob=prob, logprob=logprob)
-                for label, prob, logprob in zip(labels, probs, logprobs, strict=True)
+                for label, prob, logprob in zip(
+                    outcome.labels, outcome.probs, outcome.logprobs, strict=True
+                )
             ],
         )
 

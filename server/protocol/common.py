@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -11,8 +12,10 @@ from reft_core.engine.interface import SamplingParams
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from reft_core.grammar import GrammarSpec
 from server.choice import TokenText
-from server.generation import Generation, NamedAdapter
+from server.generation import Generation
+from server.named import NamedAdapter
 from server.protocol.structured import ResponseFormat, StructuredOutputs, grammar_of
+from server.registry import Version
 from server.settings import Settings
 
 FinishReason = Literal["stop", "length"]
@@ -285,12 +288,20 @@ class Usage(BaseModel):
     @classmethod
     def of(cls, generation: Generation) -> Usage:
         """The counts of a generation so far."""
-        prompt, completion = generation.num_prompt_tokens, generation.num_completion_tokens
+        return cls.counted(
+            generation.num_prompt_tokens,
+            generation.num_completion_tokens,
+            generation.num_cached_tokens,
+        )
+
+    @classmethod
+    def counted(cls, prompt: int, completion: int, cached: int) -> Usage:
+        """These counts, and their sum."""
         return cls(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=generation.num_cached_tokens),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
 
 
@@ -314,17 +325,23 @@ class ReftReport(BaseModel):
     @classmethod
     def of(cls, generation: Generation) -> ReftReport:
         """The report of a generation."""
+        return cls.about(
+            generation.versions, generation.num_edits, leads=generation.starts_with_adapter
+        )
+
+    @classmethod
+    def about(cls, versions: Sequence[Version], num_edits: int, *, leads: bool) -> ReftReport:
+        """The report of a request with these adapters; ``leads``: ``model`` named the first."""
         used = [
-            AdapterReport(adapter=v.reference, version=v.number, digest=v.digest)
-            for v in generation.versions
+            AdapterReport(adapter=v.reference, version=v.number, digest=v.digest) for v in versions
         ]
-        first = used[0] if generation.starts_with_adapter else None
+        first = used[0] if leads else None
         return cls(
             adapter=first and first.adapter,
             version=first and first.version,
             digest=first and first.digest,
             stack=used[1:] if first else used,
-            num_edits=generation.num_edits,
+            num_edits=num_edits,
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from fastapi import Request, Response
 from pydantic import BaseModel
 
 from server.disconnect import unless_gone
 from server.generation import Delta, FinishedChoice, Generation, Job
+from server.registry import Version
 from server.services import services_of
 from server.sse import EventStream, frames
 
@@ -30,7 +31,7 @@ async def answer_whole(
         try:
             choices = await generation.collect()
             body = build(generation, choices).model_dump_json()
-            headers = report_headers(generation)
+            headers = report_headers(generation.versions, generation.num_edits)
             return Response(body, media_type="application/json", headers=headers)
         finally:
             generation.close()
@@ -62,15 +63,17 @@ async def answer_stream(
 
     generation, deltas = await unless_gone(request.receive, begin())
     return EventStream(
-        frames(build(generation, deltas)), generation.close, report_headers(generation)
+        frames(build(generation, deltas)),
+        generation.close,
+        report_headers(generation.versions, generation.num_edits),
     )
 
 
-def report_headers(generation: Generation) -> dict[str, str]:
-    """Headers that say which adapter answered."""
+def report_headers(versions: Sequence[Version], num_edits: int) -> dict[str, str]:
+    """Headers that say which adapters answered."""
     return {
-        "x-reft-adapter": ",".join(v.digest for v in generation.versions) or "base",
-        "x-reft-edits": str(generation.num_edits),
+        "x-reft-adapter": ",".join(version.digest for version in versions) or "base",
+        "x-reft-edits": str(num_edits),
     }
 
 

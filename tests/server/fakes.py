@@ -218,10 +218,11 @@ class FakeEngine:
                 raise InvalidRequest.because("adapter", choice.digest, "a loaded digest")
             positions = sum(map(len, adapter.rule.resolve(len(request.prompt))))
             num_edits += positions * len(adapter.spec.sites["block_output"].layers)
-        made = self.reply(request)
+        made = list(request.completion) or self.reply(request)
         if isinstance(made, str):
             made = self.tokenizer(made, add_special_tokens=False)["input_ids"]
-        script = made + ([self.tokenizer.eos_token_id] if self.ends_with_eos else [])
+        ends = self.ends_with_eos and not request.completion
+        script = made + ([self.tokenizer.eos_token_id] if ends else [])
         with self._changed:
             self.submitted.append(request)
             self._running[request.request_id] = _Running(request, sink, script)
@@ -250,6 +251,11 @@ class FakeEngine:
 
     def has_adapter(self, digest: str) -> bool:
         return digest in self._adapters
+
+    def adapter_spec(self, digest: str) -> AdapterSpec:
+        if digest not in self._adapters:
+            raise InvalidRequest.because("adapter", digest, "a loaded digest")
+        return self._adapters[digest].spec
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -324,9 +330,9 @@ class FakeEngine:
         stops = params.stop_token_ids
         if not params.ignore_eos:
             stops = stops | {self.tokenizer.eos_token_id}
-        if token_id in stops:
+        if token_id in stops and not running.request.completion:
             self._end(running, token, "stop")
-        elif running.num_sent == params.max_tokens:
+        elif running.num_sent == (len(running.request.completion) or params.max_tokens):
             self._end(running, token, "length")
         else:
             scores = _scores(running.request) if running.num_sent == 1 else ()

@@ -51,14 +51,14 @@ class Stream:
 
 
 @contextmanager
-def asking(server, **body):
+def asking(server, path="/v1/completions", body=None, **fields):
     """A client that sends a request and leaves without having read an answer."""
     host, port = server.url.removeprefix("http://").split(":")
-    data = json.dumps(ASK | body).encode()
+    data = json.dumps(ASK | fields if body is None else body).encode()
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(data) + data
+            b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % (path.encode(), len(data)) + data
         )
         yield
 

@@ -1,0 +1,160 @@
+"""From texts to their labels: resolve, hold the adapters, ask the classifier.
+
+The bridge between the event loop and the classifier's thread. Whatever happens to a request
+(end, error, client gone), its texts are dropped and its adapters given back, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from reft_core.classification.interface import (
+    Classification,
+    Classifier,
+    TextRequest,
+    TextTicket,
+)
+from reft_core.errors import ReftError
+from server.metrics import Metrics
+from server.named import NamedAdapter, Resolved, resolve
+from server.registry import Registry, Version
+from server.residency import Residency
+
+ChooseLabels = Callable[[Sequence[Version]], list[str] | None]
+"""Labels to choose from, given the adapters in play; None leaves it to the classifier."""
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """What one request asks for."""
+
+    named: tuple[NamedAdapter, ...]
+    texts: tuple[str, ...]
+    choose_labels: ChooseLabels
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The texts' outcomes, in order, and what is known about the request as a whole."""
+
+    outcomes: list[Classification]
+    resolved: Resolved
+    num_prompt_tokens: int
+    num_label_tokens: int
+    num_cached_tokens: int
+    num_edits: int
+
+
+class Labeller:
+    """Runs jobs on one classifier."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        registry: Registry,
+        residency: Residency,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: Metrics,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._classifier = classifier
+        self._registry = registry
+        self._residency = residency
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+
+    async def run(self, job: LabelJob) -> Labelled:
+        """The whole outcome. Raises what makes the request, or any of its texts, fail."""
+        resolved = await asyncio.to_thread(resolve, job.named, self._registry, self._tokenizer)
+        labels = job.choose_labels(resolved.versions)
+        held: list[Version] = []
+        try:
+            for version in resolved.versions:
+                await self._residency.acquire(version.digest, version.resident_bytes)
+                held.append(version)
+            return await self._ask(job, resolved, labels)
+        finally:
+            for version in held:
+                self._residency.release(version.digest)
+
+    async def _ask(self, job: LabelJob, resolved: Resolved, labels: list[str] | None) -> Labelled:
+        """Submit every text and wait for all of them, or for the first that fails."""
+        requests = [
+            TextRequest(
+                uuid.uuid4().hex,
+                text,
+                resolved.choices,
+                None if labels is None else tuple(labels),
+                base_template=not resolved.leads,
+                deadline_s=self._timeout_s,
+            )
+            for text in job.texts
+        ]
+        began_at = time.perf_counter()
+        outcomes: asyncio.Queue[tuple[str, Classification | ReftError]] = asyncio.Queue()
+        found: dict[str, Classification] = {}
+        reason = "abort"
+        dropped = threading.Event()
+        sink_of = _sinks(asyncio.get_running_loop(), outcomes)
+
+        def submit() -> list[TextTicket]:
+            """In a thread, which goes on when the client has gone; hence the event."""
+            tickets = []
+            for request in requests:
+                if dropped.is_set():
+                    break
+                tickets.append(self._classifier.submit(request, sink_of(request.request_id)))
+                if dropped.is_set():
+                    self._classifier.cancel(request.request_id)
+            return tickets
+
+        try:
+            tickets = await asyncio.to_thread(submit)
+            while len(found) < len(requests):
+                request_id, outcome = await outcomes.get()
+                if isinstance(outcome, ReftError):
+                    raise outcome
+                found[request_id] = outcome
+                self._metrics.observe_end("stop", time.perf_counter() - began_at)
+        except ReftError:
+            reason = "error"
+            raise
+        finally:
+            dropped.set()
+            for request in requests:
+                if request.request_id not in found:
+                    self._classifier.cancel(request.request_id)
+                    self._metrics.observe_end(reason, time.perf_counter() - began_at)
+        return Labelled(
+            outcomes=[found[request.request_id] for request in requests],
+            resolved=resolved,
+            num_prompt_tokens=sum(ticket.num_prompt_tokens for ticket in tickets),
+            num_label_tokens=sum(ticket.num_label_tokens for ticket in tickets),
+            num_cached_tokens=sum(outcome.num_cached_tokens for outcome in found.values()),
+            num_edits=sum(ticket.num_edits for ticket in tickets),
+        )
+
+
+def _sinks(
+    loop: asyncio.AbstractEventLoop, outcomes: asyncio.Queue[tuple[str, Classification | ReftError]]
+) -> Callable[[str], Callable[[Classification | ReftError], None]]:
+    """Makes sinks that carry outcomes from the classifier's thread to the event loop."""
+
+    def sink_of(request_id: str) -> Callable[[Classification | ReftError], None]:
+        def sink(outcome: Classification | ReftError) -> None:
+            try:
+                loop.call_soon_threadsafe(outcomes.put_nowait, (request_id, outcome))
+            except RuntimeError:  # the loop is closed: nobody is left to tell
+                return
+
+        return sink
+
+    return sink_of
