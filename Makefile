@@ -3,8 +3,8 @@ BIN := .venv/bin
 MODEL ?= demo
 SOAK_SECONDS ?= 600
 
-.PHONY: help demo demo-train test lint format check test-oldest bench-tax bench-kernel bench-gpu \
-	bench-residency soak clean
+.PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
+	bench-kernel bench-gpu bench-residency soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -39,6 +39,14 @@ test-oldest:  ## the core tests on the oldest transformers we promise
 	@VENV=.venv-oldest CONSTRAINT='transformers==5.16.*' scripts/install test
 	@OMP_NUM_THREADS=2 .venv-oldest/bin/python -m pytest tests/reft_core
 
+bench:  ## the engine against vLLM, llama.cpp and transformers, its roofline, its adapters (about an hour)
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.engine
+
+bench-quick:  ## the same with fewer workloads and repeats, in five minutes once peers are installed
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.engine --quick
+
 bench-tax:  ## what adapters cost in throughput, against the same requests without any
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.adapter_tax --dtype float32
@@ -61,4 +69,4 @@ soak:  ## ten minutes of random traffic on a real server, then a count of everyt
 	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
 
 clean:  ## remove the environments and caches
-	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,10 +1,12 @@
 """What adapters cost: the same requests with K distinct adapters and with none.
 
 Regime: one engine, all requests submitted at once, prompts of random tokens, greedy, no early
-stop. Adapters are random LoReFT of one rank at f7+l7 in all layers, each used by as many
-requests as the others. Every repeat runs each K in turn, so a machine that slows down slows
-all of them; ratios are taken within a repeat. A run that warms up comes first and is not
-counted. Correctness gate: with K = 0 before and after the others, tokens must be equal.
+stop, no prefix cache (every run sends the same prompts). Adapters are random LoReFT of one rank
+at f7+l7 in all layers, each used by as many requests as the others. Every repeat runs each K in
+turn, so a machine that slows down slows all of them; ratios are taken within a repeat. A run
+that warms up comes first and is not counted. Correctness gate: with adapters, edits must have
+been applied, and in float32 tokens with K = 0 must be equal before and after the others. (In
+bfloat16 they may differ by which requests shared a step, as that decides how products round.)
 
 The last line printed is JSON; the same goes to ``results/adapter-tax-{dtype}.json``.
 """
@@ -14,7 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -24,7 +29,7 @@ from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.generate import Completion, generate
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
-from reft_core.loading import load_model
+from reft_core.loading import Dtype, load_model
 from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription
 from reft_core.spec import AdapterSpec, PositionSpec
@@ -50,32 +55,44 @@ def random_adapter(model: ModelDescription, rank: int, seed: int) -> Adapter:
     return decode_adapter(encode_adapter(spec, edits))
 
 
-def main() -> None:
-    """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16])
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class Regime:
+    """What is asked of the engine; see the module."""
 
-    loaded = load_model(options.model, dtype=options.dtype)
-    engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=512, num_threads=options.threads))
-    seeds = range(max(options.adapters))
-    adapters = run_in_own_thread(
-        lambda: [random_adapter(engine.model, options.rank, seed) for seed in seeds]
+    model: str = "demo"
+    dtype: Dtype = "float32"
+    threads: int = 2
+    slots: int = 16
+    """Requests that run at once."""
+    requests: int = 16
+    input_tokens: int = 64
+    output_tokens: int = 64
+    rank: int = 8
+    repeats: int = 5
+    adapters: tuple[int, ...] = (1, 16)
+    """Numbers of distinct adapters, K."""
+
+
+def measure(regime: Regime) -> dict[int, dict[str, Any]]:
+    """For K = 0 and each other K: tokens/s, and [smallest, median, largest] ratios to K = 0.
+
+    ``throughput_ratio`` is 1 where adapters cost nothing and smaller where they cost something;
+    ``token_gap_ratio``, of the time between a request's tokens, is larger.
+    """
+    loaded = load_model(regime.model, dtype=regime.dtype)
+    config = EngineConfig(
+        max_model_len=512,
+        max_num_seqs=regime.slots,
+        prefix_cache_bytes=0,
+        num_threads=regime.threads,
     )
-    for adapter in adapters:
-        engine.load_adapter(adapter)
+    engine = EmbeddedEngine(loaded, config)
+    seeds = range(max(regime.adapters))
+    digests = run_in_own_thread(lambda: [_load_random(engine, regime.rank, i) for i in seeds])
     generator = torch.Generator().manual_seed(0)
-    shape = (options.requests, options.input_tokens)
+    shape = (regime.requests, regime.input_tokens)
     prompts = torch.randint(3, engine.model.vocab_size, shape, generator=generator).tolist()
-    params = SamplingParams(max_tokens=options.output_tokens, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=regime.output_tokens, temperature=0, ignore_eos=True)
 
     def run(num_adapters: int) -> tuple[float, list[Completion]]:
         requests = [
@@ -83,45 +100,79 @@ def main() -> None:
                 f"{time.monotonic_ns()}-{i}",
                 tuple(prompt),
                 params,
-                (AdapterChoice(adapters[i % num_adapters].digest),) if num_adapters else (),
+                (AdapterChoice(digests[i % num_adapters]),) if num_adapters else (),
             )
             for i, prompt in enumerate(prompts)
         ]
         started = time.perf_counter()
         completions = generate(engine, requests)
-        return time.perf_counter() - started, completions
+        seconds = time.perf_counter() - started
+        if num_adapters and not all(completion.num_edits for completion in completions):
+            raise SystemExit("correctness gate: a request's adapter edited nothing")
+        return seconds, completions
 
     engine.start()
-    _, first = run(0)
-    run(max(options.adapters))
-    counts = [0, *options.adapters]
-    seconds: dict[int, list[float]] = {k: [] for k in counts}
-    decode: dict[int, list[float]] = {k: [] for k in counts}
-    for _ in range(options.repeats):
-        for k in counts:
-            took, completions = run(k)
-            seconds[k].append(took)
-            times = [c.timings.decode_s for c in completions if c.timings]
-            decode[k].append(median(times) / (options.output_tokens - 1))
-    _, last = run(0)
-    engine.stop()
-    if [c.token_ids for c in first] != [c.token_ids for c in last]:
+    try:
+        _, first = run(0)
+        run(max(regime.adapters))
+        counts = [0, *regime.adapters]
+        seconds: dict[int, list[float]] = {k: [] for k in counts}
+        gaps: dict[int, list[float]] = {k: [] for k in counts}
+        for _ in range(regime.repeats):
+            for k in counts:
+                took, completions = run(k)
+                seconds[k].append(took)
+                times = [c.timings.decode_s for c in completions if c.timings]
+                gaps[k].append(median(times) / (regime.output_tokens - 1))
+        _, last = run(0)
+    finally:
+        engine.stop()
+    changed = [c.token_ids for c in first] != [c.token_ids for c in last]
+    if changed and regime.dtype == "float32":
         raise SystemExit("correctness gate: the base model's tokens changed during the run")
-
-    tokens = options.requests * options.output_tokens
-    table = {}
-    for k in counts:
-        ratios = sorted(base / own for base, own in zip(seconds[0], seconds[k], strict=True))
-        gaps = sorted(own / base for base, own in zip(decode[0], decode[k], strict=True))
-        table[f"K={k}"] = {
+    tokens = regime.requests * regime.output_tokens
+    return {
+        k: {
             "tokens_per_s": round(tokens / median(seconds[k]), 1),
-            "throughput_ratio": [round(r, 3) for r in (ratios[0], median(ratios), ratios[-1])],
-            "token_gap_ratio": [round(r, 3) for r in (gaps[0], median(gaps), gaps[-1])],
+            "throughput_ratio": spread_of_ratios(seconds[0], seconds[k]),
+            "token_gap_ratio": spread_of_ratios(gaps[k], gaps[0]),
         }
-        print(f"K={k:4d}  {table[f'K={k}']}")
-    document = {"model": engine.model.name, **vars(options), **provenance(), "results": table}
-    print("saved to", save(f"adapter-tax-{options.dtype}", document))
-    summary = {f"tax_{k}": table[f"K={k}"]["throughput_ratio"][1] for k in options.adapters}
+        for k in counts
+    }
+
+
+def spread_of_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Smallest, median and largest ratio of the pairs."""
+    ratios = sorted(one / other for one, other in zip(numerators, denominators, strict=True))
+    return [round(ratio, 3) for ratio in (ratios[0], median(ratios), ratios[-1])]
+
+
+def _load_random(engine: EmbeddedEngine, rank: int, seed: int) -> str:
+    """The digest of a random adapter that the engine has loaded."""
+    adapter = random_adapter(engine.model, rank, seed)
+    engine.load_adapter(adapter)
+    return adapter.digest
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in fields(Regime):
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.name == "adapters":
+            parser.add_argument(flag, type=int, nargs="+", default=list(Regime.adapters))
+        else:
+            parser.add_argument(flag, type=type(field.default), default=field.default)
+    options = vars(parser.parse_args())
+    regime = Regime(**{**options, "adapters": tuple(options["adapters"])})
+
+    table = measure(regime)
+    for k, row in table.items():
+        print(f"K={k:4d}  {row}")
+    results = {f"K={k}": row for k, row in table.items()}
+    document = {**asdict(regime), **provenance(), "results": results}
+    print("saved to", save(f"adapter-tax-{regime.dtype}", document))
+    summary = {f"tax_{k}": table[k]["throughput_ratio"][1] for k in regime.adapters}
     print(json.dumps(summary))
 
 

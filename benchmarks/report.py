@@ -1,0 +1,108 @@
+"""Turns what was measured into ratios, a table, and the summary that is the last line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from benchmarks.adapter_tax import spread_of_ratios
+from benchmarks.compare import Measured, Outcome
+from benchmarks.peers.contenders import CONTINUOUS, OURS, STATIC
+from benchmarks.plan import TAX_COUNTS
+from benchmarks.workloads import WORKLOADS
+
+HEADLINE = "a"
+"""The workload of the summary's ratios."""
+
+_SHORT = {"bfloat16": "bf16", "float32": "f32"}
+
+
+def compared(name: str, measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
+    """Each peer on one workload: tokens/s, and how many times as fast this project is."""
+    workload = WORKLOADS[name]
+    ours = measured[OURS].seconds if OURS in measured else []
+    rows = {}
+    for peer, run in measured.items():
+        rates = sorted(workload.num_generated / seconds for seconds in run.seconds)
+        if not rates:
+            continue
+        pairs = min(len(ours), len(run.seconds))  # a slow peer has fewer repeats, the first ones
+        rows[peer] = {
+            "option": run.option,
+            "repeats": len(rates),
+            "tokens_per_s": [round(rate, 1) for rate in (rates[0], median(rates), rates[-1])],
+            "ours_over_theirs": spread_of_ratios(run.seconds[:pairs], ours[:pairs])
+            if pairs
+            else None,
+            "tried_tokens_per_s": {
+                option: round(workload.num_generated / seconds, 1)
+                for option, seconds in run.tried.items()
+            },
+        }
+    return rows
+
+
+def throughput(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """By dtype: each workload's rows, what is missing and why, and what peers are."""
+    return {
+        dtype: {
+            "workloads": {
+                name: {"title": WORKLOADS[name].title, "peers": compared(name, measured)}
+                for name, measured in outcome.measured.items()
+            },
+            "missing": outcome.missing,
+            "about": outcome.about,
+        }
+        for dtype, outcome in outcomes.items()
+    }
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The throughput section as lines of text."""
+    lines = []
+    for dtype, section in found.items():
+        for part in section["workloads"].values():
+            lines.append(f"\n{dtype}, {part['title']}")
+            lines.append(f"  {'':24}{'tokens/s (least, most)':>28}{'ours / theirs':>24}")
+            for peer, row in part["peers"].items():
+                low, middle, high = row["tokens_per_s"]
+                rate = f"{middle:.0f} ({low:.0f}, {high:.0f})"
+                ratio = ""
+                if peer != OURS and row["ours_over_theirs"]:
+                    low, middle, high = row["ours_over_theirs"]
+                    ratio = f"{middle:.2f} ({low:.2f}, {high:.2f})"
+                lines.append(f"  {peer:24}{rate:>28}{ratio:>24}   {row['option']}")
+        lines += [f"  missing: {name}: {why}" for name, why in section["missing"].items()]
+    return "\n".join(lines)
+
+
+def summary(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The headline figures; null where nothing was measured."""
+    figures: dict[str, Any] = {}
+    for peer in ("vllm", "llamacpp", STATIC, CONTINUOUS):
+        for dtype, short in _SHORT.items():
+            figures[f"vs_{peer}_{short}"] = _dig(
+                document, "throughput", dtype, "workloads", HEADLINE, "peers", peer,
+                "ours_over_theirs", 1,
+            )  # fmt: skip
+    for name in ("decode_over_roofline", "prefill_fraction_of_peak"):
+        figures[name] = _dig(document, "roofline", "bfloat16", name)
+    for count in TAX_COUNTS:
+        figures[f"tax_{count}"] = _dig(document, "adapter_tax", f"K={count}", "throughput_ratio", 1)
+    figures["itl_ratio_256"] = _dig(document, "adapter_tax", "K=256", "token_gap_ratio", 1)
+    figures["registered_10k_ratio"] = _dig(document, "residency", "registered_ratio", 1)
+    figures["cold_load_ms"] = _dig(document, "residency", "cold_load_ms", "cached", "median")
+    figures["fanout_16"] = _dig(document, "fanout", "fanout_16")
+    figures["gate"] = _dig(document, "gate", "passed")
+    return figures
+
+
+def _dig(tree: Any, *path: str | int) -> Any:
+    """What lies at the end of ``path``, or None if it leads nowhere."""
+    for step in path:
+        try:
+            tree = tree[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return tree
