@@ -16,6 +16,7 @@ import torch
 
 from reft_core.adapter import Adapter
 from reft_core.engine import packing as packing_module
+from reft_core.engine import scheduler as scheduler_module
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams, Token
@@ -159,8 +160,8 @@ def test_last_layer_edits_act_wherever_logits_are_read() -> None:
         recorders.append(Recorder())
         request = Request(name, LONG, params, (AdapterChoice(top_layer().digest),))
         tickets.append(engine.submit(request, recorders[-1]))
+        finish(engine, *recorders)  # together they would share their rows, and the edits in them
     assert [ticket.num_edits for ticket in tickets] == [len(LONG), 1]
-    finish(engine, *recorders)
     assert engine.stats().edits_applied_total == len(LONG) + 1
     assert_scored(prompt_logprobs(recorders[0]), LONG, top_layer())
     answer = reference_generate(tiny_model(), LONG, MAX_TOKENS, top_layer())
