@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from reft_core.adapter import Adapter
 from reft_core.engine import fused as fused_module
@@ -35,7 +36,8 @@ from tests.factories import (
     tiny_model,
 )
 from tests.reference.slow import reference_generate
-from tests.reft_core.engine.test_batch_properties import Drawn, adapters, assert_greedy, make
+from tests.reft_core.engine.test_batch_properties import Drawn, as_used, one_prefix, uses
+from tests.reft_core.engine.truth import Answer, Case, assert_as_alone, recorded_logits
 
 needs_fused = pytest.mark.skipif(
     not FusedForward.is_for(tiny_model()), reason="this torch has no oneDNN"
@@ -151,7 +153,7 @@ def answers(engine: EmbeddedEngine, many: list[Used]) -> list[list[int]]:
 
 def test_the_adapters_matter() -> None:
     """Answers that were all alike could not be mixed up."""
-    assert len({tuple(expected(used)) for used in (*mixed(), *unlike())}) >= 15
+    assert len({tuple(expected(used)) for used in (*mixed(), *unlike())}) >= 14
     assert len({tuple(expected(used)) for used in suffix_only(16)}) >= 8
 
 
@@ -381,7 +383,7 @@ def test_one_whose_prefill_raises_takes_nobody_with_it(
 ) -> None:
     real = ModelRunner.prefill
 
-    def fragile(self: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
+    def fragile(self: ModelRunner, chunks: list[Chunk]) -> Any:
         if any(chunk.sequence.request.request_id == str(guilty) for chunk in chunks):
             raise RuntimeError("broken")
         return real(self, chunks)
@@ -430,8 +432,8 @@ def drawn_engine(request: pytest.FixtureRequest) -> tuple[str, EmbeddedEngine]:
     return family, engine
 
 
-_LENGTHS = st.sampled_from([1, 2, 8, 16, 17, 30, 31])
-_asks = st.tuples(_LENGTHS, st.booleans(), st.lists(adapters(), max_size=2))
+_LENGTHS = st.sampled_from([1, 2, 8, 16, 17, 20])
+_asks = st.tuples(_LENGTHS, st.booleans(), st.lists(uses(), max_size=2).map(one_prefix))
 """Prompt length, whether it ends in its own way, stack."""
 
 
@@ -449,22 +451,28 @@ def test_prompts_with_one_beginning_under_drawn_adapters(
 ) -> None:
     """They arrive a drawn number of steps one after the other."""
     family, engine = drawn_engine
-    asked = []
-    for i, (length, own_end, drawn) in enumerate(batch):
-        prompt = PROMPT[:length]
-        if own_end:
-            prompt = (*prompt[: length // 2], *random_prompt(5, seed=i))
-        stack = [(make(engine.model, each), each.strength) for each in drawn]
-        for one, _ in stack:
-            engine.load_adapter(one)
-        recorder = Recorder()
-        choices = tuple(AdapterChoice(one.digest, strength) for one, strength in stack)
-        params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
-        engine.submit(Request(str(i), prompt, params, choices), recorder)
-        asked.append((prompt, stack, recorder))
-        for _ in range(steps[i] if i < len(steps) else 0):
-            engine.step()
-    run(engine, [recorder for _, _, recorder in asked])
-    for prompt, stack, recorder in asked:
-        assert len(recorder.token_ids) == 3
-        assert_greedy(family, prompt, recorder.token_ids, stack)
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    asked: list[tuple[Case, Recorder]] = []
+    with recorded_logits() as seen:
+        for i, (length, own_end, drawn) in enumerate(batch):
+            prompt = PROMPT[:length]
+            if own_end:
+                prompt = (*prompt[: length // 2], *random_prompt(length - length // 2, seed=i))
+            case = Case(prompt, tuple(as_used(engine.model, use, length) for use in drawn))
+            for use in case.stack:
+                engine.load_adapter(use.adapter)
+            asked.append((case, Recorder()))
+            choices = tuple(use.choice for use in case.stack)
+            engine.submit(Request(str(i), prompt, params, choices), asked[-1][1])
+            for _ in range(steps[i] if i < len(steps) else 0):
+                engine.step()
+        run(engine, [recorder for _, recorder in asked])
+    for i, (case, recorder) in enumerate(asked):
+        assert recorder.error is None
+        assert_as_alone(tiny(family), case, Answer(recorder.token_ids, torch.stack(seen[str(i)])))
+
+
+@cache
+def tiny(family: str) -> PreTrainedModel:
+    """The family's model as no engine has touched it."""
+    return tiny_model(family)

@@ -160,7 +160,7 @@ def test_last_layer_edits_act_wherever_logits_are_read() -> None:
         recorders.append(Recorder())
         request = Request(name, LONG, params, (AdapterChoice(top_layer().digest),))
         tickets.append(engine.submit(request, recorders[-1]))
-        finish(engine, recorders[-1])  # one after the other, or the last row would be computed once
+        finish(engine, *recorders)  # together they would share their rows, and the edits in them
     assert [ticket.num_edits for ticket in tickets] == [len(LONG), 1]
     assert engine.stats().edits_applied_total == len(LONG) + 1
     assert_scored(prompt_logprobs(recorders[0]), LONG, top_layer())
