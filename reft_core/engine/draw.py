@@ -22,8 +22,7 @@ _MIN_TEMPERATURE = 1e-6
 """Below it logits divided by the temperature could overflow; the choice is greedy anyway."""
 _HEADS = (256, 4096)
 """How many of the likeliest tokens are looked at to find where top-k and top-p end, at first and
-then. Only a row that keeps more is sorted whole, which takes about twenty times as long as the
-first look."""
+then. Only a row that keeps more is sorted whole, which costs many times the first look."""
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:

@@ -206,7 +206,7 @@ class SamplingFields(AdapterRequest):
     def grammar(self) -> GrammarSpec | None:
         """The grammar that answers must follow, if any. Raises :class:`InvalidRequest`."""
         guided = StructuredOutputs(
-            json_=self.guided_json,
+            json=self.guided_json,
             regex=self.guided_regex,
             choice=self.guided_choice,
             grammar=self.guided_grammar,

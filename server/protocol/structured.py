@@ -38,7 +38,7 @@ class ResponseFormat(BaseModel):
 class StructuredOutputs(BaseModel):
     """vLLM's ``structured_outputs``; exactly one of its fields is set."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid")
 
     json_: dict[str, Any] | str | None = Field(
         None, alias="json", description="a JSON schema, which is enforced whole"
