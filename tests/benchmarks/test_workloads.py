@@ -39,6 +39,11 @@ def test_prompts_have_their_lengths_and_differ() -> None:
     assert prompts == prompts_of((64,) * 16, own_passages(), encode, seed=0)
 
 
+def test_no_two_prompts_begin_alike() -> None:
+    prompts = prompts_of(WORKLOADS["c"].input_lengths, own_passages(), encode, seed=1)
+    assert len({tuple(prompt[:8]) for prompt in prompts}) == 64
+
+
 def test_short_passages_are_repeated() -> None:
     (prompt,) = prompts_of((10,), ["one two three"], encode, seed=0)
     assert prompt == [3, 3, 5, 3, 3, 5, 3, 3, 5, 3]
