@@ -36,10 +36,13 @@ from reft_core.spec import AdapterSpec, PositionSpec
 from reft_core.threads import run_in_own_thread
 
 
-def random_adapter(model: ModelDescription, rank: int, seed: int) -> Adapter:
-    """A LoReFT adapter in all layers at f7+l7 whose edits are small but not zero."""
+def random_adapter(
+    model: ModelDescription, rank: int, seed: int, rule: str = "f7+l7", first_layer: int = 0
+) -> Adapter:
+    """A LoReFT adapter in all layers from one on, whose edits are small but not zero."""
     torch.manual_seed(seed)
-    placement = Placement.on(model, "loreft", layers=tuple(range(model.num_layers)), rank=rank)
+    layers = tuple(range(first_layer, model.num_layers))
+    placement = Placement.on(model, "loreft", layers=layers, rank=rank)
     modules = placement.build(num_units=1)
     for module in modules.values():
         for parameter in module.parameters():
@@ -48,7 +51,7 @@ def random_adapter(model: ModelDescription, rank: int, seed: int) -> Adapter:
         name=f"random-{seed}",
         base=model.to_base_spec(),
         method="loreft",
-        positions=PositionSpec(rule="f7+l7"),
+        positions=PositionSpec(rule=rule),
         sites=placement.site_specs(),
     )
     edits = {key: module.to_edit() for key, module in modules.items()}

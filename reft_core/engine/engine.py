@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -143,6 +145,12 @@ class EmbeddedEngine:
             self._changed.notify_all()
         num_edits = sequence.edits.num_edits if sequence.edits else 0
         return Ticket(request.request_id, len(request.prompt), num_edits)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See :meth:`interface.Engine.together`."""
+        with self._changed:  # re-entrant; a step takes arrivals in under the same lock
+            yield
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step with reason ``cancelled``; no-op if it has ended."""

@@ -6,6 +6,7 @@ The engine deals in token ids only. Text, templates and stop strings belong to i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -304,6 +305,12 @@ class Engine(AdapterHost, Protocol):
         Raises without calling ``sink``: :class:`InvalidRequest` (empty prompt, token outside
         the vocabulary, adapter not loaded), :class:`PromptTooLong`,
         :class:`EngineOverloaded`, :class:`EngineUnavailable`.
+        """
+
+    def together(self) -> AbstractContextManager[None]:
+        """Requests that this thread submits while the context is open begin in one step.
+
+        So what they have in common is computed once. Holds other callers up; keep it short.
         """
 
     def cancel(self, request_id: str) -> None:
