@@ -72,7 +72,9 @@ def test_an_adapter_brings_its_labels_and_its_template(server, engine):
     assert [label["label"] for label in answer.json()["data"][0]["labels"]] == ["a", "bc", "def"]
     assert answer.json()["reft"]["digest"] == digest
     assert answer.json()["reft"]["num_edits"] == 3 * 4  # two positions in two layers, by label
-    prompts = {server.services.generator.decode(request.prompt) for request in engine.submitted}
+    prompts = {
+        server.services.loaded.tokenizer.decode(request.prompt) for request in engine.submitted
+    }
     assert prompts == {"U[hi]"}
     assert {request.adapters[0].strength for request in engine.submitted} == {0.5}
     assert server.services.residency.num_users(digest) == 0
@@ -80,7 +82,7 @@ def test_an_adapter_brings_its_labels_and_its_template(server, engine):
     stacked = classify(server, labels=["a", "b"], reft={"stack": [{"model": "tone"}]})
     assert stacked.json()["reft"]["adapter"] is None
     assert [used["digest"] for used in stacked.json()["reft"]["stack"]] == [digest]
-    assert "U[hi]" not in server.services.generator.decode(engine.submitted[-1].prompt)
+    assert "U[hi]" not in server.services.loaded.tokenizer.decode(engine.submitted[-1].prompt)
 
 
 def test_one_label_that_fails_fails_the_request(server, engine):
