@@ -21,9 +21,11 @@ The last line printed is JSON; the whole goes to ``results/engine-full.json`` or
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -39,11 +41,11 @@ from benchmarks import adapter_tax, lora_tax, report, roofline
 from benchmarks.compare import Outcome, load_all, run_workload
 from benchmarks.gate import gate
 from benchmarks.peers.contenders import STATIC, VARIANTS, start
-from benchmarks.peers.protocol import PeerMissing
+from benchmarks.peers.protocol import ROOT, PeerMissing
 from benchmarks.plan import FULL, QUICK, TAX_COUNTS, Plan
 from benchmarks.provenance import provenance, save
 from benchmarks.workloads import WORKLOADS, data_passages, own_passages, prompts_of
-from reft_core.loading import DEMO_MODEL, Dtype, load_model, materialise_demo_model
+from reft_core.loading import DEMO_MODEL, Dtype, materialise_demo_model
 
 SECTIONS = ("throughput", "tax", "peer-tax", "roofline", "others")
 
@@ -149,14 +151,19 @@ class Bench:
             print(f"   {dtype} {found[dtype]}")
 
     def other(self, name: str) -> None:
-        """A measurement that is a module of its own; None where there is none."""
-        try:
-            module = importlib.import_module(f"benchmarks.{name}")
-        except ModuleNotFoundError:
+        """The summary of a measurement that is a command of its own; None where there is none."""
+        if importlib.util.find_spec(f"benchmarks.{name}") is None:
             self.document[name] = None
             return
-        self.document[name] = module.measure(load_model(self._model), threads=self._threads)
-        print(f"   {self.document[name]}")
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--threads", str(self._threads)]
+        run = subprocess.run(
+            [*command, "--model", self._model], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        lines = run.stdout.strip().splitlines()
+        if run.returncode != 0:
+            raise RuntimeError(f"exit status {run.returncode}: {lines[-1] if lines else 'silent'}")
+        self.document[name] = json.loads(lines[-1])
+        print(f"   {lines[-1]}")
 
 
 def main() -> None:
@@ -189,7 +196,7 @@ def main() -> None:
         bench.section("residency", lambda: bench.other("residency"))
         bench.section("fanout", lambda: bench.other("fanout"))
 
-    print(report.table(document.get("throughput", {})))
+    print(report.table(document))
     figures = report.summary(document)
     facts = {"model": options.model, "threads": options.threads, "prompts": _source(options.data)}
     is_whole = not options.peers and set(options.sections) == set(SECTIONS)

@@ -58,8 +58,24 @@ def throughput(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The throughput section as lines of text."""
+def table(document: Mapping[str, Any]) -> str:
+    """Everything that was measured, as lines of text."""
+    lines = _throughput_lines(document.get("throughput", {}))
+    for dtype, row in document.get("roofline", {}).items():
+        lines.append(f"\n{dtype}, batch 16, context 128, and prompts of 1,000 tokens")
+        lines += [f"  {name:28}{value:>12}" for name, value in row.items()]
+    taxes = {OURS: document.get("adapter_tax", {}), **document.get("peer_tax", {})}
+    for peer, rows in taxes.items():
+        for name, row in rows.items():
+            if name.startswith("K="):
+                shown = ", ".join(f"{key} {value}" for key, value in row.items())
+                lines.append(f"  {peer} with {name:6} adapters: {shown}")
+            elif name == "missing":
+                lines.append(f"  missing: {peer} with adapters: {row}")
+    return "\n".join(lines)
+
+
+def _throughput_lines(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for dtype, section in found.items():
         for part in section["workloads"].values():
@@ -74,7 +90,7 @@ def table(found: Mapping[str, Any]) -> str:
                     ratio = f"{middle:.2f} ({low:.2f}, {high:.2f})"
                 lines.append(f"  {peer:24}{rate:>28}{ratio:>24}   {row['option']}")
         lines += [f"  missing: {name}: {why}" for name, why in section["missing"].items()]
-    return "\n".join(lines)
+    return lines
 
 
 def summary(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,8 +107,8 @@ def summary(document: Mapping[str, Any]) -> dict[str, Any]:
     for count in TAX_COUNTS:
         figures[f"tax_{count}"] = _dig(document, "adapter_tax", f"K={count}", "throughput_ratio", 1)
     figures["itl_ratio_256"] = _dig(document, "adapter_tax", "K=256", "token_gap_ratio", 1)
-    figures["registered_10k_ratio"] = _dig(document, "residency", "registered_ratio", 1)
-    figures["cold_load_ms"] = _dig(document, "residency", "cold_load_ms", "cached", "median")
+    figures["registered_10k_ratio"] = _dig(document, "residency", "registered_10k_ratio")
+    figures["cold_load_ms"] = _dig(document, "residency", "cold_load_cached_ms", "median")
     figures["fanout_16"] = _dig(document, "fanout", "fanout_16")
     figures["gate"] = _dig(document, "gate", "passed")
     return figures
