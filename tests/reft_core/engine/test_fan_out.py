@@ -35,7 +35,14 @@ from tests.factories import (
     tiny_model,
 )
 from tests.reference.slow import reference_generate
-from tests.reft_core.engine.test_batch_properties import Drawn, adapters, assert_greedy, make
+from tests.reft_core.engine.test_batch_properties import (
+    Drawn,
+    as_used,
+    one_prefix,
+    reference,
+    uses,
+)
+from tests.reft_core.engine.truth import Answer, Case, assert_as_alone, recorded_logits
 
 needs_fused = pytest.mark.skipif(
     not FusedForward.is_for(tiny_model()), reason="this torch has no oneDNN"
@@ -431,7 +438,7 @@ def drawn_engine(request: pytest.FixtureRequest) -> tuple[str, EmbeddedEngine]:
 
 
 _LENGTHS = st.sampled_from([1, 2, 8, 16, 17, 30, 31])
-_asks = st.tuples(_LENGTHS, st.booleans(), st.lists(adapters(), max_size=2))
+_asks = st.tuples(_LENGTHS, st.booleans(), st.lists(uses(), max_size=2).map(one_prefix))
 """Prompt length, whether it ends in its own way, stack."""
 
 
@@ -449,22 +456,24 @@ def test_prompts_with_one_beginning_under_drawn_adapters(
 ) -> None:
     """They arrive a drawn number of steps one after the other."""
     family, engine = drawn_engine
-    asked = []
-    for i, (length, own_end, drawn) in enumerate(batch):
-        prompt = PROMPT[:length]
-        if own_end:
-            prompt = (*prompt[: length // 2], *random_prompt(5, seed=i))
-        stack = [(make(engine.model, each), each.strength) for each in drawn]
-        for one, _ in stack:
-            engine.load_adapter(one)
-        recorder = Recorder()
-        choices = tuple(AdapterChoice(one.digest, strength) for one, strength in stack)
-        params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
-        engine.submit(Request(str(i), prompt, params, choices), recorder)
-        asked.append((prompt, stack, recorder))
-        for _ in range(steps[i] if i < len(steps) else 0):
-            engine.step()
-    run(engine, [recorder for _, _, recorder in asked])
-    for prompt, stack, recorder in asked:
+    asked: list[tuple[Case, Recorder]] = []
+    with recorded_logits() as logits:
+        for i, (length, own_end, drawn) in enumerate(batch):
+            prompt = PROMPT[:length]
+            if own_end:
+                prompt = (*prompt[: length // 2], *random_prompt(5, seed=i))
+            case = Case(prompt, tuple(as_used(engine.model, each, len(prompt)) for each in drawn))
+            for use in case.stack:
+                engine.load_adapter(use.adapter)
+            recorder = Recorder()
+            choices = tuple(use.choice for use in case.stack)
+            params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+            engine.submit(Request(str(i), prompt, params, choices), recorder)
+            asked.append((case, recorder))
+            for _ in range(steps[i] if i < len(steps) else 0):
+                engine.step()
+        run(engine, [recorder for _, recorder in asked])
+    for i, (case, recorder) in enumerate(asked):
         assert len(recorder.token_ids) == 3
-        assert_greedy(family, prompt, recorder.token_ids, stack)
+        answer = Answer(recorder.token_ids, torch.stack(logits[str(i)]))
+        assert_as_alone(reference(family), case, answer)
