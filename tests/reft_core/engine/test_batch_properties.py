@@ -160,7 +160,7 @@ def as_used(model: ModelDescription, drawn: Drawn, prompt_len: int) -> Used:
         wanted = [len(unit) for unit in adapter.rule.resolve(prompt_len)]
         lengths = [
             length
-            for length in range(1, MAX_LENGTH + 1)
+            for length in range(1, max(MAX_LENGTH, prompt_len) + 1)
             if [len(unit) for unit in adapter.rule.resolve(length)] == wanted
         ]
         source = random_prompt(lengths[drawn.source % len(lengths)], seed=50 + drawn.source)
