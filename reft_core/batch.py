@@ -148,6 +148,12 @@ class PromptEdits:
         return min(stages, default=None)
 
     @cached_property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for edits that do the same at the same positions; empty if they do nothing."""
+        uses = tuple(use.identity for _, use in self.active())
+        return (*uses, self.num_virtual + self.prompt_len) if uses else ()
+
+    @cached_property
     def num_edits(self) -> int:
         """(layer, site, position) triples changed in the prompt, dead ones left out."""
         return sum(

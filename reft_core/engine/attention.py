@@ -10,8 +10,11 @@ G = H / KH, D head size, L cached positions.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +80,15 @@ class PrefillBatch:
     copied: Sequence[Copied] = ()
     _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     _ragged: varlen.Ragged | None = None
+
+    @cached_property
+    def packed(self) -> tuple[array[int], array[int]]:
+        """Segments, and copies, as compiled loops take them: their four numbers one after the
+        other, int64. The same in every layer."""
+        return (
+            array("q", chain.from_iterable(map(astuple, self.segments))),
+            array("q", chain.from_iterable(map(astuple, self.copied))),
+        )
 
     def attend(
         self,

@@ -452,7 +452,9 @@ class EmbeddedEngine:
         """Sample each sequence's next token, deliver it, and end those that are done."""
         if not sequences:
             return
-        for sequence, token in zip(sequences, sample(logits, sequences), strict=True):
+        taken = zip(sequences, sample(logits, sequences), strict=True)
+        # The last slot first: of sequences that end together, none moves into another's slot.
+        for sequence, token in sorted(taken, key=lambda pair: -pair[0].slot):
             if isinstance(token, RequestFailed):
                 self._cache.forget(sequence)
                 if not self._scheduler.start_over(sequence):

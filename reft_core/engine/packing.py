@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from reft_core.engine.sequence import Sequence
-from reft_core.engine.sharing import Chunk, Lead, common, find_lead
+from reft_core.engine.sharing import Chunk, Common, Lead, common, find_lead
 
 LEAST_TRUNK = 1 / 8
 """Share of the layers for whose sake sequences are prefilled at one pace. Then all of them get
@@ -27,11 +27,20 @@ class Packing:
     branching: bool
     """Whether sequences may share lower layers only."""
     chunks: list[Chunk] = field(default_factory=list)
+    _common: dict[tuple[int, int], Common] = field(default_factory=dict)
+
+    def common(self, one: Sequence, other: Sequence) -> Common:
+        """What two sequences have in common; nothing changes that while a step is packed."""
+        pair = (id(one), id(other))
+        if pair not in self._common:
+            self._common[pair] = common(one, other)
+        return self._common[pair]
 
     def has_something_for(self, sequence: Sequence) -> bool:
         """Whether a sequence that has not begun can begin in this step."""
         return self.budget >= self.num_layers or any(
-            common(sequence, chunk.sequence).same > sequence.num_computed for chunk in self.chunks
+            self.common(sequence, chunk.sequence).same > sequence.num_computed
+            for chunk in self.chunks
         )
 
     def pace_of(self, sequence: Sequence, others: list[Sequence]) -> tuple[int, list[Sequence]]:
@@ -39,7 +48,7 @@ class Packing:
         lower layers are its own; and those of them for whom that is enough."""
         cost, together = self.num_layers, []
         for other in others:
-            more = cost + self.num_layers - common(sequence, other).depth
+            more = cost + self.num_layers - self.common(sequence, other).depth
             if self.budget // more < LEAST_PACE:
                 break
             together.append(other)
@@ -49,7 +58,7 @@ class Packing:
     def may_share_trunk(self, sequence: Sequence, other: Sequence) -> bool:
         """Whether two sequences would share lower layers, and those only, of what comes next in
         the first; and enough of them to be prefilled at one pace."""
-        shared = common(sequence, other)
+        shared = self.common(sequence, other)
         return (
             self.branching
             and other.request.priority == sequence.request.priority
@@ -88,4 +97,7 @@ class Packing:
 
     def lead_of(self, sequence: Sequence) -> Lead | None:
         """The chunk that it saves most to follow."""
-        return find_lead(sequence, self.chunks, self.num_layers, branching=self.branching)
+        known = [self.common(sequence, chunk.sequence) for chunk in self.chunks]
+        return find_lead(
+            sequence, zip(self.chunks, known, strict=True), self.num_layers, self.branching
+        )

@@ -15,7 +15,7 @@ from reft_core.engine.kv import SlotKV
 from reft_core.engine.packing import Packing
 from reft_core.engine.prefix_cache import PrefixCache
 from reft_core.engine.sequence import Sequence
-from reft_core.engine.sharing import Chunk, common
+from reft_core.engine.sharing import Chunk
 
 _HEADROOM = 16
 """Tokens that each running sequence may still grow by when another is admitted, so that the
@@ -146,9 +146,9 @@ class Scheduler:
             return True
         if not packing.has_something_for(sequence):
             return False
-        others = [other for other in self.running if other is not sequence]
+        others = [s for s in self.running if s is not sequence and s.num_computed]
         limit, has = sequence.first_read, sequence.num_computed
-        known = [min(common(sequence, s).same, s.num_computed, limit) for s in others]
+        known = [min(packing.common(sequence, s).same, s.num_computed, limit) for s in others]
         best = max(known, default=0)
         taken = self._cache.restore(sequence, beyond=max(best, has))
         if not taken and best > max(sequence.num_virtual, has):

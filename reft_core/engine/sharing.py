@@ -103,13 +103,18 @@ def common(one: Sequence, other: Sequence) -> Common:
     same = mine.num_same(theirs, one.token_ids, alike)
     stages = [sequence.edits.first_stage for sequence in (one, other) if sequence.edits]
     depth = min((stage for stage in stages if stage is not None), default=0)
-    return Common(same, alike, depth, _edits_of(one) == _edits_of(other))
+    return Common(same, alike, depth, _identity(one) == _identity(other))
 
 
 def find_lead(
-    sequence: Sequence, chunks: Iterable[Chunk], num_layers: int, *, branching: bool
+    sequence: Sequence,
+    chunks: Iterable[tuple[Chunk, Common]],
+    num_layers: int,
+    branching: bool,
 ) -> Lead | None:
     """The chunk that saves a sequence most if it is followed; None if none saves anything.
+
+    ``chunks`` come with what their sequences have in common with this one.
 
     Without ``branching`` there is no trunk. A row whose logits are read is followed only where
     they are the same too, and not for the log-probabilities of a prompt.
@@ -117,10 +122,9 @@ def find_lead(
     start, target = sequence.num_computed, sequence.prefill_target
     best: Lead | None = None
     most = (0, False)
-    for chunk in chunks:
+    for chunk, found in chunks:
         if not chunk.start <= start < chunk.end:
             continue
-        found = common(sequence, chunk.sequence)
         end = min(chunk.end, target)
         is_twin = found.is_twin and not sequence.is_scoring
         same = max(start, min(found.same, end if is_twin else min(end, sequence.first_read)))
@@ -225,8 +229,6 @@ def _rows_at(layout: Layout, level: Level, later: Level) -> tuple[int, ...]:
     )
 
 
-def _edits_of(sequence: Sequence) -> object:
+def _identity(sequence: Sequence) -> object:
     """Equal for sequences with the same edits at the same positions of their prompts."""
-    edits = sequence.edits
-    uses = [use.identity for _, use in edits.active()] if edits else []
-    return (uses, sequence.prompt_end) if uses else ()
+    return sequence.edits.identity if sequence.edits else ()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
-from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
-from dataclasses import astuple
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reft_core.engine.attention import Copied, DecodeBatch, PrefillBatch, Segment
+from reft_core.engine.attention import DecodeBatch, PrefillBatch
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.native.build import FUNCTION_SUFFIXES, load_library
 
@@ -135,7 +131,7 @@ class NativeOperations(Operations):
         keys, values = batch.kv.keys[layout.layer], batch.kv.values[layout.layer]
         num_rows, _, head_size = heads.shape
         out = heads.new_empty(num_rows, layout.num_queries * head_size)
-        segments, copies = (_packed(items) for items in (batch.segments, batch.copied))
+        segments, copies = batch.packed
         arguments = _PrefillArguments(
             heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(),
             segments.buffer_info()[0], copies.buffer_info()[0], out.data_ptr(),
@@ -144,8 +140,3 @@ class NativeOperations(Operations):
         )  # fmt: skip
         self._functions["attend_prefill"](byref(arguments))
         return out
-
-
-def _packed(items: Sequence[Segment] | Sequence[Copied]) -> array[int]:
-    """``Segment`` or ``Copied`` of prefill.hpp, one after the other."""
-    return array("q", chain.from_iterable(map(astuple, items)))

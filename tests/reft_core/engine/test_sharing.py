@@ -127,17 +127,22 @@ def test_generated_tokens_are_not_those_of_a_prompt() -> None:
     assert common(base, sequence()).same == 39
 
 
+def lead_of(one: Sequence, chunks: list[Chunk], *, branching: bool) -> Lead | None:
+    found = [(chunk, common(one, chunk.sequence)) for chunk in chunks]
+    return find_lead(one, found, NUM_LAYERS, branching)
+
+
 def test_the_lead_is_who_saves_most() -> None:
     shallow, base = sequence(adapter("f1", seed=8)), sequence()
     chunks = [Chunk(shallow, 0, 20), Chunk(base, 0, 20)]
-    lead = find_lead(sequence(BOTH_ENDS), chunks, NUM_LAYERS, branching=True)
+    lead = lead_of(sequence(BOTH_ENDS), chunks, branching=True)
     assert lead is not None
     assert (lead.chunk, lead.same, lead.alike, lead.depth) == (chunks[1], 0, 20, 3)
-    assert find_lead(sequence(BOTH_ENDS), chunks, NUM_LAYERS, branching=False) is None
-    suffix = find_lead(sequence(SUFFIX), chunks, NUM_LAYERS, branching=False)
+    assert lead_of(sequence(BOTH_ENDS), chunks, branching=False) is None
+    suffix = lead_of(sequence(SUFFIX), chunks, branching=False)
     assert suffix is not None
     assert (suffix.same, suffix.alike) == (20, 20)
-    assert find_lead(sequence(prompt=random_prompt(9)), chunks, NUM_LAYERS, branching=True) is None
+    assert lead_of(sequence(prompt=random_prompt(9)), chunks, branching=True) is None
 
 
 @pytest.mark.parametrize(
@@ -146,13 +151,13 @@ def test_the_lead_is_who_saves_most() -> None:
 def test_only_what_is_computed_now_can_be_followed(start: int, follows: int | None) -> None:
     late = sequence()
     late.num_computed = start
-    lead = find_lead(late, [Chunk(sequence(), 8, 12)], NUM_LAYERS, branching=True)
+    lead = lead_of(late, [Chunk(sequence(), 8, 12)], branching=True)
     assert (lead and lead.same) == follows
 
 
 @pytest.mark.parametrize(("other", "same"), [(sequence(), 40), (sequence(TOP), 39)])
 def test_the_last_row_is_shared_only_if_its_logits_are(other: Sequence, same: int) -> None:
-    lead = find_lead(other, [Chunk(sequence(), 0, 40)], NUM_LAYERS, branching=False)
+    lead = lead_of(other, [Chunk(sequence(), 0, 40)], branching=False)
     assert lead is not None
     assert lead.same == same
 
