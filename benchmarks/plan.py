@@ -44,7 +44,7 @@ FULL = Plan(
 
 QUICK = Plan(
     name="quick",
-    repeats={"bfloat16": {"a": 3, "d": 2}, "float32": {"a": 1}},
+    repeats={"bfloat16": {"a": 5, "d": 5}, "float32": {"a": 5}},
     trials=0,
     all_variants=False,
     tax=Regime(
