@@ -56,6 +56,9 @@ class Segment:
     end: int
     slot: int
     first_position: int
+    num_shared: int = 0
+    """Tokens, from the slot's first on, whose keys and values are those of the segment before.
+    Attention may read them there, and once for both."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class PrefillBatch:
 
     @cached_property
     def packed(self) -> tuple[array[int], array[int]]:
-        """Segments, and copies, as compiled loops take them: their four numbers one after the
-        other, int64. The same in every layer."""
+        """Segments, and copies, as compiled loops take them: their numbers one after the other,
+        int64. The same in every layer."""
         return (
             array("q", chain.from_iterable(map(astuple, self.segments))),
             array("q", chain.from_iterable(map(astuple, self.copied))),

@@ -71,7 +71,8 @@ class Provenance:
         for index in range(len(self._names), num_blocks):
             block = range(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
             tokens = token_ids[block.start : block.stop]
-            marks = [self._mark(position) for position in block]
+            is_plain = block.stop <= self.prompt_end and self.marks.keys().isdisjoint(block)
+            marks = [] if is_plain else [self._mark(position) for position in block]
             self._names.append(_name(self.parent_of(index), tokens, marks))
         return self._names[:num_blocks]
 

@@ -27,7 +27,7 @@ from reft_core.engine.cuda_graphs import DecodeGraphs, Record
 from reft_core.engine.fused import Branch, FusedForward
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.sequence import Sequence as EngineSequence
-from reft_core.engine.sharing import Chunk, Layout, Level, Own, lay_out
+from reft_core.engine.sharing import Chunk, Layout, Level, Own, common, lay_out
 from reft_core.errors import UnsupportedModel
 from reft_core.kernels import edited, grouped_kernel
 from reft_core.loading import LoadedModel
@@ -145,11 +145,18 @@ class ModelRunner:
 
     def _batch(self, layout: Layout, level: Level) -> PrefillBatch:
         """What the rows of a level attend over."""
-        segments, copied = [], []
+        segments: list[Segment] = []
+        copied: list[Copied] = []
+        before: EngineSequence | None = None
         for chunk, own in zip(layout.chunks, level.own, strict=True):
             slot, end_row = chunk.sequence.slot, own.row + own.end - own.first
             if own.first < own.end:
-                segments.append(Segment(own.row, end_row, slot, own.first))
+                num_shared = 0
+                if before is not None and own.first > 0:
+                    same = common(before, chunk.sequence).same
+                    num_shared = min(same, own.first, segments[-1].first_position)
+                segments.append(Segment(own.row, end_row, slot, own.first, num_shared))
+                before = chunk.sequence
             if chunk.lead is not None and chunk.start < own.first:
                 source = chunk.lead.chunk.sequence.slot
                 copied.append(Copied(source, slot, chunk.start, own.first))

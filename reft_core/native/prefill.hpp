@@ -39,9 +39,10 @@ inline void multiply_tile(const float* rows, int64_t row_stride, const float* co
   }
 }
 
-// Rows first..last-1 of a packed prefill: a slot's tokens from first_position on.
+// Rows first..last-1 of a packed prefill: a slot's tokens from first_position on. The first `shared`
+// tokens of the slot have the keys of the segment's before.
 struct Segment {
-  int64_t first, last, slot, first_position;
+  int64_t first, last, slot, first_position, shared;
 };
 
 // Tokens first..last-1 of a slot are those of another, `source`.
@@ -88,106 +89,199 @@ void copy_keys(const PrefillArguments& a, int64_t kh) {
     }
 }
 
+// Queries of one task: positions first..last-1 of a segment, all heads that share a key head.
+struct Part {
+  const Segment* segment;
+  int64_t first, last;
+  int64_t row;  // of its first query in the task's matrix
+
+  int64_t row_of(int64_t position) const {
+    return segment->first + position - segment->first_position;
+  }
+};
+
+struct Task {
+  std::vector<Part> parts;
+  int64_t kh;
+  int64_t shared;  // tokens whose keys are the first part's in all parts, in whole blocks
+};
+
+inline int64_t tiled(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
 // Memory of one thread, for queries of one task.
 struct Scratch {
-  int64_t rows, columns;  // queries, and D padded to whole tiles
+  int64_t columns;  // D padded to whole tiles
   std::vector<float> queries, keys, values, weights, sums, largest, totals;
 
-  Scratch(int64_t num_rows, int64_t D)
-      : rows((num_rows + kTileRows - 1) / kTileRows * kTileRows),
-        columns((D + kTileColumns - 1) / kTileColumns * kTileColumns),
+  Scratch(int64_t rows, int64_t D)
+      : columns((D + kTileColumns - 1) / kTileColumns * kTileColumns),
         queries(rows * D), keys(D * kTileKeys), values(kTileKeys * columns),
         weights(kTileRows * kTileKeys), sums(rows * columns), largest(rows), totals(rows) {}
 };
 
-// Attention of positions first..last-1 of a segment, for the queries of one key head. Softmax is
-// taken block by block of keys, with a running maximum (Milakov and Gimelshein 2018).
+// Puts `count` keys and values of a slot, from `begin` on, where tiles can be read off.
 template <typename T>
-void attend_task(const PrefillArguments& a, const Segment& segment, int64_t kh, int64_t first,
-                 int64_t last, Scratch& s) {
-  const int64_t D = a.D, G = a.H / a.KH, width = (a.H + 2 * a.KH) * D, columns = s.columns;
-  const int64_t num_rows = (last - first) * G;
-  const int64_t tiled_rows = (num_rows + kTileRows - 1) / kTileRows * kTileRows;
-  const int64_t offset = (segment.slot * a.KH + kh) * a.slot_len * D;
+void pack_block(const PrefillArguments& a, int64_t slot, int64_t kh, int64_t begin, int64_t count,
+                Scratch& s) {
+  const int64_t D = a.D, offset = ((slot * a.KH + kh) * a.slot_len + begin) * D;
   const T *keys = static_cast<const T*>(a.keys) + offset;
   const T *values = static_cast<const T*>(a.values) + offset;
-  const auto row_of = [&](int64_t position) {
-    return segment.first + position - segment.first_position;
-  };
-  std::fill(s.queries.begin(), s.queries.end(), 0.0f);
-  for (int64_t i = 0; i < num_rows; ++i) {
-    const int64_t row = row_of(first + i / G), head = kh * G + i % G;
-    rotate(static_cast<const T*>(a.heads) + row * width + head * D, s.queries.data() + i * D,
-           a.cosines + row * D, a.sines + row * D, D, a.scale);
+  for (int64_t l = 0; l < kTileKeys; ++l)
+    for (int64_t i = 0; i < D; ++i) {
+      const bool there = l < count;
+      s.keys[i * kTileKeys + l] = there ? load(keys[l * D + i]) : 0.0f;
+      s.values[l * s.columns + i] = there ? load(values[l * D + i]) : 0.0f;
+    }
+}
+
+// Turns the queries of a part.
+template <typename T>
+void load_queries(const PrefillArguments& a, const Part& part, int64_t kh, Scratch& s) {
+  const int64_t D = a.D, G = a.H / a.KH, width = (a.H + 2 * a.KH) * D;
+  for (int64_t i = 0; i < (part.last - part.first) * G; ++i) {
+    const int64_t row = part.row_of(part.first + i / G), head = kh * G + i % G;
+    rotate(static_cast<const T*>(a.heads) + row * width + head * D,
+           s.queries.data() + (part.row + i) * D, a.cosines + row * D, a.sines + row * D, D,
+           a.scale);
   }
-  std::fill(s.sums.begin(), s.sums.end(), 0.0f);
-  std::fill(s.totals.begin(), s.totals.end(), 0.0f);
-  std::fill(s.largest.begin(), s.largest.end(), kMasked);
-  const int64_t earliest = a.window ? std::max<int64_t>(0, first + 1 - a.window) : 0;
-  for (int64_t begin = earliest / kTileKeys * kTileKeys; begin < last; begin += kTileKeys) {
-    const int64_t count = std::min(kTileKeys, last - begin);
-    for (int64_t l = 0; l < kTileKeys; ++l)
-      for (int64_t i = 0; i < D; ++i) {
-        const bool there = l < count;
-        s.keys[i * kTileKeys + l] = there ? load(keys[(begin + l) * D + i]) : 0.0f;
-        s.values[l * columns + i] = there ? load(values[(begin + l) * D + i]) : 0.0f;
+}
+
+// Attention of a part over the block of keys that is packed. Softmax is taken block by block, with a
+// running maximum (Milakov and Gimelshein 2018).
+inline void attend_block(const PrefillArguments& a, const Part& part, int64_t begin, int64_t count,
+                         Scratch& s) {
+  const int64_t D = a.D, G = a.H / a.KH, columns = s.columns;
+  const int64_t num_rows = (part.last - part.first) * G;
+  for (int64_t tile = 0; tile < num_rows; tile += kTileRows) {
+    const int64_t newest = part.first + std::min(tile + kTileRows, num_rows) / G;
+    if (newest < begin) continue;  // the causal mask hides the whole block
+    Lanes sums[kTileRows][kTileVectors];
+    for (int64_t column = 0; column < kTileKeys; column += kTileColumns) {
+      multiply_tile(s.queries.data() + (part.row + tile) * D, D, s.keys.data() + column, kTileKeys,
+                    D, sums);
+      for (int row = 0; row < kTileRows; ++row)
+        std::memcpy(s.weights.data() + row * kTileKeys + column, sums[row], sizeof sums[row]);
+    }
+    for (int row = 0; row < kTileRows; ++row) {
+      const int64_t at = part.row + tile + row;
+      float* weights = s.weights.data() + row * kTileKeys;
+      const int64_t position = part.first + (tile + row) / G;
+      const int64_t from = a.window ? std::max<int64_t>(0, position + 1 - a.window - begin) : 0;
+      const int64_t to = std::min(count, position + 1 - begin);  // visible: from..to-1
+      float largest = s.largest[at];
+      for (int64_t l = from; l < to; ++l) largest = std::max(largest, weights[l]);
+      const float shrink = exponential(s.largest[at] - largest);
+      float total = 0;
+      for (int64_t l = 0; l < kTileKeys; ++l) {
+        const float weight = exponential(weights[l] - largest);
+        weights[l] = l >= from && l < to ? weight : 0.0f;
+        total += weights[l];
       }
-    for (int64_t tile = 0; tile < tiled_rows; tile += kTileRows) {
-      const int64_t newest = first + std::min(tile + kTileRows, num_rows) / G;
-      if (newest < begin) continue;  // the causal mask hides the whole block
-      Lanes sums[kTileRows][kTileVectors];
-      for (int64_t column = 0; column < kTileKeys; column += kTileColumns) {
-        multiply_tile(s.queries.data() + tile * D, D, s.keys.data() + column, kTileKeys, D, sums);
-        for (int row = 0; row < kTileRows; ++row)
-          std::memcpy(s.weights.data() + row * kTileKeys + column, sums[row], sizeof sums[row]);
-      }
-      for (int row = 0; row < kTileRows; ++row) {
-        float* weights = s.weights.data() + row * kTileKeys;
-        const int64_t position = first + (tile + row) / G;
-        const int64_t from = a.window ? std::max<int64_t>(0, position + 1 - a.window - begin) : 0;
-        const int64_t to = std::min(count, position + 1 - begin);  // visible: from..to-1
-        float largest = s.largest[tile + row];
-        for (int64_t l = from; l < to; ++l) largest = std::max(largest, weights[l]);
-        const float shrink = exponential(s.largest[tile + row] - largest);
-        float total = 0;
-        for (int64_t l = 0; l < kTileKeys; ++l) {
-          const float weight = exponential(weights[l] - largest);
-          weights[l] = l >= from && l < to ? weight : 0.0f;
-          total += weights[l];
-        }
-        s.totals[tile + row] = s.totals[tile + row] * shrink + total;
-        s.largest[tile + row] = largest;
-        float* out = s.sums.data() + (tile + row) * columns;
-        for (int64_t i = 0; i < columns; ++i) out[i] *= shrink;
-      }
-      for (int64_t column = 0; column < columns; column += kTileColumns) {
-        multiply_tile(s.weights.data(), kTileKeys, s.values.data() + column, columns, count, sums);
-        for (int row = 0; row < kTileRows; ++row)
-          for (int v = 0; v < kTileVectors; ++v)
-            *reinterpret_cast<Lanes*>(s.sums.data() + (tile + row) * columns + column +
-                                      v * kLanes) += sums[row][v];
-      }
+      s.totals[at] = s.totals[at] * shrink + total;
+      s.largest[at] = largest;
+      float* out = s.sums.data() + at * columns;
+      for (int64_t i = 0; i < columns; ++i) out[i] *= shrink;
+    }
+    for (int64_t column = 0; column < columns; column += kTileColumns) {
+      multiply_tile(s.weights.data(), kTileKeys, s.values.data() + column, columns, count, sums);
+      for (int row = 0; row < kTileRows; ++row)
+        for (int v = 0; v < kTileVectors; ++v)
+          *reinterpret_cast<Lanes*>(s.sums.data() + (part.row + tile + row) * columns + column +
+                                    v * kLanes) += sums[row][v];
     }
   }
-  for (int64_t i = 0; i < num_rows; ++i) {
-    T* out = static_cast<T*>(a.out) + (row_of(first + i / G) * a.H + kh * G + i % G) * D;
-    for (int64_t k = 0; k < D; ++k) store(s.sums[i * columns + k] / s.totals[i], out + k);
+}
+
+// Writes what a part's queries came to.
+template <typename T>
+void store_outputs(const PrefillArguments& a, const Part& part, int64_t kh, const Scratch& s) {
+  const int64_t D = a.D, G = a.H / a.KH;
+  for (int64_t i = 0; i < (part.last - part.first) * G; ++i) {
+    const int64_t row = part.row_of(part.first + i / G), at = part.row + i;
+    T* out = static_cast<T*>(a.out) + (row * a.H + kh * G + i % G) * D;
+    for (int64_t k = 0; k < D; ++k) store(s.sums[at * s.columns + k] / s.totals[at], out + k);
   }
 }
 
 template <typename T>
-void attend_prefill(const PrefillArguments& a) {
-  struct Task {
-    int64_t segment, kh, first, last;
+void attend_task(const PrefillArguments& a, const Task& task, Scratch& s) {
+  std::fill(s.queries.begin(), s.queries.end(), 0.0f);
+  std::fill(s.sums.begin(), s.sums.end(), 0.0f);
+  std::fill(s.totals.begin(), s.totals.end(), 0.0f);
+  std::fill(s.largest.begin(), s.largest.end(), kMasked);
+  const auto first_block = [&](const Part& part) {
+    const int64_t earliest = a.window ? std::max<int64_t>(0, part.first + 1 - a.window) : 0;
+    return earliest / kTileKeys * kTileKeys;
   };
-  std::vector<Task> tasks;
-  for (int64_t at = 0; at < a.num_segments; ++at) {
-    const Segment& segment = a.segments[at];
-    const int64_t end = segment.first_position + segment.last - segment.first;
-    for (int64_t kh = 0; kh < a.KH; ++kh)
-      for (int64_t first = segment.first_position; first < end; first += kQueriesAtATime)
-        tasks.push_back({at, kh, first, std::min(first + kQueriesAtATime, end)});
+  int64_t first = task.shared;
+  for (const Part& part : task.parts) {
+    load_queries<T>(a, part, task.kh, s);
+    first = std::min(first, first_block(part));
   }
+  for (int64_t begin = first; begin < task.shared; begin += kTileKeys) {
+    pack_block<T>(a, task.parts[0].segment->slot, task.kh, begin, kTileKeys, s);
+    for (const Part& part : task.parts) attend_block(a, part, begin, kTileKeys, s);
+  }
+  for (const Part& part : task.parts)
+    for (int64_t begin = std::max(task.shared, first_block(part)); begin < part.last;
+         begin += kTileKeys) {
+      const int64_t count = std::min(kTileKeys, part.last - begin);
+      pack_block<T>(a, part.segment->slot, task.kh, begin, count, s);
+      attend_block(a, part, begin, count, s);
+    }
+  for (const Part& part : task.parts) store_outputs<T>(a, part, task.kh, s);
+}
+
+// Segments first..last-1 may be parts of one task: short ones, whose keys are mostly one another's.
+inline int64_t end_of_family(const PrefillArguments& a, int64_t first) {
+  const auto is_short = [](const Segment& segment) {
+    return segment.last - segment.first <= kQueriesAtATime / 2;
+  };
+  int64_t last = first + 1;
+  if (is_short(a.segments[first]))
+    while (last < a.num_segments && is_short(a.segments[last]) &&
+           a.segments[last].shared >= kTileKeys)
+      ++last;
+  return last;
+}
+
+// Work for all threads, in tasks of at most `most_rows` queries.
+inline std::vector<Task> tasks_of(const PrefillArguments& a, int64_t most_rows) {
+  const int64_t G = a.H / a.KH, wanted = (2 * a.threads + a.KH - 1) / a.KH;
+  std::vector<Task> tasks;
+  for (int64_t at = 0; at < a.num_segments;) {
+    const int64_t end = end_of_family(a, at), most_parts = (end - at + wanted - 1) / wanted;
+    if (end - at == 1) {
+      const Segment& segment = a.segments[at++];
+      const int64_t last = segment.first_position + segment.last - segment.first;
+      for (int64_t first = segment.first_position; first < last; first += kQueriesAtATime)
+        for (int64_t kh = 0; kh < a.KH; ++kh)
+          tasks.push_back({{{&segment, first, std::min(first + kQueriesAtATime, last), 0}}, kh, 0});
+      continue;
+    }
+    while (at < end) {
+      Task task{{}, 0, a.segments[at].first_position / kTileKeys * kTileKeys};
+      int64_t row = 0;
+      for (; at < end && int64_t(task.parts.size()) < most_parts; ++at) {
+        const Segment& segment = a.segments[at];
+        const int64_t length = segment.last - segment.first, rows = tiled(length * G);
+        if (row + rows > most_rows) break;
+        task.parts.push_back(
+            {&segment, segment.first_position, segment.first_position + length, row});
+        row += rows;
+        const int64_t same = std::min(segment.shared, segment.first_position);
+        if (task.parts.size() > 1) task.shared = std::min(task.shared, same / kTileKeys * kTileKeys);
+      }
+      for (task.kh = 0; task.kh < a.KH; ++task.kh) tasks.push_back(task);
+    }
+  }
+  return tasks;
+}
+
+template <typename T>
+void attend_prefill(const PrefillArguments& a) {
+  const int64_t most_rows = tiled(kQueriesAtATime * (a.H / a.KH));
+  const std::vector<Task> tasks = tasks_of(a, most_rows);
 #pragma omp parallel num_threads(a.threads)
   {
 #pragma omp for schedule(dynamic)
@@ -195,11 +289,10 @@ void attend_prefill(const PrefillArguments& a) {
       store_keys<T>(a, a.segments[i / a.KH], i % a.KH);
 #pragma omp for schedule(static)
     for (int64_t kh = 0; kh < a.KH; ++kh) copy_keys<T>(a, kh);
-    Scratch scratch(kQueriesAtATime * (a.H / a.KH), a.D);
+    Scratch scratch(most_rows, a.D);
 #pragma omp for schedule(dynamic)
     for (int64_t i = int64_t(tasks.size()) - 1; i >= 0; --i)  // the longest first
-      attend_task<T>(a, a.segments[tasks[i].segment], tasks[i].kh, tasks[i].first, tasks[i].last,
-                     scratch);
+      attend_task<T>(a, tasks[i], scratch);
   }
 }
 

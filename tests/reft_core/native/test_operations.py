@@ -149,6 +149,35 @@ def test_prefill_attention_over_copied_keys(dtype: torch.dtype) -> None:
     check_attention(dtype, layout, stores, lambda kv: PrefillBatch(kv, segments, copied), 25)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_size", "per_key"), HEADS)
+@pytest.mark.parametrize("window", [None, 5, 70, 150])
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_prefill_attention_over_keys_that_segments_share(
+    dtype: torch.dtype, head_size: int, per_key: int, window: int | None, threads: int
+) -> None:
+    """Short segments beside long ones; they share blocks of keys, parts of one, or none, and make
+    families of every size."""
+    stores = filled_stores(dtype, 2, head_size, slot_len=320)
+    for kv in stores:
+        for tensor in (*kv.keys, *kv.values):
+            tensor[1:4, :, :200] = tensor[0, :, :200]
+    sizes = [(0, 200, 7, 0), (1, 200, 5, 200), (2, 201, 64, 130), (3, 190, 1, 70), (4, 200, 9, 0)]
+    sizes += [(4, 209, 90, 0), (4, 299, 1, 299), (4, 300, 2, 300), (0, 207, 3, 0), (1, 205, 3, 63)]
+    segments, num_rows = [], 0
+    for slot, first_position, length, num_shared in sizes:
+        end = num_rows + length
+        segments.append(Segment(num_rows, end, slot, first_position, num_shared))
+        num_rows = end
+    layout = HeadLayout(0, per_key * 2, 2, head_size**-0.5, window)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_attention(dtype, layout, stores, lambda kv: PrefillBatch(kv, segments), num_rows)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
     operations = native(torch.float32)
