@@ -8,7 +8,7 @@ PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency soak clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -63,6 +63,11 @@ bench-kernel:  ## ways to apply edits against each other, and their share of a p
 bench-gpu:  ## everything that needs a GPU: decode, prefill, adapters' cost, edits, cold loads (10 min)
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.gpu
+
+bench-fanout:  ## what one prompt costs under 16 adapters, against one of them
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.fanout --dtype float32
+	@$(BIN)/python -m benchmarks.fanout --dtype bfloat16
 
 bench-residency:  ## thousands of registered adapters against ten, and the time of a cold load
 	@scripts/install demo

@@ -50,7 +50,7 @@ from server.generation import Generator, Job
 from server.grammars import Grammars
 from server.logs import configure_logging
 from server.metrics import Metrics
-from server.named import NamedAdapter
+from server.named import Answering, NamedAdapter
 from server.registry import Registry
 from server.residency import Residency
 
@@ -106,7 +106,8 @@ class Workload:
         """Seconds that all prompts took together, each with its adapter, and the answers."""
 
         async def ask(prompt: list[int], name: str) -> str:
-            job = Job((NamedAdapter(name),), lambda *_: [prompt], self.params)
+            answering = Answering(((NamedAdapter(name),),))
+            job = Job(answering, lambda *_: [prompt], self.params)
             generation = await generator.start(job)
             try:
                 (choice,) = await generation.collect()

@@ -26,6 +26,9 @@ are the server's business (``server/errors.py``).
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Self
+
 
 class ReftError(Exception):
     """Base class. ``field`` names the offending input, when there is one."""
@@ -34,6 +37,14 @@ class ReftError(Exception):
         super().__init__(message)
         self.message = message
         self.field = None if field is None else _shown(field)
+
+    def within(self, place: str) -> Self:
+        """The same error, about ``place``: one of several parts of what the caller sent."""
+        found = copy(self)
+        found.message = f"{place}: {self.message}"
+        found.field = place
+        found.args = (found.message,)
+        return found
 
 
 def explain(field: str, value: object, allowed: str) -> str:

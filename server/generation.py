@@ -16,7 +16,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from reft_core.engine.interface import AdapterChoice, Engine, Output, Request, SamplingParams
+from reft_core.engine.interface import Engine, Output, Request, SamplingParams
 from reft_core.errors import EngineUnavailable, RequestFailed
 from reft_core.grammar import Grammar, GrammarSpec
 from reft_core.spec import TemplateSpec
@@ -24,7 +24,7 @@ from server.choice import ChoiceText, Piece, TokenText
 from server.echo import Echo, ScoredPrompt, echo_of
 from server.grammars import Grammars
 from server.metrics import Metrics
-from server.named import NamedAdapter, Resolved, resolve
+from server.named import Answering, Resolved, resolve_all
 from server.registry import Registry, Version
 from server.residency import Residency
 from server.vocabulary import Vocabulary
@@ -39,14 +39,14 @@ AnswerEnd = Literal["stop", "length"]
 class Job:
     """What one HTTP request asks for."""
 
-    named: tuple[NamedAdapter, ...]
-    """What ``model`` names, perhaps the base model, then the adapters stacked on it."""
+    answering: Answering
     encode: Encode
     params: SamplingParams
     """Of each choice; choice i samples with ``seed + i``."""
     fill_context: bool = False
     """Let answers grow to the end of the context instead of ``params.max_tokens``."""
     n: int = 1
+    """Choices that each model gives to each prompt."""
     stops: tuple[str, ...] = ()
     priority: int = 0
     grammar: GrammarSpec | None = None
@@ -75,13 +75,24 @@ class FinishedChoice:
     finish_reason: AnswerEnd | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class AnsweringModel:
+    """A model that answers, and the prompts as its template renders them."""
+
+    place: int
+    name: str
+    """As the request has it."""
+    resolved: Resolved
+    prompts: list[list[int]]
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """What a job needs before it can be submitted."""
 
-    resolved: Resolved
-    prompts: list[list[int]]
+    models: list[AnsweringModel]
     echoes: list[Echo]
+    """Of each prompt of each model."""
 
 
 @dataclass
@@ -90,6 +101,7 @@ class _Choice:
 
     request_id: str
     text: ChoiceText
+    num_edits: int = 0
     num_cached_tokens: int = 0
     last_token_at: float | None = None
     ended: bool = False
@@ -128,10 +140,8 @@ class Generator:
         grammar = await self._grammars.get(job.grammar) if job.grammar else None
         generation = Generation(self, job, prepared, arrived_at)
         try:
-            for version in prepared.resolved.versions:
-                await self._residency.acquire(version.digest, version.resident_bytes)
-                generation.versions.append(version)
-            generation.submit(prepared.resolved.choices, grammar)
+            await self._hold(prepared.models, job.answering, generation.held)
+            generation.submit(grammar)
         except BaseException:
             generation.close()
             raise
@@ -140,12 +150,43 @@ class Generator:
     def _prepare(self, job: Job) -> _Prepared:
         """Resolve the adapters and tokenise. Blocks on the catalog and tokenizer.
 
-        The prompt is rendered with the template of what ``model`` names.
+        Prompts are rendered with the template of each model that answers.
         """
-        resolved = resolve(job.named, self._registry, self._tokenizer)
-        template = resolved.versions[0].spec.template if resolved.leads else None
-        prompts = job.encode(self._tokenizer, template)
-        return _Prepared(resolved, prompts, self._echoes(job, prompts))
+        models: list[AnsweringModel] = []
+        rendered: list[tuple[TemplateSpec | None, list[list[int]]]] = []
+        found = resolve_all(job.answering, self._registry, self._tokenizer)
+        for place, resolved in enumerate(found):
+            template = resolved.versions[0].spec.template if resolved.leads else None
+            known = [prompts for other, prompts in rendered if other == template]
+            if not known:
+                with job.answering.about(place):
+                    known = [job.encode(self._tokenizer, template)]
+                rendered.append((template, known[0]))
+            name = job.answering.named[place][0].model
+            models.append(AnsweringModel(place, name, resolved, known[0]))
+        echoes = self._echoes(job, models[0].prompts) * len(models)  # raw prompts, alike for all
+        return _Prepared(models, echoes)
+
+    async def _hold(
+        self, models: list[AnsweringModel], answering: Answering, held: list[Version]
+    ) -> None:
+        """Have every adapter resident and put it into ``held``, those of several models at once."""
+        places: dict[str, tuple[int, Version]] = {}
+        for model in models:
+            for version in model.resolved.versions:
+                places.setdefault(version.digest, (model.place, version))
+
+        async def hold(place: int, version: Version) -> None:
+            with answering.about(place):
+                await self._residency.acquire(version.digest, version.resident_bytes)
+            held.append(version)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for place, version in places.values():
+                    group.create_task(hold(place, version))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
     def _echoes(self, job: Job, prompts: list[list[int]]) -> list[Echo]:
         """The prompts' echoes, if answers begin with them."""
@@ -171,18 +212,19 @@ class Generation:
         prepared: _Prepared,
         arrived_at: float,
     ) -> None:
-        self.versions: list[Version] = []
-        """The adapters it holds, in the order they act."""
-        self.starts_with_adapter = prepared.resolved.leads
-        """Whether ``model`` named an adapter, and not the base model."""
-        self.prompts = prepared.prompts
+        self.held: list[Version] = []
+        """The adapters that it keeps in the engine, each once."""
+        self.models = prepared.models
+        """Those that answer, in order."""
+        self.fans_out = job.answering.beside is not None
+        """Whether the request asked for several models, be it a list of one."""
+        self.prompts = [prompt for model in self.models for prompt in model.prompts]
+        """Every prompt of every model, model by model."""
         self.echoes = prepared.echoes
         """Of each prompt, if answers begin with it."""
         self.scored: dict[int, ScoredPrompt] = {}
         """By prompt, if that was asked for; known before a delta of its choices comes."""
         self.n = job.n
-        self.num_edits = 0
-        """(layer, site, position) triples the adapters change, over all sub-requests."""
         self._job = job
         self._owner = generator
         self._arrived_at = arrived_at
@@ -192,13 +234,36 @@ class Generation:
         self._closed = False
 
     @property
+    def num_choices(self) -> int:
+        """Choices of all models."""
+        return len(self.prompts) * self.n
+
+    @property
+    def num_edits(self) -> int:
+        """(layer, site, position) triples that adapters change, over all choices."""
+        return sum(choice.num_edits for choice in self._choices)
+
+    def num_edits_of(self, model: AnsweringModel) -> int:
+        """The same over the choices of one model."""
+        indices = range(self.num_choices)
+        return sum(self._choices[i].num_edits for i in indices if self.model_of(i) is model)
+
+    def choice_num_edits(self, index: int) -> int:
+        """The same for one choice."""
+        return self._choices[index].num_edits
+
+    def model_of(self, index: int) -> AnsweringModel:
+        """The model that gives a choice."""
+        return self.models[index * len(self.models) // self.num_choices]
+
+    @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts, each counted once."""
+        """Tokens of all prompts, each counted once for each model."""
         return sum(map(len, self.prompts))
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens of all prompts that the first choice of each took from the prefix cache."""
+        """Tokens of all prompts that were not computed for the first choice of each."""
         return sum(choice.num_cached_tokens for choice in self._choices[:: self.n])
 
     @property
@@ -206,33 +271,36 @@ class Generation:
         """Tokens generated so far, over all choices."""
         return sum(choice.text.num_tokens for choice in self._choices)
 
-    def submit(self, adapters: tuple[AdapterChoice, ...], grammar: Grammar | None) -> None:
-        """Submit every choice of every prompt; choice i of prompt p has index p·n + i."""
+    def submit(self, grammar: Grammar | None) -> None:
+        """Submit every choice of every prompt, to begin together; choice i of prompt p has index
+        p·n + i."""
+        with self._owner._engine.together():
+            for model in self.models:
+                with self._job.answering.about(model.place):
+                    for prompt in model.prompts:
+                        for i in range(self.n):
+                            self._submit(model, prompt, i, grammar)
+
+    def _submit(
+        self, model: AnsweringModel, prompt: list[int], i: int, grammar: Grammar | None
+    ) -> None:
+        """Submit choice ``i`` of one prompt."""
         owner, job = self._owner, self._job
-        for prompt in self.prompts:
-            for i in range(self.n):
-                index = len(self._choices)
-                choice = _Choice(
-                    uuid.uuid4().hex,
-                    ChoiceText(
-                        owner._vocabulary,
-                        job.stops,
-                        job.params.logprobs is not None,
-                        job.with_stop_token,
-                    ),
-                )
-                request = Request(
-                    choice.request_id,
-                    tuple(prompt),
-                    self._params(len(prompt), i),
-                    adapters,
-                    constraint=None if grammar is None else grammar.start(),
-                    priority=job.priority,
-                    deadline_s=owner._timeout_s,
-                )
-                ticket = owner._engine.submit(request, self._sink(index, choice))
-                self._choices.append(choice)
-                self.num_edits += ticket.num_edits
+        with_tokens = job.params.logprobs is not None
+        text = ChoiceText(owner._vocabulary, job.stops, with_tokens, job.with_stop_token)
+        choice = _Choice(uuid.uuid4().hex, text)
+        request = Request(
+            choice.request_id,
+            tuple(prompt),
+            self._params(len(prompt), i),
+            model.resolved.choices,
+            constraint=None if grammar is None else grammar.start(),
+            priority=job.priority,
+            deadline_s=owner._timeout_s,
+        )
+        ticket = owner._engine.submit(request, self._sink(len(self._choices), choice))
+        choice.num_edits = ticket.num_edits
+        self._choices.append(choice)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Deltas of all choices as they come. Raises what ended a choice early."""
@@ -264,7 +332,7 @@ class Generation:
         return whole
 
     def close(self) -> None:
-        """Cancel whatever still runs and give the adapter back. May be called again."""
+        """Cancel whatever still runs and give the adapters back. May be called again."""
         if self._closed:
             return
         self._closed = True
@@ -272,7 +340,7 @@ class Generation:
             if not choice.ended:
                 self._end(choice, "abort")
                 self._owner._engine.cancel(choice.request_id)
-        for version in self.versions:
+        for version in self.held:
             self._owner._residency.release(version.digest)
 
     def _describe(self, prompt: int, output: Output) -> ScoredPrompt:

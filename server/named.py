@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import AdapterChoice
-from reft_core.errors import InvalidRequest
+from reft_core.errors import AdapterError, InvalidRequest
 from reft_core.templates import encode_text
 from server.registry import Registry, Version
 
@@ -21,6 +22,22 @@ class NamedAdapter:
     strength: float | None = None
     subspaces: Mapping[str, float] = field(default_factory=dict)
     source: str | Sequence[int] | None = None
+    inherits: bool = False
+    """Whether its options are meant for all models of a fan-out; the base model goes without."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Who answers a request."""
+
+    named: tuple[tuple[NamedAdapter, ...], ...]
+    """For each model: what it is, perhaps the base model, then the adapters stacked on it."""
+    beside: str | None = None
+    """What the request has as its ``model`` where ``reft.models`` says who answers."""
+
+    def about(self, place: int) -> AbstractContextManager[None]:
+        """Errors in this context are about one of the models, and say so if they are several."""
+        return nullcontext() if self.beside is None else _about(f"reft.models[{place}]")
 
 
 @dataclass(frozen=True)
@@ -55,10 +72,38 @@ def resolve(
     return Resolved(tuple(versions), tuple(choices), leads=len(versions) == len(named))
 
 
+def resolve_all(
+    answering: Answering, registry: Registry, tokenizer: PreTrainedTokenizerBase
+) -> list[Resolved]:
+    """What every model that answers means; see :func:`resolve`.
+
+    Raises :class:`InvalidRequest` also if ``model`` is neither the base model nor one of several.
+    """
+    found = []
+    for place, named in enumerate(answering.named):
+        with answering.about(place):
+            found.append(resolve(named, registry, tokenizer))
+    beside, names = answering.beside, [named[0].model for named in answering.named]
+    is_free = beside is None or beside in names
+    if beside is not None and not is_free and registry.resolve(beside) is not None:
+        raise InvalidRequest.because("model", beside, "the base model, or one of reft.models")
+    return found
+
+
+@contextmanager
+def _about(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (InvalidRequest, AdapterError) as error:
+        raise error.within(place) from error
+
+
 def _check_base(named: NamedAdapter, place: int) -> None:
     """Refuse the base model where it can mean nothing."""
     if place > 0:
         raise InvalidRequest.because("reft.stack", named.model, "names of adapters")
+    if named.inherits:
+        return
     for option in ("strength", "subspaces", "source"):
         if (value := getattr(named, option)) not in (None, {}):
             raise InvalidRequest.because(

@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(default=2 * MIB, ge=1024, description="a JSON request body")
     max_adapter_bytes: int = Field(default=64 * MIB, ge=1024, description="one adapter file")
+    max_fan_out: int = Field(
+        default=64, ge=1, le=1024, description="models that one request may ask at once"
+    )
     max_n: int = Field(default=8, ge=1, le=128, description="choices a request")
     max_prompts: int = Field(default=64, ge=1, le=1024, description="prompts a completion")
     max_stop: int = Field(default=16, ge=1, le=64, description="stop strings a request")

@@ -9,14 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from server.choice import LikelyToken, TokenText
-from server.protocol.common import (
-    FinishReason,
-    PromptLogprobs,
-    ReftReport,
-    RequestBody,
-    SamplingFields,
-    Usage,
-)
+from server.protocol.common import FinishReason, PromptLogprobs, SamplingFields
+from server.protocol.options import RequestBody
+from server.protocol.reports import ChoiceReport, FanOutReport, ReftReport, Usage
 from server.settings import Settings
 
 
@@ -102,6 +97,10 @@ class ChatRequest(SamplingFields):
         ):
             if (value := getattr(self, name)) not in (None, only):
                 raise UnsupportedFeature.because(name, value, f"{only!r} or nothing")
+        if self.prompt_logprobs is not None and self.reft.models is not None:
+            raise InvalidRequest.because(
+                "prompt_logprobs", self.prompt_logprobs, "null beside reft.models"
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest.because(
                 "top_logprobs", self.top_logprobs, "null unless logprobs is true"
@@ -186,6 +185,7 @@ class ChatChoice(BaseModel):
     message: AnswerMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None
+    reft: ChoiceReport = None
 
 
 class ChatResponse(BaseModel):
@@ -197,7 +197,7 @@ class ChatResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    reft: ReftReport
+    reft: ReftReport | FanOutReport
 
 
 class ScoredChatResponse(ChatResponse):
@@ -222,6 +222,7 @@ class ChunkChoice(BaseModel):
     delta: MessageDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    reft: ChoiceReport = None
 
 
 class ChatChunk(BaseModel):
@@ -233,4 +234,4 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
-    reft: ReftReport | None = None
+    reft: ReftReport | FanOutReport | None = None

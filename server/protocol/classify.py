@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
 from reft_core.classification.interface import Classification
 from reft_core.errors import InvalidRequest
-from server.protocol.common import AdapterRequest, ReftReport, Usage
+from server.protocol.common import AdapterRequest
+from server.protocol.reports import ReftReport, Usage
 from server.registry import Version
 from server.settings import Settings
 

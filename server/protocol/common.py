@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from reft_core.engine.interface import SamplingParams
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from reft_core.grammar import GrammarSpec
 from server.choice import TokenText
-from server.generation import Generation
-from server.named import NamedAdapter
+from server.named import Answering, NamedAdapter
+from server.protocol.options import FanOutOptions, ReftOptions, RequestBody
 from server.protocol.structured import ResponseFormat, StructuredOutputs, grammar_of
-from server.registry import Version
 from server.settings import Settings
 
 FinishReason = Literal["stop", "length"]
-
-
-class RequestBody(BaseModel):
-    """A request body: an unknown key is an error, so that a typo is never ignored."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(RequestBody):
@@ -32,47 +24,6 @@ class StreamOptions(RequestBody):
 
     include_usage: bool = Field(False, description="send a last chunk with the token counts")
     include_obfuscation: bool | None = Field(None, description="accepted, without effect")
-
-
-class AdapterOptions(RequestBody):
-    """How one adapter acts."""
-
-    strength: float | None = Field(
-        None, description="multiplies the adapter's edits; 0 is the base model; default: its own"
-    )
-    subspaces: dict[str, float] = Field(
-        default={},
-        max_length=256,
-        description="factor of each named subspace of the adapter; when any is given, the rest "
-        "is off",
-    )
-    source: str | list[int] | None = Field(
-        None,
-        max_length=1_000_000,
-        description="for interchange adapters: the prompt whose states are put in place, as text "
-        "without any template or as token ids",
-    )
-
-    def named(self, model: str) -> NamedAdapter:
-        """The adapter that ``model`` names, with these options."""
-        return NamedAdapter(model, self.strength, self.subspaces, self.source)
-
-
-class StackedAdapter(AdapterOptions):
-    """An adapter that acts after the one that ``model`` names."""
-
-    model: str = Field(max_length=256)
-
-
-class ReftOptions(AdapterOptions):
-    """This server's own options, an extension of OpenAI's API."""
-
-    stack: list[StackedAdapter] = Field(
-        default=[],
-        max_length=8,
-        description="further adapters, in the order they act: at a site that several edit, each "
-        "reads what the one before wrote",
-    )
 
 
 def _as_list(value: Any) -> Any:
@@ -128,9 +79,10 @@ class SamplingFields(AdapterRequest):
     UNSUPPORTED: ClassVar[tuple[str, ...]] = ()
     """Fields known to OpenAI's API that have no meaning here, refused when used."""
 
+    reft: FanOutOptions = Field(default=FanOutOptions(), description="extension")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: int | None = Field(1, ge=1, description="choices a prompt")
+    n: int | None = Field(1, ge=1, description="choices a prompt and model")
     temperature: float | None = Field(1.0, description="0 is greedy")
     top_p: float | None = 1.0
     presence_penalty: float | None = 0.0
@@ -181,6 +133,10 @@ class SamplingFields(AdapterRequest):
             raise InvalidRequest.because(
                 "prompt_logprobs", self.prompt_logprobs, "null when stream is true"
             )
+        if self.reft.models is not None and len(self.reft.models) > settings.max_fan_out:
+            raise InvalidRequest.because(
+                "reft.models", f"{len(self.reft.models)} models", f"at most {settings.max_fan_out}"
+            )
         if self.num_choices > settings.max_n:
             raise InvalidRequest.because("n", self.n, f"at most {settings.max_n}")
         if len(self.stop) > settings.max_stop:
@@ -193,8 +149,13 @@ class SamplingFields(AdapterRequest):
                 raise InvalidRequest.because("stop", stop, allowed)
 
     @property
+    def answering(self) -> Answering:
+        """The models that answer, each with what is stacked on it."""
+        return self.reft.answering(self.model)
+
+    @property
     def num_choices(self) -> int:
-        """Choices wanted for each prompt."""
+        """Choices that each model gives to each prompt."""
         return 1 if self.n is None else self.n
 
     @property
@@ -269,80 +230,6 @@ def prompt_logprobs_of(tokens: list[TokenText], num_top: int) -> PromptLogprobs:
             )
         found.append(entries)
     return found
-
-
-class PromptTokensDetails(BaseModel):
-    """Where a prompt's tokens came from."""
-
-    cached_tokens: int = Field(description="taken from the prefix cache instead of computed")
-
-
-class Usage(BaseModel):
-    """Token counts. A prompt counts once, however many choices it has."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-    @classmethod
-    def of(cls, generation: Generation) -> Usage:
-        """The counts of a generation so far."""
-        return cls.counted(
-            generation.num_prompt_tokens,
-            generation.num_completion_tokens,
-            generation.num_cached_tokens,
-        )
-
-    @classmethod
-    def counted(cls, prompt: int, completion: int, cached: int) -> Usage:
-        """These counts, and their sum."""
-        return cls(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-        )
-
-
-class AdapterReport(BaseModel):
-    """One adapter that took part in an answer."""
-
-    adapter: str = Field(description="name@sha256:…, usable as a model")
-    version: int
-    digest: str = Field(description="SHA-256 of the adapter file")
-
-
-class ReftReport(BaseModel):
-    """Which adapter answered, exactly, and how much was edited. An extension."""
-
-    adapter: str | None = Field(description="name@sha256:…, usable as a model; null: base model")
-    version: int | None
-    digest: str | None = Field(description="SHA-256 of the adapter file")
-    stack: list[AdapterReport] = Field(description="the adapters stacked on it, in order")
-    num_edits: int = Field(description="(layer, site, position) triples, over all choices")
-
-    @classmethod
-    def of(cls, generation: Generation) -> ReftReport:
-        """The report of a generation."""
-        return cls.about(
-            generation.versions, generation.num_edits, leads=generation.starts_with_adapter
-        )
-
-    @classmethod
-    def about(cls, versions: Sequence[Version], num_edits: int, *, leads: bool) -> ReftReport:
-        """The report of a request with these adapters; ``leads``: ``model`` named the first."""
-        used = [
-            AdapterReport(adapter=v.reference, version=v.number, digest=v.digest) for v in versions
-        ]
-        first = used[0] if leads else None
-        return cls(
-            adapter=first and first.adapter,
-            version=first and first.version,
-            digest=first and first.digest,
-            stack=used[1:] if first else used,
-            num_edits=num_edits,
-        )
 
 
 class ErrorDetail(BaseModel):

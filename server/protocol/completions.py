@@ -9,13 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from server.choice import TokenText
 from server.echo import ScoredPrompt
-from server.protocol.common import (
-    FinishReason,
-    PromptLogprobs,
-    ReftReport,
-    SamplingFields,
-    Usage,
-)
+from server.protocol.common import FinishReason, PromptLogprobs, SamplingFields
+from server.protocol.reports import ChoiceReport, FanOutReport, ReftReport, Usage
 from server.settings import Settings
 
 Prompt = str | list[str] | list[int] | list[list[int]]
@@ -137,6 +132,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
+    reft: ChoiceReport = None
 
 
 class ScoredCompletionChoice(CompletionChoice):
@@ -154,4 +150,4 @@ class CompletionResponse(BaseModel):
     model: str
     choices: list[ScoredCompletionChoice | CompletionChoice]
     usage: Usage | None = None
-    reft: ReftReport | None = None
+    reft: ReftReport | FanOutReport | None = None

@@ -31,8 +31,7 @@ async def answer_whole(
         try:
             choices = await generation.collect()
             body = build(generation, choices).model_dump_json()
-            headers = report_headers(generation.versions, generation.num_edits)
-            return Response(body, media_type="application/json", headers=headers)
+            return Response(body, media_type="application/json", headers=_headers(generation))
         finally:
             generation.close()
 
@@ -65,8 +64,18 @@ async def answer_stream(
     return EventStream(
         frames(build(generation, deltas)),
         generation.close,
-        report_headers(generation.versions, generation.num_edits),
+        _headers(generation),
     )
+
+
+def _headers(generation: Generation) -> dict[str, str]:
+    """Headers that say who answered; of several models, only how many there were."""
+    if not generation.fans_out:
+        return report_headers(generation.models[0].resolved.versions, generation.num_edits)
+    return {
+        "x-reft-models": str(len(generation.models)),
+        "x-reft-edits": str(generation.num_edits),
+    }
 
 
 def report_headers(versions: Sequence[Version], num_edits: int) -> dict[str, str]:

@@ -23,7 +23,8 @@ from server.protocol.chat import (
     MessageDelta,
     ScoredChatResponse,
 )
-from server.protocol.common import ReftReport, Usage, prompt_logprobs_of
+from server.protocol.common import prompt_logprobs_of
+from server.protocol.reports import Usage, choice_report_of, report_of
 from server.routes.answering import answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
 from server.services import services_of
@@ -33,7 +34,9 @@ router = make_router(ApiRoute, tag="inference")
 
 @router.post("/v1/chat/completions", response_model=ScoredChatResponse | ChatResponse)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-    """Answer a conversation, with the adapter that ``model`` names and its template."""
+    """Answer a conversation, with the adapter that ``model`` names and its template, or with
+    several.
+    """
     body.check(services_of(request).settings)
 
     def encode(
@@ -44,7 +47,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     limit = body.token_limit
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     job = Job(
-        named=body.named,
+        answering=body.answering,
         encode=encode,
         params=body.sampling(1 if limit is None else limit, num_logprobs, body.prompt_logprobs),
         fill_context=limit is None,
@@ -64,11 +67,12 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
                     message=AnswerMessage(content=choice.text),
                     logprobs=_logprobs(body, choice.tokens),
                     finish_reason=choice.finish_reason,
+                    reft=choice_report_of(generation, index),
                 )
                 for index, choice in enumerate(choices)
             ],
             usage=Usage.of(generation),
-            reft=ReftReport.of(generation),
+            reft=report_of(generation),
         )
         if body.prompt_logprobs is None:
             return answer
@@ -82,10 +86,11 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         shared: dict[str, Any] = {**head, "object": "chat.completion.chunk"}
         if body.include_usage:
             shared["usage"] = None
-        first: dict[str, Any] = {"reft": ReftReport.of(generation)}
+        first: dict[str, Any] = {"reft": report_of(generation)}
         opening = MessageDelta(role="assistant", content="")
-        for index in range(body.num_choices):
-            yield ChatChunk(**shared, **first, choices=[_chunk_choice(index, opening)])
+        for index in range(generation.num_choices):
+            choice = _chunk_choice(index, opening, reft=choice_report_of(generation, index))
+            yield ChatChunk(**shared, **first, choices=[choice])
             first = {}
         async for delta in deltas:
             text = delta.piece.text

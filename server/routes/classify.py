@@ -7,7 +7,7 @@ from fastapi import Request, Response
 from server.disconnect import unless_gone
 from server.labelling import LabelJob
 from server.protocol.classify import ClassifiedText, ClassifyRequest, ClassifyResponse
-from server.protocol.common import ReftReport, Usage
+from server.protocol.reports import ReftReport, Usage
 from server.routes.answering import new_id, now, report_headers
 from server.routes.guards import ApiRoute, make_router
 from server.services import services_of

@@ -12,7 +12,7 @@ from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_text
 from server.choice import TokenText
 from server.generation import Delta, FinishedChoice, Generation, Job
-from server.protocol.common import ReftReport, Usage, prompt_logprobs_of
+from server.protocol.common import prompt_logprobs_of
 from server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -20,6 +20,7 @@ from server.protocol.completions import (
     CompletionResponse,
     ScoredCompletionChoice,
 )
+from server.protocol.reports import Usage, choice_report_of, report_of
 from server.routes.answering import answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
 from server.services import services_of
@@ -29,7 +30,7 @@ router = make_router(ApiRoute, tag="inference")
 
 @router.post("/v1/completions", response_model=CompletionResponse)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
-    """Continue one or many prompts, with the adapter that ``model`` names."""
+    """Continue one or many prompts, with the adapter that ``model`` names, or with several."""
     services = services_of(request)
     body.check(services.settings)
 
@@ -43,7 +44,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     job = Job(
-        named=body.named,
+        answering=body.answering,
         encode=encode,
         params=body.sampling(max_tokens, body.logprobs, body.scored_prompt),
         n=body.num_choices,
@@ -72,12 +73,13 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
                         text=_echo(generation, index) + choice.text,
                         logprobs=_logprobs(body, generation, index, choice.tokens, begins=True),
                         finish_reason=choice.finish_reason,
+                        reft=choice_report_of(generation, index),
                     ),
                 )
                 for index, choice in enumerate(choices)
             ],
             usage=Usage.of(generation),
-            reft=ReftReport.of(generation),
+            reft=report_of(generation),
         )
 
     async def chunks(
@@ -85,7 +87,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     ) -> AsyncIterator[CompletionResponse]:
         # Left out, not null, unless the caller wants a usage chunk: as in OpenAI's API.
         shared: dict[str, Any] = {**head, "usage": None} if body.include_usage else head
-        first: dict[str, Any] = {"reft": ReftReport.of(generation)}
+        first: dict[str, Any] = {"reft": report_of(generation)}
         begun: set[int] = set()
         async for delta in deltas:
             index, piece = delta.index, delta.piece
@@ -96,6 +98,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
                 text=(_echo(generation, index) if begins else "") + piece.text,
                 logprobs=_logprobs(body, generation, index, list(piece.tokens), begins=begins),
                 finish_reason=delta.finish_reason,
+                reft=choice_report_of(generation, index) if begins else None,
             )
             yield CompletionResponse(**shared, **first, choices=[choice])
             first = {}

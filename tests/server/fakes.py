@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -162,6 +163,8 @@ class FakeEngine:
     cancelled: list[str] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
     unloads: list[str] = field(default_factory=list)
+    num_batches: int = 0
+    """Times that requests were submitted together."""
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
@@ -228,6 +231,11 @@ class FakeEngine:
             self._running[request.request_id] = _Running(request, sink, script)
             self._changed.notify_all()
         return Ticket(request.request_id, len(request.prompt), num_edits)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        self.num_batches += 1
+        yield
 
     def cancel(self, request_id: str) -> None:
         with self._changed:

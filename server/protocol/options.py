@@ -1,0 +1,108 @@
+"""Which adapters a request is answered with: the bodies' ``model`` and ``reft``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from server.named import Answering, NamedAdapter
+
+
+class RequestBody(BaseModel):
+    """A request body: an unknown key is an error, so that a typo is never ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class AdapterOptions(RequestBody):
+    """How one adapter acts."""
+
+    strength: float | None = Field(
+        None, description="multiplies the adapter's edits; 0 is the base model; default: its own"
+    )
+    subspaces: dict[str, float] = Field(
+        default={},
+        max_length=256,
+        description="factor of each named subspace of the adapter; when any is given, the rest "
+        "is off",
+    )
+    source: str | list[int] | None = Field(
+        None,
+        max_length=1_000_000,
+        description="for interchange adapters: the prompt whose states are put in place, as text "
+        "without any template or as token ids",
+    )
+
+    def named(self, model: str) -> NamedAdapter:
+        """The adapter that ``model`` names, with these options."""
+        return NamedAdapter(model, self.strength, self.subspaces, self.source)
+
+
+class StackedAdapter(AdapterOptions):
+    """An adapter that acts after the one that ``model`` names."""
+
+    model: str = Field(max_length=256)
+
+
+class ReftOptions(AdapterOptions):
+    """This server's own options, an extension of OpenAI's API."""
+
+    stack: list[StackedAdapter] = Field(
+        default=[],
+        max_length=8,
+        description="further adapters, in the order they act: at a site that several edit, each "
+        "reads what the one before wrote",
+    )
+
+
+class AnsweringModel(AdapterOptions):
+    """One of several models that answer."""
+
+    model: str = Field(max_length=256)
+
+    def named_beside(self, shared: AdapterOptions) -> NamedAdapter:
+        """The model with its options; those of all models stand in for those it lacks."""
+        strength, source = self.strength, self.source
+        return NamedAdapter(
+            self.model,
+            shared.strength if strength is None else strength,
+            self.subspaces or shared.subspaces,
+            shared.source if source is None else source,
+            inherits=self.model_fields_set <= {"model"},
+        )
+
+
+def _as_model(value: Any) -> Any:
+    """A lone name as a model without options of its own."""
+    if isinstance(value, str):
+        return {"model": value}
+    if isinstance(value, dict | AnsweringModel):
+        return value
+    raise ValueError("a model's name, or an object with it and its options")
+
+
+_Model = Annotated[
+    AnsweringModel, BeforeValidator(_as_model, json_schema_input_type=str | AnsweringModel)
+]
+
+
+class FanOutOptions(ReftOptions):
+    """This server's own options of the APIs that generate text."""
+
+    models: list[_Model] | None = Field(
+        None,
+        min_length=1,
+        description="models that all answer, in the place of `model`, which must be the base model "
+        "or one of them: names, or objects with a name and its own strength, subspaces or source. "
+        "The options beside `models` are meant for every adapter among them without any of its "
+        "own, and `stack` acts after each. Choices come model by model",
+    )
+
+    def answering(self, model: str) -> Answering:
+        """The models that answer a request for ``model``, each with what is stacked on it."""
+        stacked = tuple(stacked.named(stacked.model) for stacked in self.stack)
+        if self.models is None:
+            return Answering(((self.named(model), *stacked),))
+        named = tuple((each.named_beside(self), *stacked) for each in self.models)
+        return Answering(named, beside=model)
