@@ -27,11 +27,11 @@ class Packing:
     branching: bool
     """Whether sequences may share lower layers only."""
     chunks: list[Chunk] = field(default_factory=list)
-    _common: dict[tuple[int, int], Common] = field(default_factory=dict)
+    _common: dict[tuple[Sequence, Sequence], Common] = field(default_factory=dict)
 
     def common(self, one: Sequence, other: Sequence) -> Common:
         """What two sequences have in common; nothing changes that while a step is packed."""
-        pair = (id(one), id(other))
+        pair = (one, other)
         if pair not in self._common:
             self._common[pair] = common(one, other)
         return self._common[pair]
