@@ -1,8 +1,8 @@
 """The forward of Llama-like models, with fewer and faster operations.
 
-Computes what transformers' code computes, over weights that oneDNN has laid out for its own
-kernels: one product for query, key and value, one for gate and up. What lies between the products
-is done by compiled loops (:mod:`reft_core.native`) where this machine can compile them, else by
+Computes what transformers' code computes, over weights laid out for the kernels that read them: one
+product for query, key and value, one for gate and up. Products and what lies between them are done
+by compiled loops (:mod:`reft_core.native`) where this machine can compile them, else by oneDNN and
 torch. It serves the forwards whose edits act at the sites it passes by; the runner gives all
 others to transformers' code, and compares the two when it starts. The packed weights are a second
 copy of the model's; on a GPU nothing is packed, and the joined weights are the model's own storage.
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from reft_core.batch import EditPlan
 from reft_core.edits import Edit
 from reft_core.engine.attention import ForwardBatch
-from reft_core.engine.joined import JoinedLinear
+from reft_core.engine.linear import JoinedLinear, Linear, PackedLinear
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.kernels import apply_edits
 from reft_core.native.operations import NativeOperations
@@ -34,42 +34,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are known to be put together as below."""
 
 _SITES = ("block_output", "attn_output", "mlp_output")
-_PACK_ROWS = 16
-"""Rows for which the layout is chosen; it serves all numbers of rows about as well."""
-
-
-class PackedLinear:
-    """x Wᵀ + b for the rows of one or several linear maps, one below the other."""
-
-    def __init__(self, *maps: nn.Linear) -> None:
-        weight = torch.cat([linear.weight for linear in maps])
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-        biases: list[Tensor] = [linear.bias for linear in maps if linear.bias is not None]
-        self._bias = torch.cat(biases) if biases else None
-        self.num_bytes = weight.numel() * weight.itemsize
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Of x (N, in), as (N, out)."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, self._bias, "none", [], ""
-        )
-        return product
-
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The same added to ``other`` (N, out), rounded once."""
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x, other, self._weight, self._bias, "add"
-        )
-        return total
-
-
-Linear = PackedLinear | JoinedLinear
-
-
-def joined(*maps: nn.Linear) -> Linear:
-    """One product for several linear maps, the way that suits where their weights are."""
-    on_cpu = maps[0].weight.device.type == "cpu"
-    return PackedLinear(*maps) if on_cpu else JoinedLinear(*maps)
 
 
 @dataclass(frozen=True)
@@ -112,10 +76,10 @@ class _Layer:
         if hasattr(attention, "q_norm"):
             norms = (_Norm.of(norm, operations) for norm in (attention.q_norm, attention.k_norm))
             self._head_norms = next(norms), next(norms)
-        self._qkv = joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = joined(attention.o_proj)
-        self._gate_up = joined(mlp.gate_proj, mlp.up_proj)
-        self._down = joined(mlp.down_proj)
+        self._qkv = operations.linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = operations.linear(attention.o_proj)
+        self._gate_up = operations.linear(mlp.gate_proj, mlp.up_proj)
+        self._down = operations.linear(mlp.down_proj)
         self._activation = None if _is_silu(mlp.act_fn) else mlp.act_fn
 
     @property
@@ -211,7 +175,7 @@ class FusedForward:
         self._norm = _Norm.of(inner.norm, self.operations)
         self._layers = [_Layer(layer, i, self.operations) for i, layer in enumerate(layers)]
         head: Any = model.get_output_embeddings()
-        self._head = joined(head)
+        self._head: Linear = self.operations.linear(head)
         self.num_bytes = self._head.num_bytes + sum(layer.num_bytes for layer in self._layers)
 
     @staticmethod
@@ -224,12 +188,8 @@ class FusedForward:
             return JoinedLinear.serves(model)
         if parameter.device.type != "cpu":
             return False
-        if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-            return False
-        if parameter.dtype == torch.bfloat16:
-            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         linears = [type(module) for module in model.modules() if isinstance(module, nn.Linear)]
-        return parameter.dtype == torch.float32 and set(linears) == {nn.Linear}
+        return PackedLinear.serves(parameter.dtype) and set(linears) == {nn.Linear}
 
     @staticmethod
     def can_edit(plan: EditPlan) -> bool:

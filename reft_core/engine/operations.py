@@ -1,4 +1,4 @@
-"""What the fused forward does between its matrix products.
+"""What the fused forward consists of: its matrix products, and what it does between them.
 
 Letters: N rows, B sequences, H query heads, KH key-value heads, D head size.
 """
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from reft_core.engine.attention import DecodeBatch, ForwardBatch, PrefillBatch
+from reft_core.engine.linear import JoinedLinear, Linear, PackedLinear
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Operations:
 
     angle_dtype: torch.dtype | None = None
     """Dtype of ``cos`` and ``sin``; None: the model's."""
+
+    def linear(self, *maps: nn.Linear) -> Linear:
+        """One product for several linear maps, the way that suits where their weights are."""
+        on_cpu = maps[0].weight.device.type == "cpu"
+        return PackedLinear(*maps) if on_cpu else JoinedLinear(*maps)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) ∘ weight over the last dimension."""

@@ -8,9 +8,25 @@
 #include "decode.hpp"
 #include "edits.hpp"
 #include "prefill.hpp"
+#include "products.hpp"
 #include "rows.hpp"
 
 using namespace reft;
+
+// Outputs of a linear map rounded up to whole panels.
+extern "C" int64_t padded_outputs(int64_t out) {
+  return (out + kTileColumns - 1) / kTileColumns * kTileColumns;
+}
+
+// Whether the machine multiplies whole matrices of bfloat16 by an instruction, which these loops do
+// not use.
+extern "C" int32_t has_matrix_instructions() {
+#ifdef __AMX_BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
 
 #define FOR_EACH_TYPE(DEFINE) DEFINE(float, float32) DEFINE(bfloat16, bfloat16)
 
@@ -33,6 +49,13 @@ using namespace reft;
   }                                                                                             \
   extern "C" void attend_prefill_##NAME(const PrefillArguments* arguments) {                    \
     attend_prefill<T>(*arguments);                                                              \
+  }                                                                                             \
+  extern "C" void pack_weight_##NAME(const T* weight, int64_t out, int64_t in, T* packed,         \
+                                     int32_t threads) {                                         \
+    pack_weight(weight, out, in, packed, threads);                                              \
+  }                                                                                             \
+  extern "C" void multiply_##NAME(const ProductArguments* arguments) {                          \
+    multiply<T>(*arguments);                                                                    \
   }                                                                                             \
   extern "C" void apply_edits_##NAME(T* hidden, int64_t d, const RowEdit* edits, int64_t count, \
                                      int32_t threads) {                                         \

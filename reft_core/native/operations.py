@@ -7,11 +7,13 @@ from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reft_core.engine.attention import DecodeBatch, PrefillBatch
+from reft_core.engine.linear import Linear
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.native.build import FUNCTION_SUFFIXES, load_library
+from reft_core.native.linear import NativeLinear
 
 MOST_HEAD_SIZE = 256
 
@@ -50,11 +52,12 @@ class _PrefillArguments(Structure):
 
 
 class NativeOperations(Operations):
-    """See :class:`Operations`. Angles are float32 and so is all arithmetic, whatever the dtype."""
+    """See :class:`Operations`. Angles and sums are float32, whatever the dtype."""
 
     angle_dtype = torch.float32
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._library = library
         self._functions: dict[str, Any] = {}
         for name, types in _SIGNATURES.items():
             function = getattr(library, f"{name}_{FUNCTION_SUFFIXES[dtype]}")
@@ -68,6 +71,12 @@ class NativeOperations(Operations):
             return None
         library = load_library()
         return None if library is None else cls(library, dtype)
+
+    def linear(self, *maps: nn.Linear) -> Linear:
+        """See :class:`Operations`."""
+        if NativeLinear.serves(self._library, *maps):
+            return NativeLinear(self._library, maps)
+        return super().linear(*maps)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See :class:`Operations`."""

@@ -6,38 +6,15 @@
 
 #include <vector>
 #include "rows.hpp"
+#include "tiles.hpp"
 
 namespace reft {
 
-// Prefill attention works on tiles: kTileRows queries against kTileKeys keys, whose products stay in
-// registers. All queries that share a key head are rows of one matrix.
-#ifdef __AVX512F__
-constexpr int kLanes = 16, kTileRows = 8;
-#else
-constexpr int kLanes = 8, kTileRows = 4;
-#endif
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
-constexpr int kTileVectors = 2;
-constexpr int64_t kTileColumns = kLanes * kTileVectors;
+// Works on tiles, kTileRows queries against kTileKeys keys. All queries that share a key head are
+// rows of one matrix.
 constexpr int64_t kTileKeys = 64;
 constexpr int64_t kQueriesAtATime = 128;  // positions of one task; its keys are packed once
 constexpr float kMasked = -1e30f;
-
-// sums (kTileRows, kTileColumns) = rows (kTileRows, count)·columns (count, kTileColumns).
-inline void multiply_tile(const float* rows, int64_t row_stride, const float* columns,
-                          int64_t column_stride, int64_t count,
-                          Lanes (&sums)[kTileRows][kTileVectors]) {
-  for (int row = 0; row < kTileRows; ++row)
-    for (int v = 0; v < kTileVectors; ++v) sums[row][v] = Lanes{};
-  for (int64_t i = 0; i < count; ++i) {
-    Lanes column[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v)
-      column[v] = *reinterpret_cast<const Lanes*>(columns + i * column_stride + v * kLanes);
-    for (int row = 0; row < kTileRows; ++row)
-      for (int v = 0; v < kTileVectors; ++v)
-        sums[row][v] += rows[row * row_stride + i] * column[v];
-  }
-}
 
 // Rows first..last-1 of a packed prefill: a slot's tokens from first_position on. The first `shared`
 // tokens of the slot have the keys of the segment's before.
@@ -108,35 +85,45 @@ struct Task {
 
 inline int64_t tiled(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
-// Memory of one thread, for queries of one task.
+// Memory of one thread, for queries of one task. What is multiplied is of the type of the hidden
+// states, all else is float32.
+template <typename T>
 struct Scratch {
   int64_t columns;  // D padded to whole tiles
-  std::vector<float> queries, keys, values, weights, sums, largest, totals;
+  std::vector<T> queries, keys, values, weights;
+  std::vector<float> scores, sums, largest, totals;
 
   Scratch(int64_t rows, int64_t D)
       : columns((D + kTileColumns - 1) / kTileColumns * kTileColumns),
         queries(rows * D), keys(D * kTileKeys), values(kTileKeys * columns),
-        weights(kTileRows * kTileKeys), sums(rows * columns), largest(rows), totals(rows) {}
+        weights(kTileRows * kTileKeys), scores(kTileRows * kTileKeys), sums(rows * columns),
+        largest(rows), totals(rows) {}
 };
 
-// Puts `count` keys and values of a slot, from `begin` on, where tiles can be read off.
+// Puts `count` keys and values of a slot, from `begin` on, where tiles can be read off: keys as
+// (D / kDepth, kTileKeys, kDepth), values as (kTileKeys / kDepth, columns, kDepth).
 template <typename T>
 void pack_block(const PrefillArguments& a, int64_t slot, int64_t kh, int64_t begin, int64_t count,
-                Scratch& s) {
-  const int64_t D = a.D, offset = ((slot * a.KH + kh) * a.slot_len + begin) * D;
+                Scratch<T>& s) {
+  const int64_t D = a.D, depth = kDepth<T>, offset = ((slot * a.KH + kh) * a.slot_len + begin) * D;
   const T *keys = static_cast<const T*>(a.keys) + offset;
   const T *values = static_cast<const T*>(a.values) + offset;
-  for (int64_t l = 0; l < kTileKeys; ++l)
-    for (int64_t i = 0; i < D; ++i) {
-      const bool there = l < count;
-      s.keys[i * kTileKeys + l] = there ? load(keys[l * D + i]) : 0.0f;
-      s.values[l * s.columns + i] = there ? load(values[l * D + i]) : 0.0f;
-    }
+  if (count < kTileKeys) {
+    std::fill(s.keys.begin(), s.keys.end(), T{});
+    std::fill(s.values.begin(), s.values.end(), T{});
+  }
+  for (int64_t l = 0; l < count; ++l)
+    for (int64_t i = 0; i < D; i += depth)
+      std::memcpy(s.keys.data() + i * kTileKeys + l * depth, keys + l * D + i, sizeof(float));
+  for (int64_t l = 0; l < count; ++l) {
+    T* to = s.values.data() + l / depth * s.columns * depth + l % depth;
+    for (int64_t i = 0; i < D; ++i) to[i * depth] = values[l * D + i];
+  }
 }
 
 // Turns the queries of a part.
 template <typename T>
-void load_queries(const PrefillArguments& a, const Part& part, int64_t kh, Scratch& s) {
+void load_queries(const PrefillArguments& a, const Part& part, int64_t kh, Scratch<T>& s) {
   const int64_t D = a.D, G = a.H / a.KH, width = (a.H + 2 * a.KH) * D;
   for (int64_t i = 0; i < (part.last - part.first) * G; ++i) {
     const int64_t row = part.row_of(part.first + i / G), head = kh * G + i % G;
@@ -148,42 +135,47 @@ void load_queries(const PrefillArguments& a, const Part& part, int64_t kh, Scrat
 
 // Attention of a part over the block of keys that is packed. Softmax is taken block by block, with a
 // running maximum (Milakov and Gimelshein 2018).
-inline void attend_block(const PrefillArguments& a, const Part& part, int64_t begin, int64_t count,
-                         Scratch& s) {
+template <typename T>
+void attend_block(const PrefillArguments& a, const Part& part, int64_t begin, int64_t count,
+                  Scratch<T>& s) {
   const int64_t D = a.D, G = a.H / a.KH, columns = s.columns;
+  const int64_t depth = kDepth<T>, whole = (count + depth - 1) / depth * depth;
   const int64_t num_rows = (part.last - part.first) * G;
   for (int64_t tile = 0; tile < num_rows; tile += kTileRows) {
     const int64_t newest = part.first + std::min(tile + kTileRows, num_rows) / G;
     if (newest < begin) continue;  // the causal mask hides the whole block
     Lanes sums[kTileRows][kTileVectors];
     for (int64_t column = 0; column < kTileKeys; column += kTileColumns) {
-      multiply_tile(s.queries.data() + (part.row + tile) * D, D, s.keys.data() + column, kTileKeys,
-                    D, sums);
+      multiply_tile(s.queries.data() + (part.row + tile) * D, D, s.keys.data() + column * depth,
+                    kTileKeys, D, sums);
       for (int row = 0; row < kTileRows; ++row)
-        std::memcpy(s.weights.data() + row * kTileKeys + column, sums[row], sizeof sums[row]);
+        std::memcpy(s.scores.data() + row * kTileKeys + column, sums[row], sizeof sums[row]);
     }
     for (int row = 0; row < kTileRows; ++row) {
       const int64_t at = part.row + tile + row;
-      float* weights = s.weights.data() + row * kTileKeys;
+      float* scores = s.scores.data() + row * kTileKeys;
       const int64_t position = part.first + (tile + row) / G;
       const int64_t from = a.window ? std::max<int64_t>(0, position + 1 - a.window - begin) : 0;
       const int64_t to = std::min(count, position + 1 - begin);  // visible: from..to-1
       float largest = s.largest[at];
-      for (int64_t l = from; l < to; ++l) largest = std::max(largest, weights[l]);
+      for (int64_t l = from; l < to; ++l) largest = std::max(largest, scores[l]);
       const float shrink = exponential(s.largest[at] - largest);
       float total = 0;
       for (int64_t l = 0; l < kTileKeys; ++l) {
-        const float weight = exponential(weights[l] - largest);
-        weights[l] = l >= from && l < to ? weight : 0.0f;
-        total += weights[l];
+        const float weight = exponential(scores[l] - largest);
+        scores[l] = l >= from && l < to ? weight : 0.0f;
+        total += scores[l];
       }
+      T* weights = s.weights.data() + row * kTileKeys;
+      for (int64_t l = 0; l < kTileKeys; ++l) store(scores[l], weights + l);
       s.totals[at] = s.totals[at] * shrink + total;
       s.largest[at] = largest;
       float* out = s.sums.data() + at * columns;
       for (int64_t i = 0; i < columns; ++i) out[i] *= shrink;
     }
     for (int64_t column = 0; column < columns; column += kTileColumns) {
-      multiply_tile(s.weights.data(), kTileKeys, s.values.data() + column, columns, count, sums);
+      multiply_tile(s.weights.data(), kTileKeys, s.values.data() + column * depth, columns, whole,
+                    sums);
       for (int row = 0; row < kTileRows; ++row)
         for (int v = 0; v < kTileVectors; ++v)
           *reinterpret_cast<Lanes*>(s.sums.data() + (part.row + tile + row) * columns + column +
@@ -194,7 +186,7 @@ inline void attend_block(const PrefillArguments& a, const Part& part, int64_t be
 
 // Writes what a part's queries came to.
 template <typename T>
-void store_outputs(const PrefillArguments& a, const Part& part, int64_t kh, const Scratch& s) {
+void store_outputs(const PrefillArguments& a, const Part& part, int64_t kh, const Scratch<T>& s) {
   const int64_t D = a.D, G = a.H / a.KH;
   for (int64_t i = 0; i < (part.last - part.first) * G; ++i) {
     const int64_t row = part.row_of(part.first + i / G), at = part.row + i;
@@ -204,8 +196,8 @@ void store_outputs(const PrefillArguments& a, const Part& part, int64_t kh, cons
 }
 
 template <typename T>
-void attend_task(const PrefillArguments& a, const Task& task, Scratch& s) {
-  std::fill(s.queries.begin(), s.queries.end(), 0.0f);
+void attend_task(const PrefillArguments& a, const Task& task, Scratch<T>& s) {
+  std::fill(s.queries.begin(), s.queries.end(), T{});
   std::fill(s.sums.begin(), s.sums.end(), 0.0f);
   std::fill(s.totals.begin(), s.totals.end(), 0.0f);
   std::fill(s.largest.begin(), s.largest.end(), kMasked);
@@ -289,7 +281,7 @@ void attend_prefill(const PrefillArguments& a) {
       store_keys<T>(a, a.segments[i / a.KH], i % a.KH);
 #pragma omp for schedule(static)
     for (int64_t kh = 0; kh < a.KH; ++kh) copy_keys<T>(a, kh);
-    Scratch scratch(most_rows, a.D);
+    Scratch<T> scratch(most_rows, a.D);
 #pragma omp for schedule(dynamic)
     for (int64_t i = int64_t(tasks.size()) - 1; i >= 0; --i)  // the longest first
       attend_task<T>(a, tasks[i], scratch);

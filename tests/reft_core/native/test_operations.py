@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reft_core.engine.attention import Copied, DecodeBatch, ForwardBatch, PrefillBatch, Segment
 from reft_core.engine.kv import SlotKV
+from reft_core.engine.linear import PackedLinear
 from reft_core.engine.operations import HeadLayout, Operations
 from reft_core.native.build import load_library
+from reft_core.native.linear import NativeLinear
 from reft_core.native.operations import NativeOperations
 from tests.factories import assert_close, tiny_description
 
@@ -41,6 +45,34 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         native(dtype).rms_norm(x, weight, 1e-5),
         Operations().rms_norm(x.float(), weight.float(), 1e-5),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(1,), (32,), (70, 9, 9), (200, 120)])
+def test_linear(dtype: torch.dtype, sizes: tuple[int, ...], bias: bool) -> None:
+    """From one row to more than fill a tile, and outputs that fill no panel, one, and several."""
+    maps = [nn.Linear(30, size, bias=bias, dtype=dtype).requires_grad_(False) for size in sizes]
+    linear = native(dtype).linear(*maps)
+    assert isinstance(linear, NativeLinear)
+    for num_rows in (*range(1, 18), 50):
+        x, other = torch.randn(num_rows, 30).to(dtype), torch.randn(num_rows, sum(sizes)).to(dtype)
+        expected = torch.cat([each.float()(x.float()) for each in deepcopy(maps)], dim=1)
+        close(linear(x), expected)
+        before = other.clone()
+        close(linear.plus(x, other), expected + other.float())
+        assert torch.equal(other, before)
+        assert torch.equal(linear(x)[-1:], linear(x[-1:])), "whatever stands beside a row"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_who_computes_linear_maps(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of inputs makes no pairs of bfloat16, and matrices are another's trade."""
+    odd, even = (nn.Linear(size, 4, dtype=dtype).requires_grad_(False) for size in (7, 8))
+    is_whole = dtype == torch.float32
+    assert isinstance(native(dtype).linear(odd), NativeLinear if is_whole else PackedLinear)
+    library = SimpleNamespace(has_matrix_instructions=lambda: 1)
+    assert NativeLinear.serves(library, even) is is_whole  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,13 +10,13 @@ from torch import nn
 
 from reft_core.engine import cuda_graphs
 from reft_core.engine import engine as engine_module
-from reft_core.engine import fused as fused_module
+from reft_core.engine import operations as operations_module
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.fused import FAMILIES, FusedForward
 from reft_core.engine.generate import generate
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
-from reft_core.engine.joined import JoinedLinear
+from reft_core.engine.linear import JoinedLinear
 from tests.factories import assert_close, random_adapter, random_prompt, tiny_loaded, tiny_model
 from tests.reference.slow import reference_generate
 from tests.reft_core.engine.test_cuda_graphs import Recorder
@@ -53,7 +53,7 @@ def test_the_fused_forward_over_them_equals_the_reference(
 ) -> None:
     """As on a GPU, with recorded steps; LoRA's adapter goes through transformers' code."""
     record = Recorder()
-    monkeypatch.setattr(fused_module, "PackedLinear", JoinedLinear)
+    monkeypatch.setattr(operations_module, "PackedLinear", JoinedLinear)
     monkeypatch.setattr(cuda_graphs, "MIN_KEYS", 8)
     monkeypatch.setattr(engine_module, "recorder_for", lambda *_args: record)
     loaded = tiny_loaded(family)
