@@ -17,7 +17,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import Engine, Output, Request, SamplingParams
-from reft_core.errors import EngineUnavailable, RequestFailed
+from reft_core.errors import EngineUnavailable, ReftError, RequestFailed
 from reft_core.grammar import Grammar, GrammarSpec
 from reft_core.spec import TemplateSpec
 from server.choice import ChoiceText, Piece, TokenText
@@ -231,6 +231,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._choices: list[_Choice] = []
         self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._failed = False
         self._closed = False
 
     @property
@@ -273,13 +274,17 @@ class Generation:
 
     def submit(self, grammar: Grammar | None) -> None:
         """Submit every choice of every prompt, to begin together; choice i of prompt p has index
-        p·n + i."""
-        with self._owner._engine.together():
-            for model in self.models:
-                with self._job.answering.about(model.place):
-                    for prompt in model.prompts:
-                        for i in range(self.n):
-                            self._submit(model, prompt, i, grammar)
+        p·n + i. When one is refused, :meth:`close` takes the others back."""
+        try:
+            with self._owner._engine.together():
+                for model in self.models:
+                    with self._job.answering.about(model.place):
+                        for prompt in model.prompts:
+                            for i in range(self.n):
+                                self._submit(model, prompt, i, grammar)
+        except ReftError:
+            self._failed = True
+            raise
 
     def _submit(
         self, model: AnsweringModel, prompt: list[int], i: int, grammar: Grammar | None
@@ -292,7 +297,7 @@ class Generation:
         request = Request(
             choice.request_id,
             tuple(prompt),
-            self._params(len(prompt), i),
+            self._params(model.resolved.num_virtual_tokens + len(prompt), i),
             model.resolved.choices,
             constraint=None if grammar is None else grammar.start(),
             priority=job.priority,
@@ -304,18 +309,18 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Deltas of all choices as they come. Raises what ended a choice early."""
-        held: dict[int, list[tuple[int, Output]]] = {}
+        unscored: dict[int, list[tuple[int, Output]]] = {}
         while not all(choice.ended for choice in self._choices):
             index, output = await self._outputs.get()
             prompt, place = divmod(index, self.n)
             ready = [(index, output)]
             if self._job.params.prompt_logprobs is not None and prompt not in self.scored:
                 if place > 0:  # the first choice brings the prompt's scores for all
-                    held.setdefault(prompt, []).extend(ready)
+                    unscored.setdefault(prompt, []).extend(ready)
                     continue
                 if output.prompt_logprobs:
                     self.scored[prompt] = await asyncio.to_thread(self._describe, prompt, output)
-                    ready += held.pop(prompt, [])
+                    ready += unscored.pop(prompt, [])
             for pair in ready:
                 delta = self._advance(*pair)
                 if delta is not None:
@@ -338,7 +343,7 @@ class Generation:
         self._closed = True
         for choice in self._choices:
             if not choice.ended:
-                self._end(choice, "abort")
+                self._end(choice, "error" if self._failed else "abort")
                 self._owner._engine.cancel(choice.request_id)
         for version in self.held:
             self._owner._residency.release(version.digest)
@@ -350,13 +355,13 @@ class Generation:
         vocabulary = self._owner._vocabulary
         return ScoredPrompt.of(vocabulary, self.prompts[prompt][0], others, offsets)
 
-    def _params(self, prompt_len: int, i: int) -> SamplingParams:
-        """Sampling of choice ``i`` of a prompt."""
+    def _params(self, num_taken: int, i: int) -> SamplingParams:
+        """Sampling of choice ``i`` of a prompt that takes so many tokens of the context."""
         params = self._job.params
         if i:
             params = replace(params, prompt_logprobs=None)
         if self._job.fill_context:
-            room = self._owner._engine.max_model_len - prompt_len
+            room = self._owner._engine.max_model_len - num_taken
             params = replace(params, max_tokens=max(1, room))
         if params.seed is not None and i:
             params = replace(params, seed=params.seed + i)
@@ -396,12 +401,10 @@ class Generation:
         reason = output.finish_reason
         has_answer = output.token is not None or reason == "length"
         if not has_answer or reason in ("error", "cancelled"):
+            self._failed = True
             self._end(choice, "error")
-            if output.error is not None:
-                raise output.error
-            if reason == "cancelled":
-                raise EngineUnavailable("the engine cancelled the request")
-            raise RequestFailed("the engine ended the request without saying why")
+            with self._job.answering.about(self.model_of(index).place):
+                raise _failure(output)
         is_last = reason is not None
         piece = Piece()
         if output.token is not None:
@@ -424,3 +427,12 @@ class Generation:
         """Take no more outputs of ``choice``."""
         choice.ended = True
         self._owner._metrics.observe_end(reason, time.perf_counter() - self._arrived_at)
+
+
+def _failure(output: Output) -> ReftError:
+    """What ended a choice that has no answer."""
+    if output.error is not None:
+        return output.error
+    if output.finish_reason == "cancelled":
+        return EngineUnavailable("the engine cancelled the request")
+    return RequestFailed("the engine ended the request without saying why")

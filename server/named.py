@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import AdapterChoice
-from reft_core.errors import AdapterError, InvalidRequest
+from reft_core.errors import AdapterError, InvalidRequest, RequestFailed
 from reft_core.templates import encode_text
 from server.registry import Registry, Version
 
@@ -48,6 +48,15 @@ class Resolved:
     choices: tuple[AdapterChoice, ...]
     leads: bool
     """Whether the request's ``model`` names the first of them, and not the base model."""
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that trained prefixes take before the prompt; none where they are off."""
+        return sum(
+            version.spec.prefix.length
+            for version, choice in zip(self.versions, self.choices, strict=True)
+            if version.spec.prefix is not None and choice.strength != 0
+        )
 
 
 def resolve(
@@ -94,7 +103,7 @@ def resolve_all(
 def _about(place: str) -> Iterator[None]:
     try:
         yield
-    except (InvalidRequest, AdapterError) as error:
+    except (InvalidRequest, AdapterError, RequestFailed) as error:
         raise error.within(place) from error
 
 

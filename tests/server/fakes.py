@@ -149,9 +149,11 @@ class FakeEngine:
     )
     ends_with_eos: bool = True
     fail_after: int | None = None
-    """Tokens after which every request fails."""
+    """Tokens after which requests fail."""
     failure: ReftError | None = None
     """With what; None breaks the interface's promise to say so."""
+    fails: Callable[[Request], bool] = lambda request: True
+    """Which requests do."""
     refuse_with: Exception | None = None
     refuse_after: int = 0
     """Submissions accepted before ``refuse_with`` applies."""
@@ -320,7 +322,8 @@ class FakeEngine:
 
     def _advance(self, running: _Running) -> None:
         params = running.request.params
-        if self.fail_after is not None and running.num_sent >= self.fail_after:
+        is_due = self.fail_after is not None and running.num_sent >= self.fail_after
+        if is_due and self.fails(running.request):
             self._end(running, None, "error", self.failure)
             return
         if params.max_tokens == 0:
