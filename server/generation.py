@@ -17,7 +17,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import Engine, Output, Request, SamplingParams
-from reft_core.errors import EngineUnavailable, ReftError, RequestFailed
+from reft_core.errors import EngineUnavailable, InvalidRequest, ReftError, RequestFailed
 from reft_core.grammar import Grammar, GrammarSpec
 from reft_core.spec import TemplateSpec
 from server.choice import ChoiceText, Piece, TokenText
@@ -175,6 +175,7 @@ class Generator:
         for model in models:
             for version in model.resolved.versions:
                 places.setdefault(version.digest, (model.place, version))
+        self._check_room([version for _, version in places.values()])
 
         async def hold(place: int, version: Version) -> None:
             with answering.about(place):
@@ -187,6 +188,17 @@ class Generator:
                     group.create_task(hold(place, version))
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
+
+    def _check_room(self, versions: list[Version]) -> None:
+        """Refuse adapters that never fit together, for which no waiting would make room."""
+        total = sum(version.resident_bytes for version in versions)
+        budget = self._residency.budget_bytes
+        if len(versions) > 1 and total > budget:
+            raise InvalidRequest.because(
+                "reft",
+                f"{len(versions)} adapters of {total} bytes",
+                f"at most {budget} bytes together, the memory for adapters",
+            )
 
     def _echoes(self, job: Job, prompts: list[list[int]]) -> list[Echo]:
         """The prompts' echoes, if answers begin with them."""

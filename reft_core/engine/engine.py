@@ -135,7 +135,7 @@ class EmbeddedEngine:
                 raise EngineUnavailable("the engine is shutting down and takes no new requests")
             if request.request_id in self._open:
                 raise InvalidRequest.because("request_id", request.request_id, "an unused id")
-            capacity = self._config.max_num_seqs + self._config.max_waiting
+            capacity = self._config.max_open
             if len(self._open) >= capacity:
                 raise EngineOverloaded(
                     f"the queue is full: {len(self._open)} requests are open, at most {capacity}"

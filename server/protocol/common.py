@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -139,6 +140,7 @@ class SamplingFields(AdapterRequest):
             )
         if self.num_choices > settings.max_n:
             raise InvalidRequest.because("n", self.n, f"at most {settings.max_n}")
+        self._check_product(settings.max_open)
         if len(self.stop) > settings.max_stop:
             raise InvalidRequest.because(
                 "stop", f"{len(self.stop)} strings", f"at most {settings.max_stop}"
@@ -148,10 +150,27 @@ class SamplingFields(AdapterRequest):
                 allowed = f"strings of 1 to {settings.max_stop_chars} characters"
                 raise InvalidRequest.because("stop", stop, allowed)
 
+    def _check_product(self, most: int) -> None:
+        """Refuse more answers than the engine can ever take in, which no waiting would help."""
+        num_models = 1 if self.reft.models is None else len(self.reft.models)
+        counts = {"prompt": self.num_prompts, "reft.models": num_models, "n": self.num_choices}
+        if (total := math.prod(counts.values())) > most:
+            shown = f"{self.num_prompts} prompts x {num_models} models x {self.num_choices}"
+            raise InvalidRequest.because(
+                max(counts, key=lambda field: counts[field]),
+                f"{shown} choices = {total}",
+                f"at most {most} answers in all, as many as the engine takes in at once",
+            )
+
     @property
     def answering(self) -> Answering:
         """The models that answer, each with what is stacked on it."""
         return self.reft.answering(self.model)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that each model answers."""
+        return 1
 
     @property
     def num_choices(self) -> int:

@@ -234,6 +234,41 @@ def test_the_cap_is_a_setting(in_process: object, make_settings: object) -> None
 
 
 @pytest.mark.parametrize(
+    ("counts", "param"),
+    [((2, 3, 2), None), ((2, 3, 3), "reft.models"), ((4, 2, 2), "prompt"), ((2, 2, 4), "n")],
+)
+def test_more_answers_than_the_engine_takes_in_are_refused(
+    in_process: object, engine: FakeEngine, counts: tuple[int, int, int], param: str | None
+) -> None:
+    num_prompts, num_models, n = counts
+    body = {"model": BASE, "prompt": ["x"] * num_prompts, "n": n}
+    body |= {"reft": {"models": [BASE] * num_models}}
+    with in_process(max_num_seqs=4, max_waiting=8) as server:  # type: ignore[operator]
+        answer = server.http.post("/v1/completions", json=body)
+    assert answer.is_success == (param is None)
+    if param is not None:
+        error = answer.json()["error"]
+        assert error["param"] == param
+        assert f"= {num_prompts * num_models * n}', expected at most 12" in error["message"]
+        assert engine.submitted == []
+
+
+def test_adapters_that_never_fit_together_are_refused_at_once(
+    server: Server, engine: FakeEngine, digests: dict[str, str]
+) -> None:
+    residency = server.services.residency
+    bytes_each = server.services.registry.current("tone").resident_bytes
+    residency._budget_bytes = 2 * bytes_each
+    body = {"model": BASE, "prompt": "x", "reft": {"models": ["tone", "tone@1"]}}
+    assert server.http.post("/v1/completions", json=body).is_success
+    body["reft"] = {"models": ["tone", "tone@1", "mood", BASE]}
+    refused = server.http.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reft")
+    assert f"at most {2 * bytes_each} bytes together" in refused.json()["error"]["message"]
+    assert residency.num_references == 0
+
+
+@pytest.mark.parametrize(
     ("error", "status", "param"),
     [
         (PromptTooLong("prompt: got 9, expected 8", field="prompt"), 400, "reft.models[1]"),
