@@ -1,4 +1,4 @@
-"""From a request to its pieces of text: resolve, tokenise, submit, detokenise.
+"""From prompts to pieces of text: hold the adapters, submit, detokenise.
 
 The bridge between the event loop and the engine's thread. Whatever happens to a request
 (end, stop string, error, client gone), its sub-requests are cancelled and its adapter is
@@ -14,47 +14,19 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from reft_core.engine.interface import Engine, Output, Request, SamplingParams
-from reft_core.errors import EngineUnavailable, InvalidRequest, ReftError, RequestFailed
-from reft_core.grammar import Grammar, GrammarSpec
-from reft_core.spec import TemplateSpec
+from reft_core.errors import EngineUnavailable, ReftError, RequestFailed
+from reft_core.grammar import Grammar
 from server.choice import ChoiceText, Piece, TokenText
-from server.echo import Echo, ScoredPrompt, echo_of
-from server.grammars import Grammars
+from server.echo import Echo, ScoredPrompt
+from server.holding import Held
+from server.job import Job
 from server.metrics import Metrics
-from server.named import Answering, Resolved, resolve_all
-from server.registry import Registry, Version
+from server.named import Resolved
 from server.residency import Residency
 from server.vocabulary import Vocabulary
 
-Encode = Callable[[PreTrainedTokenizerBase, TemplateSpec | None], list[list[int]]]
-"""Renders and tokenises a request's prompts, given the adapter's own template if it has one."""
-
 AnswerEnd = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one HTTP request asks for."""
-
-    answering: Answering
-    encode: Encode
-    params: SamplingParams
-    """Of each choice; choice i samples with ``seed + i``."""
-    fill_context: bool = False
-    """Let answers grow to the end of the context instead of ``params.max_tokens``."""
-    n: int = 1
-    """Choices that each model gives to each prompt."""
-    stops: tuple[str, ...] = ()
-    priority: int = 0
-    grammar: GrammarSpec | None = None
-    """What every answer must look like."""
-    echoed: tuple[str | None, ...] = ()
-    """The prompts' texts, None for tokens, if answers are to begin with them."""
-    with_stop_token: bool = False
-    """Report log-probabilities also of a token that ends an answer."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +59,15 @@ class AnsweringModel:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What a job needs before it can be submitted."""
+class Backend:
+    """What all generations of a server work with."""
 
-    models: list[AnsweringModel]
-    echoes: list[Echo]
-    """Of each prompt of each model."""
+    engine: Engine
+    residency: Residency
+    vocabulary: Vocabulary
+    metrics: Metrics
+    timeout_s: float | None
+    """Seconds after which a choice ends with :class:`DeadlineExceeded`."""
 
 
 @dataclass
@@ -108,109 +83,6 @@ class _Choice:
     """No more of its outputs are wanted."""
 
 
-class Generator:
-    """Starts generations on one engine."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        registry: Registry,
-        residency: Residency,
-        tokenizer: PreTrainedTokenizerBase,
-        metrics: Metrics,
-        grammars: Grammars,
-        timeout_s: float | None = None,
-    ) -> None:
-        self._engine = engine
-        self._grammars = grammars
-        self._timeout_s = timeout_s
-        self._registry = registry
-        self._residency = residency
-        self._tokenizer = tokenizer
-        self._metrics = metrics
-        self._vocabulary = Vocabulary(tokenizer)
-
-    async def start(self, job: Job) -> Generation:
-        """Accept a job and submit all of it. The caller must close what it gets.
-
-        Raises what makes a request unacceptable; then nothing is left behind.
-        """
-        arrived_at = time.perf_counter()
-        prepared = await asyncio.to_thread(self._prepare, job)
-        grammar = await self._grammars.get(job.grammar) if job.grammar else None
-        generation = Generation(self, job, prepared, arrived_at)
-        try:
-            await self._hold(prepared.models, job.answering, generation.held)
-            generation.submit(grammar)
-        except BaseException:
-            generation.close()
-            raise
-        return generation
-
-    def _prepare(self, job: Job) -> _Prepared:
-        """Resolve the adapters and tokenise. Blocks on the catalog and tokenizer.
-
-        Prompts are rendered with the template of each model that answers.
-        """
-        models: list[AnsweringModel] = []
-        rendered: list[tuple[TemplateSpec | None, list[list[int]]]] = []
-        found = resolve_all(job.answering, self._registry, self._tokenizer)
-        for place, resolved in enumerate(found):
-            template = resolved.versions[0].spec.template if resolved.leads else None
-            known = [prompts for other, prompts in rendered if other == template]
-            if not known:
-                with job.answering.about(place):
-                    known = [job.encode(self._tokenizer, template)]
-                rendered.append((template, known[0]))
-            name = job.answering.named[place][0].model
-            models.append(AnsweringModel(place, name, resolved, known[0]))
-        echoes = self._echoes(job, models[0].prompts) * len(models)  # raw prompts, alike for all
-        return _Prepared(models, echoes)
-
-    async def _hold(
-        self, models: list[AnsweringModel], answering: Answering, held: list[Version]
-    ) -> None:
-        """Have every adapter resident and put it into ``held``, those of several models at once."""
-        places: dict[str, tuple[int, Version]] = {}
-        for model in models:
-            for version in model.resolved.versions:
-                places.setdefault(version.digest, (model.place, version))
-        self._check_room([version for _, version in places.values()])
-
-        async def hold(place: int, version: Version) -> None:
-            with answering.about(place):
-                await self._residency.acquire(version.digest, version.resident_bytes)
-            held.append(version)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for place, version in places.values():
-                    group.create_task(hold(place, version))
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-
-    def _check_room(self, versions: list[Version]) -> None:
-        """Refuse adapters that never fit together, for which no waiting would make room."""
-        total = sum(version.resident_bytes for version in versions)
-        budget = self._residency.budget_bytes
-        if len(versions) > 1 and total > budget:
-            raise InvalidRequest.because(
-                "reft",
-                f"{len(versions)} adapters of {total} bytes",
-                f"at most {budget} bytes together, the memory for adapters",
-            )
-
-    def _echoes(self, job: Job, prompts: list[list[int]]) -> list[Echo]:
-        """The prompts' echoes, if answers begin with them."""
-        pairs = zip(prompts, job.echoed, strict=True) if job.echoed else ()
-        if job.params.prompt_logprobs is not None:
-            return [echo_of(self._vocabulary, prompt, text) for prompt, text in pairs]
-        return [
-            Echo(self._vocabulary.decode(prompt) if text is None else text)
-            for prompt, text in pairs
-        ]
-
-
 class Generation:
     """A running job: an iterator of deltas, and what is known about it as a whole.
 
@@ -219,26 +91,26 @@ class Generation:
 
     def __init__(
         self,
-        generator: Generator,
+        backend: Backend,
         job: Job,
-        prepared: _Prepared,
+        models: list[AnsweringModel],
+        echoes: list[Echo],
         arrived_at: float,
     ) -> None:
-        self.held: list[Version] = []
-        """The adapters that it keeps in the engine, each once."""
-        self.models = prepared.models
+        self.models = models
         """Those that answer, in order."""
         self.fans_out = job.answering.beside is not None
         """Whether the request asked for several models, be it a list of one."""
         self.prompts = [prompt for model in self.models for prompt in model.prompts]
         """Every prompt of every model, model by model."""
-        self.echoes = prepared.echoes
+        self.echoes = echoes
         """Of each prompt, if answers begin with it."""
         self.scored: dict[int, ScoredPrompt] = {}
         """By prompt, if that was asked for; known before a delta of its choices comes."""
         self.n = job.n
         self._job = job
-        self._owner = generator
+        self._backend = backend
+        self._held = Held(backend.residency)
         self._arrived_at = arrived_at
         self._loop = asyncio.get_running_loop()
         self._choices: list[_Choice] = []
@@ -284,11 +156,20 @@ class Generation:
         """Tokens generated so far, over all choices."""
         return sum(choice.text.num_tokens for choice in self._choices)
 
+    async def hold(self) -> None:
+        """Have the adapters of all models resident until :meth:`close`."""
+        about = self._job.answering.about
+        await self._held.take(
+            (version, about(model.place))
+            for model in self.models
+            for version in model.resolved.versions
+        )
+
     def submit(self, grammar: Grammar | None) -> None:
         """Submit every choice of every prompt, to begin together; choice i of prompt p has index
         p·n + i. When one is refused, :meth:`close` takes the others back."""
         try:
-            with self._owner._engine.together():
+            with self._backend.engine.together():
                 for model in self.models:
                     with self._job.answering.about(model.place):
                         for prompt in model.prompts:
@@ -302,9 +183,9 @@ class Generation:
         self, model: AnsweringModel, prompt: list[int], i: int, grammar: Grammar | None
     ) -> None:
         """Submit choice ``i`` of one prompt."""
-        owner, job = self._owner, self._job
+        backend, job = self._backend, self._job
         with_tokens = job.params.logprobs is not None
-        text = ChoiceText(owner._vocabulary, job.stops, with_tokens, job.with_stop_token)
+        text = ChoiceText(backend.vocabulary, job.stops, with_tokens, job.with_stop_token)
         choice = _Choice(uuid.uuid4().hex, text)
         request = Request(
             choice.request_id,
@@ -313,9 +194,9 @@ class Generation:
             model.resolved.choices,
             constraint=None if grammar is None else grammar.start(),
             priority=job.priority,
-            deadline_s=owner._timeout_s,
+            deadline_s=backend.timeout_s,
         )
-        ticket = owner._engine.submit(request, self._sink(len(self._choices), choice))
+        ticket = backend.engine.submit(request, self._sink(len(self._choices), choice))
         choice.num_edits = ticket.num_edits
         self._choices.append(choice)
 
@@ -356,15 +237,14 @@ class Generation:
         for choice in self._choices:
             if not choice.ended:
                 self._end(choice, "error" if self._failed else "abort")
-                self._owner._engine.cancel(choice.request_id)
-        for version in self.held:
-            self._owner._residency.release(version.digest)
+                self._backend.engine.cancel(choice.request_id)
+        self._held.release()
 
     def _describe(self, prompt: int, output: Output) -> ScoredPrompt:
         """A prompt's log-probabilities for people. Slow for a long prompt."""
         others = [token for token in output.prompt_logprobs if token is not None]
         offsets = self.echoes[prompt].offsets if self.echoes else ()
-        vocabulary = self._owner._vocabulary
+        vocabulary = self._backend.vocabulary
         return ScoredPrompt.of(vocabulary, self.prompts[prompt][0], others, offsets)
 
     def _params(self, num_taken: int, i: int) -> SamplingParams:
@@ -373,7 +253,7 @@ class Generation:
         if i:
             params = replace(params, prompt_logprobs=None)
         if self._job.fill_context:
-            room = self._owner._engine.max_model_len - num_taken
+            room = self._backend.engine.max_model_len - num_taken
             params = replace(params, max_tokens=max(1, room))
         if params.seed is not None and i:
             params = replace(params, seed=params.seed + i)
@@ -386,13 +266,13 @@ class Generation:
             try:
                 self._loop.call_soon_threadsafe(self._receive, index, choice, output)
             except RuntimeError:  # the loop is closed: nobody is left to tell
-                self._owner._engine.cancel(output.request_id)
+                self._backend.engine.cancel(output.request_id)
 
         return sink
 
     def _receive(self, index: int, choice: _Choice, output: Output) -> None:
         """Note the time of an output, and queue it if it is still wanted."""
-        metrics, now = self._owner._metrics, time.perf_counter()
+        metrics, now = self._backend.metrics, time.perf_counter()
         if output.token is not None:
             if choice.last_token_at is None:
                 metrics.observe_first_token(now - self._arrived_at)
@@ -430,7 +310,7 @@ class Generation:
         if end is not None:
             self._end(choice, end)
             if not is_last:
-                self._owner._engine.cancel(choice.request_id)
+                self._backend.engine.cancel(choice.request_id)
         if end is None and not piece.text and not piece.tokens:
             return None
         return Delta(index, piece, end)
@@ -438,7 +318,7 @@ class Generation:
     def _end(self, choice: _Choice, reason: str) -> None:
         """Take no more outputs of ``choice``."""
         choice.ended = True
-        self._owner._metrics.observe_end(reason, time.perf_counter() - self._arrived_at)
+        self._backend.metrics.observe_end(reason, time.perf_counter() - self._arrived_at)
 
 
 def _failure(output: Output) -> ReftError:

@@ -11,7 +11,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +24,8 @@ from reft_core.classification.interface import (
     TextTicket,
 )
 from reft_core.errors import ReftError
+from reft_core.templates import encode_text
+from server.holding import Held
 from server.metrics import Metrics
 from server.named import NamedAdapter, Resolved, resolve
 from server.registry import Registry, Version
@@ -73,17 +77,18 @@ class Labeller:
 
     async def run(self, job: LabelJob) -> Labelled:
         """The whole outcome. Raises what makes the request, or any of its texts, fail."""
-        resolved = await asyncio.to_thread(resolve, job.named, self._registry, self._tokenizer)
+        resolved = await asyncio.to_thread(self._resolve, job.named)
         labels = job.choose_labels(resolved.versions)
-        held: list[Version] = []
+        held = Held(self._residency)
         try:
-            for version in resolved.versions:
-                await self._residency.acquire(version.digest, version.resident_bytes)
-                held.append(version)
+            await held.take((version, nullcontext()) for version in resolved.versions)
             return await self._ask(job, resolved, labels)
         finally:
-            for version in held:
-                self._residency.release(version.digest)
+            held.release()
+
+    def _resolve(self, named: Sequence[NamedAdapter]) -> Resolved:
+        """What the names mean. Blocks on the catalog and tokenizer."""
+        return resolve(named, self._registry, partial(encode_text, self._tokenizer))
 
     async def _ask(self, job: LabelJob, resolved: Resolved, labels: list[str] | None) -> Labelled:
         """Submit every text and wait for all of them, or for the first that fails."""

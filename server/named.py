@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,12 +61,13 @@ class Resolved:
 
 
 def resolve(
-    named: Sequence[NamedAdapter], registry: Registry, tokenizer: PreTrainedTokenizerBase
+    named: Sequence[NamedAdapter], registry: Registry, encode: Callable[[str], Sequence[int]]
 ) -> Resolved:
     """What ``model`` means, perhaps the base model, and the adapters stacked on it.
 
-    Blocks on the catalog. The base model has no options and cannot be stacked on something;
-    raises :class:`InvalidRequest` then, and :class:`AdapterNotFound`.
+    Blocks on the catalog, and on ``encode``, which tokenises a source's text. The base model has
+    no options and cannot be stacked on something; raises :class:`InvalidRequest` then, and
+    :class:`AdapterNotFound`.
     """
     versions: list[Version] = []
     choices: list[AdapterChoice] = []
@@ -76,7 +78,7 @@ def resolve(
             continue
         versions.append(version)
         source = each.source or ()
-        tokens = encode_text(tokenizer, source) if isinstance(source, str) else source
+        tokens = encode(source) if isinstance(source, str) else source
         choices.append(AdapterChoice(version.digest, each.strength, each.subspaces, tuple(tokens)))
     return Resolved(tuple(versions), tuple(choices), leads=len(versions) == len(named))
 
@@ -89,12 +91,12 @@ def resolve_all(
     Raises :class:`InvalidRequest` also if ``model`` is neither the base model nor one of several.
     """
     found = []
+    encode = cache(partial(encode_text, tokenizer))  # many models may share one long source
     for place, named in enumerate(answering.named):
         with answering.about(place):
-            found.append(resolve(named, registry, tokenizer))
+            found.append(resolve(named, registry, encode))
     beside, names = answering.beside, [named[0].model for named in answering.named]
-    is_free = beside is None or beside in names
-    if beside is not None and not is_free and registry.resolve(beside) is not None:
+    if beside is not None and beside not in names and registry.resolve(beside) is not None:
         raise InvalidRequest.because("model", beside, "the base model, or one of reft.models")
     return found
 

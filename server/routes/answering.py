@@ -10,7 +10,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from server.disconnect import unless_gone
-from server.generation import Delta, FinishedChoice, Generation, Job
+from server.generation import Delta, FinishedChoice, Generation
+from server.job import Job
 from server.registry import Version
 from server.services import services_of
 from server.sse import EventStream, frames

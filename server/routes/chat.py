@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_chat
 from server.choice import TokenText
-from server.generation import Delta, FinishedChoice, Generation, Job
+from server.generation import Delta, FinishedChoice, Generation
+from server.job import Job
 from server.protocol.chat import (
     AnswerMessage,
     ChatChoice,

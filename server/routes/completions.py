@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import cache
 from typing import Any
 
 from fastapi import Request, Response
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_text
 from server.choice import TokenText
-from server.generation import Delta, FinishedChoice, Generation, Job
+from server.generation import Delta, FinishedChoice, Generation
+from server.job import Job
 from server.protocol.common import prompt_logprobs_of
 from server.protocol.completions import (
     CompletionChoice,
@@ -34,13 +36,17 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     services = services_of(request)
     body.check(services.settings)
 
-    def encode(
-        tokenizer: PreTrainedTokenizerBase, _template: TemplateSpec | None
-    ) -> list[list[int]]:
+    @cache  # whatever the template, so that of many models not each tokenises anew
+    def tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         return [
             encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts
         ]
+
+    def encode(
+        tokenizer: PreTrainedTokenizerBase, _template: TemplateSpec | None
+    ) -> list[list[int]]:
+        return tokens(tokenizer)
 
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     job = Job(

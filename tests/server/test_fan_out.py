@@ -18,6 +18,7 @@ from reft_core.errors import (
     RequestFailed,
 )
 from server.settings import Settings
+from server.vocabulary import Vocabulary
 from tests.factories import random_adapter_bytes
 from tests.reference.slow import reference_generate
 from tests.server.conftest import Server
@@ -439,7 +440,7 @@ def test_the_engine_computes_a_shared_beginning_once(tiny: Server) -> None:
     answer = tiny.http.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     prompt = tuple(tiny.services.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-    vocabulary = tiny.services.text_generator._vocabulary
+    vocabulary = Vocabulary(tiny.services.loaded.tokenizer)
     for choice, data in zip(answer.json()["choices"], [*files, None], strict=True):
         adapter = decode_adapter(data) if data is not None else None
         expected = reference_generate(make_tiny_model(), prompt, 4, adapter)
