@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
 from reft_core.classification.interface import Classification
 from reft_core.errors import InvalidRequest
+from server.named import NamedAdapter
 from server.protocol.common import AdapterRequest
 from server.protocol.reports import ReftReport, Usage
 from server.registry import Version
@@ -38,6 +39,11 @@ class ClassifyRequest(AdapterRequest):
     labels: list[_Label] | None = Field(
         None, min_length=2, max_length=MAX_LABELS, description="default: the adapter's own"
     )
+
+    @property
+    def named(self) -> tuple[NamedAdapter, ...]:
+        """What ``model`` names and what is stacked on it, with their options."""
+        return self.reft.stacked_on(self.reft.named(self.model))
 
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""

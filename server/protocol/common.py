@@ -12,7 +12,7 @@ from reft_core.engine.interface import SamplingParams
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from reft_core.grammar import GrammarSpec
 from server.choice import TokenText
-from server.named import Answering, NamedAdapter
+from server.named import Answering
 from server.protocol.options import FanOutOptions, ReftOptions, RequestBody
 from server.protocol.structured import ResponseFormat, StructuredOutputs, grammar_of
 from server.settings import Settings
@@ -64,14 +64,6 @@ class AdapterRequest(RequestBody):
         description="base model or adapter: name, name@version or name@sha256:<hex digits>",
     )
     reft: ReftOptions = Field(default=ReftOptions(), description="extension")
-
-    @property
-    def named(self) -> tuple[NamedAdapter, ...]:
-        """What ``model`` names and what is stacked on it, with their options."""
-        return (
-            self.reft.named(self.model),
-            *(stacked.named(stacked.model) for stacked in self.reft.stack),
-        )
 
 
 class SamplingFields(AdapterRequest):

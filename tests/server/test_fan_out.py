@@ -123,7 +123,8 @@ def test_each_prompt_is_rendered_with_its_models_template(
 def test_options_are_for_all_and_each_may_have_its_own(
     server: Server, engine: FakeEngine, digests: dict[str, str]
 ) -> None:
-    models = ["tone", {"model": "tone", "strength": 0}, BASE, {"model": "mood", "strength": -1.5}]
+    models = ["tone", {"model": "tone", "strength": 0}, {"model": BASE, "strength": None}]
+    models += [{"model": "mood", "strength": -1.5}]
     complete(server, reft={"strength": 0.5, "models": models})
     tone, mood = digests["tone"], digests["mood"]
     assert [request.adapters for request in engine.submitted] == [
