@@ -8,34 +8,21 @@ given back, once.
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from reft_core.engine.interface import Engine, Output, Request, SamplingParams
-from reft_core.errors import EngineUnavailable, ReftError, RequestFailed
+from reft_core.errors import ReftError
 from reft_core.grammar import Grammar
-from server.choice import ChoiceText, Piece, TokenText
+from server.choice import ChoiceText, TokenText
 from server.echo import Echo, ScoredPrompt
 from server.holding import Held
 from server.job import Job
 from server.metrics import Metrics
 from server.named import Resolved
 from server.residency import Residency
+from server.running import AnswerEnd, Delta, RunningChoice
 from server.vocabulary import Vocabulary
-
-AnswerEnd = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """The next piece of one choice; the last of a choice has ``finish_reason``."""
-
-    index: int
-    piece: Piece
-    finish_reason: AnswerEnd | None = None
 
 
 @dataclass
@@ -70,19 +57,6 @@ class Backend:
     """Seconds after which a choice ends with :class:`DeadlineExceeded`."""
 
 
-@dataclass
-class _Choice:
-    """One sub-request in the engine."""
-
-    request_id: str
-    text: ChoiceText
-    num_edits: int = 0
-    num_cached_tokens: int = 0
-    last_token_at: float | None = None
-    ended: bool = False
-    """No more of its outputs are wanted."""
-
-
 class Generation:
     """A running job: an iterator of deltas, and what is known about it as a whole.
 
@@ -113,8 +87,8 @@ class Generation:
         self._held = Held(backend.residency)
         self._arrived_at = arrived_at
         self._loop = asyncio.get_running_loop()
-        self._choices: list[_Choice] = []
-        self._outputs: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._choices: list[RunningChoice] = []
+        self._outputs: asyncio.Queue[tuple[RunningChoice, Output]] = asyncio.Queue()
         self._failed = False
         self._closed = False
 
@@ -154,7 +128,7 @@ class Generation:
     @property
     def num_completion_tokens(self) -> int:
         """Tokens generated so far, over all choices."""
-        return sum(choice.text.num_tokens for choice in self._choices)
+        return sum(choice.num_tokens for choice in self._choices)
 
     async def hold(self) -> None:
         """Have the adapters of all models resident until :meth:`close`."""
@@ -186,7 +160,9 @@ class Generation:
         backend, job = self._backend, self._job
         with_tokens = job.params.logprobs is not None
         text = ChoiceText(backend.vocabulary, job.stops, with_tokens, job.with_stop_token)
-        choice = _Choice(uuid.uuid4().hex, text)
+        choice = RunningChoice(
+            len(self._choices), text, backend.engine, backend.metrics, self._arrived_at
+        )
         request = Request(
             choice.request_id,
             tuple(prompt),
@@ -196,17 +172,18 @@ class Generation:
             priority=job.priority,
             deadline_s=backend.timeout_s,
         )
-        ticket = backend.engine.submit(request, self._sink(len(self._choices), choice))
+        ticket = backend.engine.submit(request, self._sink(choice))
         choice.num_edits = ticket.num_edits
         self._choices.append(choice)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Deltas of all choices as they come. Raises what ended a choice early."""
-        unscored: dict[int, list[tuple[int, Output]]] = {}
-        while not all(choice.ended for choice in self._choices):
-            index, output = await self._outputs.get()
-            prompt, place = divmod(index, self.n)
-            ready = [(index, output)]
+        unscored: dict[int, list[tuple[RunningChoice, Output]]] = {}
+        num_open = len(self._choices)
+        while num_open:
+            choice, output = await self._outputs.get()
+            prompt, place = divmod(choice.index, self.n)
+            ready = [(choice, output)]
             if self._job.params.prompt_logprobs is not None and prompt not in self.scored:
                 if place > 0:  # the first choice brings the prompt's scores for all
                     unscored.setdefault(prompt, []).extend(ready)
@@ -217,6 +194,7 @@ class Generation:
             for pair in ready:
                 delta = self._advance(*pair)
                 if delta is not None:
+                    num_open -= delta.finish_reason is not None
                     yield delta
 
     async def collect(self) -> list[FinishedChoice]:
@@ -235,9 +213,7 @@ class Generation:
             return
         self._closed = True
         for choice in self._choices:
-            if not choice.ended:
-                self._end(choice, "error" if self._failed else "abort")
-                self._backend.engine.cancel(choice.request_id)
+            choice.drop("error" if self._failed else "abort")
         self._held.release()
 
     def _describe(self, prompt: int, output: Output) -> ScoredPrompt:
@@ -259,72 +235,28 @@ class Generation:
             params = replace(params, seed=params.seed + i)
         return params
 
-    def _sink(self, index: int, choice: _Choice) -> Callable[[Output], None]:
+    def _sink(self, choice: RunningChoice) -> Callable[[Output], None]:
         """Carries outputs from the engine's thread to the event loop."""
 
         def sink(output: Output) -> None:
             try:
-                self._loop.call_soon_threadsafe(self._receive, index, choice, output)
+                self._loop.call_soon_threadsafe(self._receive, choice, output)
             except RuntimeError:  # the loop is closed: nobody is left to tell
                 self._backend.engine.cancel(output.request_id)
 
         return sink
 
-    def _receive(self, index: int, choice: _Choice, output: Output) -> None:
-        """Note the time of an output, and queue it if it is still wanted."""
-        metrics, now = self._backend.metrics, time.perf_counter()
-        if output.token is not None:
-            if choice.last_token_at is None:
-                metrics.observe_first_token(now - self._arrived_at)
-            else:
-                metrics.observe_gap(now - choice.last_token_at)
-            choice.last_token_at = now
-        if output.timings is not None:
-            metrics.observe_stages(output.timings)
+    def _receive(self, choice: RunningChoice, output: Output) -> None:
+        """Queue an output if it is still wanted."""
+        choice.observe(output)
         if not choice.ended:
-            self._outputs.put_nowait((index, output))
+            self._outputs.put_nowait((choice, output))
 
-    def _advance(self, index: int, output: Output) -> Delta | None:
+    def _advance(self, choice: RunningChoice, output: Output) -> Delta | None:
         """The delta an output makes of its choice, if there is anything to show."""
-        choice = self._choices[index]
-        if choice.ended:
-            return None
-        choice.num_cached_tokens = output.num_cached_tokens
-        reason = output.finish_reason
-        has_answer = output.token is not None or reason == "length"
-        if not has_answer or reason in ("error", "cancelled"):
+        try:
+            with self._job.answering.about(self.model_of(choice.index).place):
+                return choice.advance(output)
+        except ReftError:
             self._failed = True
-            self._end(choice, "error")
-            with self._job.answering.about(self.model_of(index).place):
-                raise _failure(output)
-        is_last = reason is not None
-        piece = Piece()
-        if output.token is not None:
-            hidden = reason == "stop" and not output.completes_constraint
-            piece = choice.text.push(output.token, is_last=is_last, hidden=hidden)
-        end: AnswerEnd | None = None
-        if choice.text.stopped or reason == "stop":
-            end = "stop"
-        elif reason == "length":
-            end = "length"
-        if end is not None:
-            self._end(choice, end)
-            if not is_last:
-                self._backend.engine.cancel(choice.request_id)
-        if end is None and not piece.text and not piece.tokens:
-            return None
-        return Delta(index, piece, end)
-
-    def _end(self, choice: _Choice, reason: str) -> None:
-        """Take no more outputs of ``choice``."""
-        choice.ended = True
-        self._backend.metrics.observe_end(reason, time.perf_counter() - self._arrived_at)
-
-
-def _failure(output: Output) -> ReftError:
-    """What ended a choice that has no answer."""
-    if output.error is not None:
-        return output.error
-    if output.finish_reason == "cancelled":
-        return EngineUnavailable("the engine cancelled the request")
-    return RequestFailed("the engine ended the request without saying why")
+            raise

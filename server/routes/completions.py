@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_text
 from server.choice import TokenText
-from server.generation import Delta, FinishedChoice, Generation
+from server.generation import FinishedChoice, Generation
 from server.job import Job
 from server.protocol.common import prompt_logprobs_of
 from server.protocol.completions import (
@@ -25,6 +25,7 @@ from server.protocol.completions import (
 from server.protocol.reports import Usage, choice_report_of, report_of
 from server.routes.answering import answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
+from server.running import Delta
 from server.services import services_of
 
 router = make_router(ApiRoute, tag="inference")
