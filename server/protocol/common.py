@@ -11,7 +11,6 @@ from pydantic import BaseModel, BeforeValidator, Field
 from reft_core.engine.interface import SamplingParams
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from reft_core.grammar import GrammarSpec
-from server.choice import TokenText
 from server.named import Answering
 from server.protocol.options import FanOutOptions, ReftOptions, RequestBody
 from server.protocol.structured import ResponseFormat, StructuredOutputs, grammar_of
@@ -211,36 +210,6 @@ class SamplingFields(AdapterRequest):
 def _default(value: float | None, default: float) -> float:
     """``value``, or the default for null."""
     return default if value is None else value
-
-
-class PromptLogprob(BaseModel):
-    """A token in a place of the prompt."""
-
-    logprob: float
-    rank: int = Field(description="among all tokens in this place, from 1")
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[int, PromptLogprob] | None]
-"""For each token of a prompt, the token itself and the likeliest in its place, by id."""
-
-
-def prompt_logprobs_of(tokens: list[TokenText], num_top: int) -> PromptLogprobs:
-    """vLLM's form of a prompt's log-probabilities, given all its tokens but the first."""
-    found: PromptLogprobs = [None]
-    for token in tokens:
-        entries = {
-            token.token_id: PromptLogprob(
-                logprob=token.logprob, rank=token.rank or 1, decoded_token=token.text
-            )
-        }
-        for rank, other in enumerate(token.top[:num_top], start=1):
-            entries.setdefault(
-                other.token_id,
-                PromptLogprob(logprob=other.logprob, rank=rank, decoded_token=other.text),
-            )
-        found.append(entries)
-    return found
 
 
 class ErrorDetail(BaseModel):

@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from server.choice import TokenText
 from server.echo import ScoredPrompt
-from server.protocol.common import FinishReason, PromptLogprobs, SamplingFields
+from server.protocol.common import FinishReason, SamplingFields
+from server.protocol.prompt_logprobs import PromptLogprobs
 from server.protocol.reports import ChoiceReport, FanOutReport, ReftReport, Usage
 from server.settings import Settings
 
