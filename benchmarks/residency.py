@@ -46,8 +46,9 @@ from reft_core.loading import LoadedModel, load_model
 from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription
 from reft_core.spec import AdapterSpec, PositionSpec
-from server.generation import Generator, Job
+from server.generator import Generator
 from server.grammars import Grammars
+from server.job import Job
 from server.logs import configure_logging
 from server.metrics import Metrics
 from server.named import Answering, NamedAdapter

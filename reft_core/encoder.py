@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from reft_core.adapter import check_fits
 from reft_core.batch import AdapterUse, PackedChunk, PromptEdits, build_plan
-from reft_core.errors import InvalidRequest, PromptTooLong, explain
+from reft_core.engine.admission import check_known, check_length, check_not_empty
+from reft_core.errors import InvalidRequest
 from reft_core.kernels import edited
 from reft_core.sites import ModelDescription
 
@@ -78,16 +79,9 @@ class Encoder:
 
     def check(self, request: EncoderRequest) -> None:
         """Raise :class:`InvalidRequest` or :class:`AdapterMismatch` for what cannot be read."""
-        if not request.tokens:
-            raise InvalidRequest.because("input", (), "at least one token")
-        if len(request.tokens) > self.max_tokens:
-            raise PromptTooLong(
-                explain("input", f"{len(request.tokens)} tokens", f"at most {self.max_tokens}"),
-                field="input",
-            )
-        for token in request.tokens:
-            if not 0 <= token < self.model.vocab_size:
-                raise InvalidRequest.because("input", token, f"0 to {self.model.vocab_size - 1}")
+        check_not_empty("input", request.tokens)
+        check_length("input", len(request.tokens), self.max_tokens)
+        check_known("input", request.tokens, self.model.vocab_size)
         for use in request.uses:
             check_fits(use.adapter.spec, self.model)
             if use.adapter.prefix is not None:

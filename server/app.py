@@ -26,7 +26,7 @@ from reft_core.loading import (
     read_config,
 )
 from server.errors import install_handlers
-from server.generation import Generator
+from server.generator import Generator
 from server.grammars import Grammars
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle

@@ -9,11 +9,13 @@ import typer
 
 from reft_core.errors import InvalidRequest
 from server.cli_errors import console, one_line_errors
+from server.cli_files import check_free, layer_numbers, write
 
 if TYPE_CHECKING:
     from reft_core.spec import TemplateSpec
 
 _MAX_TEMPLATE_BYTES = 65536
+_SOME_LAYERS = "whole numbers such as 8,12"
 _BROKEN_ROTATION = 1e-2
 """Entry of RᵀR − I from which a user is told that training broke R."""
 
@@ -64,15 +66,13 @@ def convert(
     What the source does not record is asked for by the name of its option.
     """
     with one_line_errors():
-        from reft_core.adapter import decode_adapter, write_durably
         from reft_core.convert import CONVERTERS, ConvertOptions, base_from_folder
         from reft_core.convert import convert as convert_to_file
         from reft_core.subspaces import parse_subspaces
 
         if kind not in CONVERTERS:
             raise InvalidRequest.because("from", kind, "one of " + ", ".join(CONVERTERS))
-        if out.exists() and not force:
-            raise InvalidRequest.because("out", str(out), "a new file; --force replaces this one")
+        check_free(out, force)
         given: dict[str, Any] = {
             "name": name,
             "positions": positions,
@@ -81,7 +81,7 @@ def convert(
             "cap": cap,
             "method": method,
             "activation": activation,
-            "layers": _layers(layers),
+            "layers": None if layers is None else layer_numbers(layers, _SOME_LAYERS),
             "phase": phase,
             "template": _template(template),
             "labels": None if labels is None else tuple(labels.split(",")),
@@ -92,12 +92,7 @@ def convert(
             "licence": licence,
         }
         data = convert_to_file(source, kind, ConvertOptions(base=base_from_folder(base), **given))
-        write_durably(out, data)
-        adapter = decode_adapter(data)
-        typer.echo(
-            f"{adapter.spec.name}: {adapter.spec.method}, {adapter.spec.num_parameters:,} "
-            f"parameters, {len(data):,} bytes in {out} ({adapter.digest})"
-        )
+        adapter = write(out, data, by_method=True)
         facts = adapter.spec.training.hyperparameters
         error = facts.get("rotation_error", 0)
         if float(error) > _BROKEN_ROTATION:
@@ -133,16 +128,6 @@ def export(
             raise InvalidRequest.because("out", str(out), "a folder that does not exist yet")
         form = EXPORTERS[kind](read_adapter(file), out)
         typer.echo(f"{out}: {form}")
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    """The layers option's numbers."""
-    if text is None:
-        return None
-    try:
-        return tuple(sorted({int(number) for number in text.split(",")}))
-    except ValueError:
-        raise InvalidRequest.because("layers", text, "whole numbers such as 8,12") from None
 
 
 def _template(text: str | None) -> TemplateSpec | str | None:

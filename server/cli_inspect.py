@@ -198,15 +198,17 @@ def _head(head: HeadSpec) -> str:
 
 def _dead(adapter: Adapter, prompt_len: int | None) -> Iterable[str]:
     """Lines about edits that change no answer; one line if there are none."""
+    from reft_core.batch import AdapterUse
     from server.inspection import dead_edits
 
     dead = dead_edits(adapter, prompt_len)
+    of_generated = AdapterUse(adapter).decode_keys()
     if dead.switched_off and adapter.edits:
         yield "dead: every edit, unless a request gives a strength: the default is 0"
     if dead.zero:
         yield f"dead: Δ is zero at {_keys(dead.zero, adapter)}"
     for key, (unread, edited) in dead.unread.items():
-        also = "; generated tokens are read" if _edits_generated(adapter, key) else ""
+        also = "; generated tokens are read" if key in of_generated else ""
         yield (
             f"dead: {unread} of {edited} positions at {_keys([key], adapter)}, on a prompt of "
             f"{dead.prompt_len} tokens: nothing reads the last layer there{also}"
@@ -224,9 +226,3 @@ def _keys(keys: Sequence[EditKey], adapter: Adapter) -> str:
     ]
     more = len(keys) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-def _edits_generated(adapter: Adapter, key: EditKey) -> bool:
-    """Whether the edit at ``key`` also acts on generated tokens."""
-    last_unit = adapter.rule.num_units - 1
-    return adapter.spec.sites[key.site].phase == "all" and key.unit == last_unit

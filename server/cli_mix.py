@@ -9,6 +9,7 @@ import typer
 
 from reft_core.errors import InvalidRequest
 from server.cli_errors import one_line_errors
+from server.cli_files import check_free, write
 
 if TYPE_CHECKING:
     from reft_core.mix import Ingredient
@@ -28,18 +29,10 @@ def mix(
 ) -> None:
     """Write one adapter that equals a stack of several, exactly, or say why there is none."""
     with one_line_errors():
-        from reft_core.adapter import decode_adapter, write_durably
         from reft_core.mix import mix as mix_to_file
 
-        if out.exists() and not force:
-            raise InvalidRequest.because("out", str(out), "a new file; --force replaces this one")
-        data = mix_to_file([_ingredient(part) for part in parts], name or out.stem)
-        write_durably(out, data)
-        adapter = decode_adapter(data)
-        typer.echo(
-            f"{adapter.spec.name}: {adapter.spec.description}; {adapter.spec.num_parameters:,} "
-            f"parameters, {len(data):,} bytes in {out} ({adapter.digest})"
-        )
+        check_free(out, force)
+        write(out, mix_to_file([_ingredient(part) for part in parts], name or out.stem))
 
 
 def _ingredient(part: str) -> Ingredient:

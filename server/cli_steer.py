@@ -9,6 +9,7 @@ import typer
 
 from reft_core.errors import InvalidRequest
 from server.cli_errors import one_line_errors
+from server.cli_files import check_free, layer_numbers, write
 
 
 def steer(
@@ -42,13 +43,11 @@ def steer(
     Its vector is scaled by a request's strength, -1 for the opposite. Nothing is trained.
     """
     with one_line_errors():
-        from reft_core.adapter import decode_adapter, write_durably
         from reft_core.loading import load_model
         from reft_core.steer import steer as steer_to_file
         from reft_core.templates import encode_chat, encode_text
 
-        if out.exists() and not force:
-            raise InvalidRequest.because("out", str(out), "a new file; --force replaces this one")
+        check_free(out, force)
         texts = {"positive": _lines("positive", positive), "negative": _lines("negative", negative)}
         loaded = load_model(model)
         prompts = {
@@ -71,12 +70,7 @@ def steer(
             positions=positions,
             phase=_phase(phase),
         )
-        write_durably(out, data)
-        adapter = decode_adapter(data)
-        typer.echo(
-            f"{adapter.spec.name}: {adapter.spec.description}; {adapter.spec.num_parameters:,} "
-            f"parameters, {len(data):,} bytes in {out} ({adapter.digest})"
-        )
+        write(out, data)
 
 
 def _lines(option: str, path: Path) -> list[str]:
@@ -92,10 +86,7 @@ def _layers(text: str, num_layers: int) -> tuple[int, ...]:
     """The layers that ``--layers`` names; which of them there are is checked elsewhere."""
     if text == "all":
         return tuple(range(num_layers))
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise InvalidRequest.because("layers", text, "'all', or numbers such as 10,12") from None
+    return layer_numbers(text, "'all', or numbers such as 10,12")
 
 
 def _phase(text: str) -> Literal["prompt", "all"]:

@@ -11,7 +11,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +24,8 @@ from reft_core.classification.interface import (
     TextTicket,
 )
 from reft_core.errors import ReftError
+from reft_core.templates import encode_text
+from server.holding import Held
 from server.metrics import Metrics
 from server.named import NamedAdapter, Resolved, resolve
 from server.registry import Registry, Version
@@ -73,21 +77,24 @@ class Labeller:
 
     async def run(self, job: LabelJob) -> Labelled:
         """The whole outcome. Raises what makes the request, or any of its texts, fail."""
-        resolved = await asyncio.to_thread(resolve, job.named, self._registry, self._tokenizer)
-        labels = job.choose_labels(resolved.versions)
-        held: list[Version] = []
+        arrived_at = time.perf_counter()
+        resolved = await asyncio.to_thread(self._resolve, job.named)
+        requests = self._requests(job, resolved)
+        held = Held(self._residency)
         try:
-            for version in resolved.versions:
-                await self._residency.acquire(version.digest, version.resident_bytes)
-                held.append(version)
-            return await self._ask(job, resolved, labels)
+            await held.take((version, nullcontext()) for version in resolved.versions)
+            return await self._ask(requests, resolved, arrived_at)
         finally:
-            for version in held:
-                self._residency.release(version.digest)
+            held.release()
 
-    async def _ask(self, job: LabelJob, resolved: Resolved, labels: list[str] | None) -> Labelled:
-        """Submit every text and wait for all of them, or for the first that fails."""
-        requests = [
+    def _resolve(self, named: Sequence[NamedAdapter]) -> Resolved:
+        """What the names mean. Blocks on the catalog and tokenizer."""
+        return resolve(named, self._registry, partial(encode_text, self._tokenizer))
+
+    def _requests(self, job: LabelJob, resolved: Resolved) -> list[TextRequest]:
+        """What each text is asked."""
+        labels = job.choose_labels(resolved.versions)
+        return [
             TextRequest(
                 uuid.uuid4().hex,
                 text,
@@ -98,7 +105,11 @@ class Labeller:
             )
             for text in job.texts
         ]
-        began_at = time.perf_counter()
+
+    async def _ask(
+        self, requests: list[TextRequest], resolved: Resolved, arrived_at: float
+    ) -> Labelled:
+        """Submit every text and wait for all of them, or for the first that fails."""
         outcomes: asyncio.Queue[tuple[str, Classification | ReftError]] = asyncio.Queue()
         found: dict[str, Classification] = {}
         reason = "abort"
@@ -123,7 +134,7 @@ class Labeller:
                 if isinstance(outcome, ReftError):
                     raise outcome
                 found[request_id] = outcome
-                self._metrics.observe_end("stop", time.perf_counter() - began_at)
+                self._metrics.observe_end("stop", time.perf_counter() - arrived_at)
         except ReftError:
             reason = "error"
             raise
@@ -132,7 +143,7 @@ class Labeller:
             for request in requests:
                 if request.request_id not in found:
                     self._classifier.cancel(request.request_id)
-                    self._metrics.observe_end(reason, time.perf_counter() - began_at)
+                    self._metrics.observe_end(reason, time.perf_counter() - arrived_at)
         return Labelled(
             outcomes=[found[request.request_id] for request in requests],
             resolved=resolved,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import AdapterChoice
-from reft_core.errors import AdapterError, InvalidRequest
+from reft_core.errors import AdapterError, InvalidRequest, RequestFailed
 from reft_core.templates import encode_text
 from server.registry import Registry, Version
 
@@ -49,14 +50,24 @@ class Resolved:
     leads: bool
     """Whether the request's ``model`` names the first of them, and not the base model."""
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that trained prefixes take before the prompt; none where they are off."""
+        return sum(
+            version.spec.prefix.length
+            for version, choice in zip(self.versions, self.choices, strict=True)
+            if version.spec.prefix is not None and choice.strength != 0
+        )
+
 
 def resolve(
-    named: Sequence[NamedAdapter], registry: Registry, tokenizer: PreTrainedTokenizerBase
+    named: Sequence[NamedAdapter], registry: Registry, encode: Callable[[str], Sequence[int]]
 ) -> Resolved:
     """What ``model`` means, perhaps the base model, and the adapters stacked on it.
 
-    Blocks on the catalog. The base model has no options and cannot be stacked on something;
-    raises :class:`InvalidRequest` then, and :class:`AdapterNotFound`.
+    Blocks on the catalog, and on ``encode``, which tokenises a source's text. The base model has
+    no options and cannot be stacked on something; raises :class:`InvalidRequest` then, and
+    :class:`AdapterNotFound`.
     """
     versions: list[Version] = []
     choices: list[AdapterChoice] = []
@@ -67,7 +78,7 @@ def resolve(
             continue
         versions.append(version)
         source = each.source or ()
-        tokens = encode_text(tokenizer, source) if isinstance(source, str) else source
+        tokens = encode(source) if isinstance(source, str) else source
         choices.append(AdapterChoice(version.digest, each.strength, each.subspaces, tuple(tokens)))
     return Resolved(tuple(versions), tuple(choices), leads=len(versions) == len(named))
 
@@ -80,12 +91,12 @@ def resolve_all(
     Raises :class:`InvalidRequest` also if ``model`` is neither the base model nor one of several.
     """
     found = []
+    encode = cache(partial(encode_text, tokenizer))  # many models may share one long source
     for place, named in enumerate(answering.named):
         with answering.about(place):
-            found.append(resolve(named, registry, tokenizer))
+            found.append(resolve(named, registry, encode))
     beside, names = answering.beside, [named[0].model for named in answering.named]
-    is_free = beside is None or beside in names
-    if beside is not None and not is_free and registry.resolve(beside) is not None:
+    if beside is not None and beside not in names and registry.resolve(beside) is not None:
         raise InvalidRequest.because("model", beside, "the base model, or one of reft.models")
     return found
 
@@ -94,7 +105,7 @@ def resolve_all(
 def _about(place: str) -> Iterator[None]:
     try:
         yield
-    except (InvalidRequest, AdapterError) as error:
+    except (InvalidRequest, AdapterError, RequestFailed) as error:
         raise error.within(place) from error
 
 

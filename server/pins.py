@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import structlog
 
 from reft_core.errors import AdapterNotFound, ReftError
-from server.registry import Registry, Version
+from server.registry import Registry
 from server.residency import Residency
 
 log = structlog.get_logger(__name__)
@@ -21,6 +21,7 @@ class Pins:
         self._names = frozenset(names)
         self._registry = registry
         self._residency = residency
+        self._changing = asyncio.Lock()
 
     async def load(self) -> None:
         """Load what there is of the names; the others follow when they are uploaded.
@@ -29,24 +30,31 @@ class Pins:
         """
         for name in sorted(self._names):
             try:
-                version = await asyncio.to_thread(self._registry.current, name)
+                await asyncio.to_thread(self._registry.current, name)
             except AdapterNotFound:
                 log.warning("a pinned adapter is not registered", adapter=name)
                 continue
-            await self._pin(version)
+            await self._pin(name)
 
-    async def follow(self, version: Version) -> None:
-        """Keep ``version`` from now on if its name is pinned. A failure to is only logged."""
-        if version.name not in self._names:
+    async def follow(self, name: str) -> None:
+        """Keep what ``name`` means now if it is pinned. A failure to is only logged."""
+        if name not in self._names:
             return
         try:
-            await self._pin(version)
+            await self._pin(name)
         except ReftError as error:
-            log.warning("an adapter could not be pinned", adapter=version.name, error=str(error))
+            log.warning("an adapter could not be pinned", adapter=name, error=str(error))
 
-    def drop(self, name: str) -> None:
+    async def drop(self, name: str) -> None:
         """Let go of a name that was deleted."""
-        self._residency.unpin(name)
+        if name in self._names:
+            async with self._changing:
+                self._residency.unpin(name)
 
-    async def _pin(self, version: Version) -> None:
-        await self._residency.pin(version.name, version.digest, version.resident_bytes)
+    async def _pin(self, name: str) -> None:
+        """Keep the current version. In turn, so that of two uploads the later one stays, and that
+        a name deleted while its adapter loads is let go of afterwards.
+        """
+        async with self._changing:
+            version = await asyncio.to_thread(self._registry.current, name)
+            await self._residency.pin(name, version.digest, version.resident_bytes)

@@ -11,7 +11,7 @@ from fastapi import Request
 from reft_core.engine.interface import AdapterHost
 from reft_core.errors import UnsupportedFeature
 from reft_core.loading import LoadedModel
-from server.generation import Generator
+from server.generator import Generator
 from server.grammars import Grammars
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle

@@ -146,6 +146,11 @@ class Settings(BaseSettings):
             return device, "float32" if device == "cpu" else "bfloat16"
         return device, self.dtype
 
+    @property
+    def max_open(self) -> int:
+        """Most choices and labels that the engine takes in at once, of all requests together."""
+        return self.engine_config().max_open
+
     def grammar_limits(self) -> GrammarLimits:
         """The bounds of a grammar that a request brings."""
         from reft_core.grammar import GrammarLimits

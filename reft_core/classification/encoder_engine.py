@@ -6,7 +6,6 @@ What waits is read together, whatever adapters and heads the texts have.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,22 +17,19 @@ from reft_core.adapter import Adapter, check_fits
 from reft_core.batch import PromptEdits
 from reft_core.classification.heads import HeadedEncoder
 from reft_core.encoder import MAX_BATCH_TOKENS, EncoderRequest
-from reft_core.engine.choices import as_use, loaded_adapter
+from reft_core.engine.admission import check_length
+from reft_core.engine.choices import as_use
 from reft_core.engine.config import EngineConfig
+from reft_core.engine.host import ThreadedHost
 from reft_core.engine.interface import AdapterChoice, EngineStats, Ticket
 from reft_core.errors import (
     DeadlineExceeded,
-    EngineOverloaded,
-    EngineUnavailable,
     InvalidRequest,
-    PromptTooLong,
     ReftError,
     RequestFailed,
-    explain,
 )
 from reft_core.loading import LoadedModel
 from reft_core.sites import ModelDescription
-from reft_core.spec import AdapterSpec
 
 LogitsSink = Callable[[Tensor | ReftError], None]
 """Receives a text's float32 logits (L,), or what went wrong, once, on the engine's thread."""
@@ -53,10 +49,10 @@ class _Waiting:
     submitted_at: float = field(default_factory=time.monotonic)
 
 
-class EncoderEngine:
+class EncoderEngine(ThreadedHost[_Waiting]):
     """Texts of many callers through one frozen encoder. An :class:`interface.AdapterHost`.
 
-    Callers share one lock with the thread, which holds it only to take what waits.
+    The thread holds the lock it shares with callers only to take what waits.
     """
 
     def __init__(
@@ -66,19 +62,10 @@ class EncoderEngine:
         *,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        self._config = config
+        super().__init__(config)
         self._device = loaded.model.device
         self._heads = HeadedEncoder(loaded, max_batch_tokens=max_batch_tokens)
-        self._changed = threading.Condition()
-        self._open: dict[str, _Waiting] = {}
         self._waiting: dict[str, _Waiting] = {}
-        self._adapters: dict[str, Adapter] = {}
-        self._thread: threading.Thread | None = None
-        self._draining = False
-        self._stopping = False
-        self._died = False
         self._num_tokens = 0
         self._num_edits = 0
         self._num_steps = 0
@@ -93,11 +80,6 @@ class EncoderEngine:
         """Most tokens of a text."""
         return min(self._config.max_model_len, self._heads.encoder.max_tokens)
 
-    @property
-    def healthy(self) -> bool:
-        """False once the engine's thread has stopped or died."""
-        return not (self._died or self._stopping)
-
     def submit(
         self,
         request_id: str,
@@ -111,9 +93,7 @@ class EncoderEngine:
         Raises without calling ``sink``: :class:`InvalidRequest`, :class:`PromptTooLong`,
         :class:`EngineOverloaded`, :class:`EngineUnavailable`.
         """
-        if len(tokens) > self.max_model_len:
-            allowed = f"at most {self.max_model_len}"
-            raise PromptTooLong(explain("input", f"{len(tokens)} tokens", allowed), field="input")
+        check_length("input", len(tokens), self.max_model_len)
         uses = tuple(as_use(choice, self._adapters) for choice in adapters)
         for use in uses:
             if use.source:
@@ -123,14 +103,8 @@ class EncoderEngine:
         num_edits = PromptEdits(uses, len(tokens), reads="all").num_edits
         waiting = _Waiting(request_id, request, sink, deadline_s, num_edits)
         with self._changed:
-            if self._draining or not self.healthy:
-                raise EngineUnavailable("the engine is shutting down and takes no new requests")
-            if request_id in self._open:
-                raise InvalidRequest.because("request_id", request_id, "an unused id")
-            if len(self._open) >= self._config.max_waiting:
-                raise EngineOverloaded(f"the queue is full: {len(self._open)} requests are open")
-            self._open[request_id] = self._waiting[request_id] = waiting
-            self._changed.notify_all()
+            self._admit(request_id, waiting)
+            self._waiting[request_id] = waiting
         return Ticket(request_id, len(tokens), num_edits)
 
     def cancel(self, request_id: str) -> None:
@@ -150,14 +124,6 @@ class EncoderEngine:
         """Take an adapter away from new texts; those accepted keep it."""
         self._adapters.pop(digest, None)
 
-    def has_adapter(self, digest: str) -> bool:
-        """Whether texts may name this digest now."""
-        return digest in self._adapters
-
-    def adapter_spec(self, digest: str) -> AdapterSpec:
-        """The spec of a loaded adapter. Raises :class:`InvalidRequest` if it is not loaded."""
-        return loaded_adapter(self._adapters, digest).spec
-
     def stats(self) -> EngineStats:
         """Counters and gauges; an encoder generates nothing and keeps no keys and values."""
         adapters = list(self._adapters.values())
@@ -165,7 +131,7 @@ class EncoderEngine:
         return EngineStats(
             num_running=max(0, num_open - num_waiting),
             num_waiting=num_waiting,
-            num_slots=self._config.max_waiting,
+            num_slots=self._config.max_open,
             kv_tokens_used=0,
             kv_tokens_capacity=0,
             num_resident_adapters=len(adapters),
@@ -182,41 +148,14 @@ class EncoderEngine:
             max_cached_blocks=0,
         )
 
-    def start(self) -> None:
-        """Start the engine's thread; texts submitted before wait for it."""
-        assert self._thread is None, "an engine starts once"
-        self._thread = threading.Thread(target=self._run, name="reft-engine", daemon=True)
-        self._thread.start()
-
-    def drain(self, timeout_s: float) -> bool:
-        """Refuse new texts and wait for those accepted; True if all ended in time."""
-        with self._changed:
-            self._draining = True
-            return self._changed.wait_for(lambda: not self._open, timeout_s)
-
-    def stop(self) -> None:
-        """End the thread; texts still open get an :class:`EngineUnavailable`."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        self._fail_open(EngineUnavailable("the engine was stopped"))
-
     # Called from the engine's thread alone ------------------------------------------------
 
-    def _run(self) -> None:
-        """Read what waits, together, until the engine is to stop; never die silently."""
-        try:
-            while waiting := self._take():
-                requests = [each.request for each in waiting]
-                for places in self._heads.encoder.batches(requests):
-                    self._read([waiting[place] for place in places])
-        except BaseException as error:
-            log.exception("the engine's thread died")
-            self._died = True
-            self._fail_open(EngineUnavailable(f"the engine died: {error}"))
-            raise
+    def _work(self) -> None:
+        """Read what waits, together."""
+        while waiting := self._take():
+            requests = [each.request for each in waiting]
+            for places in self._heads.encoder.batches(requests):
+                self._read([waiting[place] for place in places])
 
     def _take(self) -> list[_Waiting]:
         """Block until texts wait, and take all of them; none when the engine is to stop."""
@@ -272,7 +211,6 @@ class EncoderEngine:
         except Exception:
             log.exception("the sink of request %s raised", each.request_id)
 
-    def _fail_open(self, error: ReftError) -> None:
-        """End every open text with ``error``; the engine's thread is gone or going."""
-        for each in list(self._open.values()):
-            self._end(each, error)
+    def _abandon(self, waiting: _Waiting, error: ReftError) -> None:
+        """End an open text with ``error``; the engine's thread is gone or going."""
+        self._end(waiting, error)

@@ -68,7 +68,7 @@ class LikelihoodClassifier:
                 if scoring.closed:  # dropped meanwhile, perhaps before this label was there
                     self.engine.cancel(scored.request_id)
         except BaseException:
-            self.cancel(request.request_id)
+            self._close(scoring)
             raise
         num_label_tokens = sum(map(len, answers))
         return TextTicket(request.request_id, len(prompt), num_label_tokens, num_edits)
@@ -88,14 +88,16 @@ class LikelihoodClassifier:
         messages = [{"role": "user", "content": request.text}]
         return tuple(encode_chat(self._tokenizer, messages, template))
 
-    def _close(self, scoring: _Scoring) -> None:
-        """Forget a text, and end what still runs of it."""
+    def _close(self, scoring: _Scoring) -> bool:
+        """Forget a text, and end what still runs of it; False if that has happened before."""
         with self._lock:
-            if self._open.pop(scoring.request_id, None) is None:
-                return
+            if self._open.get(scoring.request_id) is not scoring:
+                return False
+            del self._open[scoring.request_id]
         scoring.closed = True
         for place in scoring.running:
             self.engine.cancel(scoring.part_id(place))
+        return True
 
 
 class _Scoring:
@@ -106,7 +108,7 @@ class _Scoring:
         request_id: str,
         labels: tuple[str, ...],
         sink: ClassificationSink,
-        close: Callable[[_Scoring], None],
+        close: Callable[[_Scoring], bool],
     ) -> None:
         self.request_id = request_id
         self.closed = False
@@ -153,8 +155,8 @@ class _Scoring:
             self._end(Classification(self._labels, logprobs, self._num_cached or 0))
 
     def _end(self, outcome: Classification | ReftError) -> None:
-        self._close(self)
-        self._sink(outcome)
+        if self._close(self):  # else it was cancelled, perhaps just now
+            self._sink(outcome)
 
 
 def _labels_of(engine: Engine, adapters: tuple[AdapterChoice, ...]) -> tuple[str, ...]:

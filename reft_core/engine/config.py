@@ -38,6 +38,11 @@ class EngineConfig:
     num_threads: int | None = None
     """CPU threads of the compute; None leaves torch's choice."""
 
+    @property
+    def max_open(self) -> int:
+        """Most requests that may run or wait at once; beyond, new ones are refused."""
+        return self.max_num_seqs + self.max_waiting
+
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_waiting", "max_prefill_tokens"):
             if getattr(self, name) < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,10 +14,17 @@ import torch
 
 from reft_core.adapter import Adapter, check_fits
 from reft_core.batch import AdapterUse, PromptEdits
-from reft_core.engine.choices import as_use, loaded_adapter
+from reft_core.engine.admission import (
+    check_fits_context,
+    check_known,
+    check_length,
+    check_not_empty,
+)
+from reft_core.engine.choices import as_use
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.cuda_graphs import recorder_for
 from reft_core.engine.deadlines import Deadlines
+from reft_core.engine.host import ThreadedHost
 from reft_core.engine.interface import (
     EngineStats,
     FinishReason,
@@ -42,23 +48,19 @@ from reft_core.engine.uploads import Uploads
 from reft_core.errors import (
     AdapterMismatch,
     DeadlineExceeded,
-    EngineOverloaded,
-    EngineUnavailable,
     InvalidRequest,
-    PromptTooLong,
     ReftError,
     RequestFailed,
     explain,
 )
 from reft_core.loading import LoadedModel
 from reft_core.sites import ModelDescription
-from reft_core.spec import AdapterSpec
 from reft_core.threads import run_in_own_thread
 
 log = logging.getLogger(__name__)
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(ThreadedHost[Sequence]):
     """Continuous batching on one CPU or GPU. Implements :class:`interface.Engine`.
 
     Two kinds of state, so two owners. What callers touch (inbox, cancellations, adapters,
@@ -68,10 +70,8 @@ class EmbeddedEngine:
     """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig = EngineConfig()) -> None:  # noqa: B008
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        super().__init__(config)
         self._loaded = loaded
-        self._config = config
         self._max_model_len = min(config.max_model_len, loaded.description.max_positions)
         parameter = next(loaded.model.parameters())
         self._device = parameter.device
@@ -80,16 +80,9 @@ class EmbeddedEngine:
         self._scheduler = Scheduler(config, self._kv, self._cache, self._runner.can_branch)
         self._deadlines = Deadlines()
 
-        self._changed = threading.Condition()
         self._inbox: deque[Sequence] = deque()
         self._cancelled: set[str] = set()
-        self._open: dict[str, Sequence] = {}
-        self._adapters: dict[str, Adapter] = {}
         self._uploads = Uploads(self._device)
-        self._thread: threading.Thread | None = None
-        self._draining = False
-        self._stopping = False
-        self._died = False
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._prefill_steps = 0
@@ -120,29 +113,14 @@ class EmbeddedEngine:
         """Most tokens a request may have, prompt and answer together."""
         return self._max_model_len
 
-    @property
-    def healthy(self) -> bool:
-        """False once the engine's thread has stopped or died."""
-        return not (self._died or self._stopping)
-
     def submit(self, request: Request, sink: OutputSink) -> Ticket:
         """Accept a request; see :meth:`interface.Engine.submit`."""
         self._check_tokens(request)
         request = _as_scored(request)
         with self._changed:
             sequence = self._new_sequence(request, sink)
-            if self._draining or not self.healthy:
-                raise EngineUnavailable("the engine is shutting down and takes no new requests")
-            if request.request_id in self._open:
-                raise InvalidRequest.because("request_id", request.request_id, "an unused id")
-            capacity = self._config.max_num_seqs + self._config.max_waiting
-            if len(self._open) >= capacity:
-                raise EngineOverloaded(
-                    f"the queue is full: {len(self._open)} requests are open, at most {capacity}"
-                )
-            self._open[request.request_id] = sequence
+            self._admit(request.request_id, sequence)
             self._inbox.append(sequence)
-            self._changed.notify_all()
         num_edits = sequence.edits.num_edits if sequence.edits else 0
         return Ticket(request.request_id, len(request.prompt), num_edits)
 
@@ -181,14 +159,6 @@ class EmbeddedEngine:
             self._uploads.wait(digest)
             self._adapters.pop(digest, None)
 
-    def has_adapter(self, digest: str) -> bool:
-        """Whether requests may name this digest now."""
-        return digest in self._adapters
-
-    def adapter_spec(self, digest: str) -> AdapterSpec:
-        """The spec of a loaded adapter; see :meth:`interface.AdapterHost.adapter_spec`."""
-        return loaded_adapter(self._adapters, digest).spec
-
     def stats(self) -> EngineStats:
         """Counters and gauges as of the last step."""
         running = list(self._scheduler.running)
@@ -216,32 +186,10 @@ class EmbeddedEngine:
             max_cached_blocks=self._cache.num_rows,
         )
 
-    def start(self) -> None:
-        """Start the engine's thread; requests submitted before wait for it."""
-        assert self._thread is None, "an engine starts once"
-        self._thread = threading.Thread(target=self._run, name="reft-engine", daemon=True)
-        self._thread.start()
-
-    def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for those accepted; True if all ended in time."""
-        with self._changed:
-            self._draining = True
-            return self._changed.wait_for(lambda: not self._open, timeout_s)
-
-    def stop(self) -> None:
-        """End the thread; requests still open get an :class:`EngineUnavailable` output."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        self._fail_open(EngineUnavailable("the engine was stopped"))
-
     def _check_tokens(self, request: Request) -> None:
         """Refuse a request whose numbers do not fit the model."""
-        if not request.prompt:
-            raise InvalidRequest.because("prompt", request.prompt, "at least one token")
-        vocab_size, params = self.model.vocab_size, request.params
+        check_not_empty("prompt", request.prompt)
+        params = request.params
         groups = {
             "prompt": request.prompt,
             "completion": request.completion,
@@ -250,9 +198,7 @@ class EmbeddedEngine:
             "stop_token_ids": params.stop_token_ids,
         }
         for field, tokens in groups.items():
-            for token in tokens:
-                if not 0 <= token < vocab_size:
-                    raise InvalidRequest.because(field, token, f"token ids 0 to {vocab_size - 1}")
+            check_known(field, tokens, self.model.vocab_size)
 
     def _resolve_edits(self, request: Request) -> PromptEdits | None:
         """The request's adapters, resolved against its prompt; None where only the base acts.
@@ -280,11 +226,7 @@ class EmbeddedEngine:
             raise InvalidRequest.because(
                 "source", f"{length} tokens", f"none, since {spec.name!r} interchanges nothing"
             )
-        if length > self._max_model_len:
-            raise PromptTooLong(
-                explain("source", f"{length} tokens", f"at most {self._max_model_len}"),
-                field="source",
-            )
+        check_length("source", length, self._max_model_len)
         in_source, in_prompt = (
             [len(unit) for unit in use.adapter.rule.resolve(n)] for n in (length, prompt_len)
         )
@@ -296,28 +238,11 @@ class EmbeddedEngine:
                 f"request's own: {in_prompt} a unit, not {in_source}",
             )
 
-    def _check_length(self, request: Request, edits: PromptEdits | None) -> None:
-        """Refuse a request that does not fit into a slot."""
-        num_virtual = 0 if edits is None else edits.num_virtual
-        num_prompt, max_tokens = len(request.prompt), request.params.max_tokens
-        wanted = num_virtual + num_prompt + max_tokens
-        if wanted > self._max_model_len:
-            prefix = f", {num_virtual} of the adapter's prefix" * bool(num_virtual)
-            raise PromptTooLong(
-                explain(
-                    "prompt",
-                    wanted,
-                    f"at most {self._max_model_len} tokens together ({num_prompt} of prompt and "
-                    f"max_tokens {max_tokens}{prefix} make {wanted})",
-                ),
-                field="prompt",
-            )
-
     def _new_sequence(self, request: Request, sink: OutputSink) -> Sequence:
-        """The request with its edits resolved against its prompt."""
+        """The request with its edits resolved against its prompt, if it fits into a slot."""
         edits = self._resolve_edits(request)
-        self._check_length(request, edits)
-        params = request.params
+        num_virtual, params = edits.num_virtual if edits else 0, request.params
+        check_fits_context(len(request.prompt), params.max_tokens, num_virtual, self._max_model_len)
         stop_ids = params.stop_token_ids
         if not params.ignore_eos and not request.completion:
             stop_ids = stop_ids | self._loaded.eos_token_ids
@@ -328,16 +253,10 @@ class EmbeddedEngine:
 
     # Called from the engine's thread alone ------------------------------------------------
 
-    def _run(self) -> None:
-        """Step while there is work; sleep while there is none; never die silently."""
-        try:
-            while self._wait_for_work():
-                self.step()
-        except BaseException as error:
-            log.exception("the engine's thread died")
-            self._died = True
-            self._fail_open(EngineUnavailable(f"the engine died: {error}"))
-            raise
+    def _work(self) -> None:
+        """Step while there is work; sleep while there is none."""
+        while self._wait_for_work():
+            self.step()
 
     def _wait_for_work(self) -> bool:
         """Block until a step has something to do; False when the engine is to stop."""
@@ -516,12 +435,9 @@ class EmbeddedEngine:
             log.exception("the sink of request %s raised", output.request_id)
             self.cancel(output.request_id)
 
-    def _fail_open(self, error: ReftError) -> None:
-        """End every open request with ``error``; the engine's thread is gone or going."""
-        with self._changed:
-            sequences = list(self._open.values())
-        for sequence in sequences:
-            self._close(sequence, None, "error", error)
+    def _abandon(self, sequence: Sequence, error: ReftError) -> None:
+        """End an open request with ``error``; the engine's thread is gone or going."""
+        self._close(sequence, None, "error", error)
 
 
 def _score_prompt(chunk: Chunk, logits: torch.Tensor) -> None:

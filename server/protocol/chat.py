@@ -9,8 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from server.choice import LikelyToken, TokenText
-from server.protocol.common import FinishReason, PromptLogprobs, SamplingFields
+from server.protocol.common import FinishReason, SamplingFields
 from server.protocol.options import RequestBody
+from server.protocol.prompt_logprobs import PromptLogprobs
 from server.protocol.reports import ChoiceReport, FanOutReport, ReftReport, Usage
 from server.settings import Settings
 

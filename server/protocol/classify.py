@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
 from reft_core.classification.interface import Classification
 from reft_core.errors import InvalidRequest
+from server.named import NamedAdapter
 from server.protocol.common import AdapterRequest
 from server.protocol.reports import ReftReport, Usage
 from server.registry import Version
@@ -39,19 +40,36 @@ class ClassifyRequest(AdapterRequest):
         None, min_length=2, max_length=MAX_LABELS, description="default: the adapter's own"
     )
 
+    @property
+    def named(self) -> tuple[NamedAdapter, ...]:
+        """What ``model`` names and what is stacked on it, with their options."""
+        return self.reft.stacked_on(self.reft.named(self.model))
+
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
-        if len(self.input) > settings.max_prompts:
-            raise InvalidRequest.because(
-                "input", f"{len(self.input)} texts", f"at most {settings.max_prompts}"
-            )
+        most = min(settings.max_prompts, settings.max_open)
+        if len(self.input) > most:
+            raise InvalidRequest.because("input", f"{len(self.input)} texts", f"at most {most}")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise InvalidRequest.because("labels", self.labels, "each label once")
 
-    def choose_labels(self, versions: Sequence[Version]) -> list[str]:
-        """The labels that a causal model is to score, the adapters' own if none are given."""
-        if self.labels:
-            return self.labels
+    def choose_labels(self, max_open: int, versions: Sequence[Version]) -> list[str]:
+        """The labels that a causal model is to score, the adapters' own if none are given.
+
+        Raises :class:`InvalidRequest` if there are too few or too many, also over all texts:
+        each label of each text is one of ``max_open`` requests that the engine takes in at once.
+        """
+        labels = self.labels or self._labels_of(versions)
+        if (total := len(self.input) * len(labels)) > max_open:
+            raise InvalidRequest.because(
+                "input",
+                f"{len(self.input)} texts x {len(labels)} labels = {total}",
+                f"at most {max_open} labels to score in all",
+            )
+        return labels
+
+    def _labels_of(self, versions: Sequence[Version]) -> list[str]:
+        """The labels that the first adapter with any brings."""
         brought = (version.spec.task.labels for version in versions)
         labels = list(next(filter(None, brought), ()))
         if not 2 <= len(labels) <= MAX_LABELS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,8 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from reft_core.engine.interface import SamplingParams
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from reft_core.grammar import GrammarSpec
-from server.choice import TokenText
-from server.named import Answering, NamedAdapter
+from server.named import Answering
 from server.protocol.options import FanOutOptions, ReftOptions, RequestBody
 from server.protocol.structured import ResponseFormat, StructuredOutputs, grammar_of
 from server.settings import Settings
@@ -63,14 +63,6 @@ class AdapterRequest(RequestBody):
         description="base model or adapter: name, name@version or name@sha256:<hex digits>",
     )
     reft: ReftOptions = Field(default=ReftOptions(), description="extension")
-
-    @property
-    def named(self) -> tuple[NamedAdapter, ...]:
-        """What ``model`` names and what is stacked on it, with their options."""
-        return (
-            self.reft.named(self.model),
-            *(stacked.named(stacked.model) for stacked in self.reft.stack),
-        )
 
 
 class SamplingFields(AdapterRequest):
@@ -139,6 +131,7 @@ class SamplingFields(AdapterRequest):
             )
         if self.num_choices > settings.max_n:
             raise InvalidRequest.because("n", self.n, f"at most {settings.max_n}")
+        self._check_product(settings.max_open)
         if len(self.stop) > settings.max_stop:
             raise InvalidRequest.because(
                 "stop", f"{len(self.stop)} strings", f"at most {settings.max_stop}"
@@ -148,10 +141,27 @@ class SamplingFields(AdapterRequest):
                 allowed = f"strings of 1 to {settings.max_stop_chars} characters"
                 raise InvalidRequest.because("stop", stop, allowed)
 
+    def _check_product(self, most: int) -> None:
+        """Refuse more answers than the engine can ever take in, which no waiting would help."""
+        num_models = 1 if self.reft.models is None else len(self.reft.models)
+        counts = {"prompt": self.num_prompts, "reft.models": num_models, "n": self.num_choices}
+        if (total := math.prod(counts.values())) > most:
+            shown = f"{self.num_prompts} prompts x {num_models} models x {self.num_choices}"
+            raise InvalidRequest.because(
+                max(counts, key=lambda field: counts[field]),
+                f"{shown} choices = {total}",
+                f"at most {most} answers in all, as many as the engine takes in at once",
+            )
+
     @property
     def answering(self) -> Answering:
         """The models that answer, each with what is stacked on it."""
         return self.reft.answering(self.model)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that each model answers."""
+        return 1
 
     @property
     def num_choices(self) -> int:
@@ -200,36 +210,6 @@ class SamplingFields(AdapterRequest):
 def _default(value: float | None, default: float) -> float:
     """``value``, or the default for null."""
     return default if value is None else value
-
-
-class PromptLogprob(BaseModel):
-    """A token in a place of the prompt."""
-
-    logprob: float
-    rank: int = Field(description="among all tokens in this place, from 1")
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[int, PromptLogprob] | None]
-"""For each token of a prompt, the token itself and the likeliest in its place, by id."""
-
-
-def prompt_logprobs_of(tokens: list[TokenText], num_top: int) -> PromptLogprobs:
-    """vLLM's form of a prompt's log-probabilities, given all its tokens but the first."""
-    found: PromptLogprobs = [None]
-    for token in tokens:
-        entries = {
-            token.token_id: PromptLogprob(
-                logprob=token.logprob, rank=token.rank or 1, decoded_token=token.text
-            )
-        }
-        for rank, other in enumerate(token.top[:num_top], start=1):
-            entries.setdefault(
-                other.token_id,
-                PromptLogprob(logprob=other.logprob, rank=rank, decoded_token=other.text),
-            )
-        found.append(entries)
-    return found
 
 
 class ErrorDetail(BaseModel):

@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from server.choice import TokenText
 from server.echo import ScoredPrompt
-from server.protocol.common import FinishReason, PromptLogprobs, SamplingFields
+from server.protocol.common import FinishReason, SamplingFields
+from server.protocol.prompt_logprobs import PromptLogprobs
 from server.protocol.reports import ChoiceReport, FanOutReport, ReftReport, Usage
 from server.settings import Settings
 
@@ -50,16 +51,16 @@ class CompletionRequest(SamplingFields):
 
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
+        if self.num_prompts > settings.max_prompts:
+            raise InvalidRequest.because(
+                "prompt", f"{self.num_prompts} prompts", f"at most {settings.max_prompts}"
+            )
         super().check(settings)
         if self.best_of is not None and self.best_of != self.num_choices:
             raise UnsupportedFeature.because("best_of", self.best_of, "it left out, or equal to n")
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             allowed = "at least 1, or 0 with echo or prompt_logprobs"
             raise InvalidRequest.because("max_tokens", self.max_tokens, allowed)
-        if len(self.prompts) > settings.max_prompts:
-            raise InvalidRequest.because(
-                "prompt", f"{len(self.prompts)} prompts", f"at most {settings.max_prompts}"
-            )
 
     @property
     def scored_prompt(self) -> int | None:
@@ -67,6 +68,11 @@ class CompletionRequest(SamplingFields):
         echoed = self.logprobs if self.echo else None
         wanted = [number for number in (echoed, self.prompt_logprobs) if number is not None]
         return max(wanted, default=None)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that each model answers."""
+        return len(self.prompts)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -55,8 +55,12 @@ class ReftOptions(AdapterOptions):
         "reads what the one before wrote",
     )
 
+    def stacked_on(self, first: NamedAdapter) -> tuple[NamedAdapter, ...]:
+        """What answers where ``first`` does: it, then the adapters of the stack."""
+        return (first, *(stacked.named(stacked.model) for stacked in self.stack))
 
-class AnsweringModel(AdapterOptions):
+
+class FanOutModel(AdapterOptions):
     """One of several models that answer."""
 
     model: str = Field(max_length=256)
@@ -69,7 +73,7 @@ class AnsweringModel(AdapterOptions):
             shared.strength if strength is None else strength,
             self.subspaces or shared.subspaces,
             shared.source if source is None else source,
-            inherits=self.model_fields_set <= {"model"},
+            inherits=strength is None and not self.subspaces and source is None,
         )
 
 
@@ -77,13 +81,13 @@ def _as_model(value: Any) -> Any:
     """A lone name as a model without options of its own."""
     if isinstance(value, str):
         return {"model": value}
-    if isinstance(value, dict | AnsweringModel):
+    if isinstance(value, dict | FanOutModel):
         return value
     raise ValueError("a model's name, or an object with it and its options")
 
 
 _Model = Annotated[
-    AnsweringModel, BeforeValidator(_as_model, json_schema_input_type=str | AnsweringModel)
+    FanOutModel, BeforeValidator(_as_model, json_schema_input_type=str | FanOutModel)
 ]
 
 
@@ -95,14 +99,13 @@ class FanOutOptions(ReftOptions):
         min_length=1,
         description="models that all answer, in the place of `model`, which must be the base model "
         "or one of them: names, or objects with a name and its own strength, subspaces or source. "
-        "The options beside `models` are meant for every adapter among them without any of its "
-        "own, and `stack` acts after each. Choices come model by model",
+        "An option beside `models` is meant for every adapter among them that does not set it "
+        "itself, and `stack` acts after each. Choices come model by model",
     )
 
     def answering(self, model: str) -> Answering:
         """The models that answer a request for ``model``, each with what is stacked on it."""
-        stacked = tuple(stacked.named(stacked.model) for stacked in self.stack)
         if self.models is None:
-            return Answering(((self.named(model), *stacked),))
-        named = tuple((each.named_beside(self), *stacked) for each in self.models)
+            return Answering((self.stacked_on(self.named(model)),))
+        named = tuple(self.stacked_on(each.named_beside(self)) for each in self.models)
         return Answering(named, beside=model)

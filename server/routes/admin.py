@@ -52,7 +52,7 @@ async def upload_adapter(name: str, request: Request, response: Response) -> Upl
     if not uploaded.created:
         response.status_code = 200
     version = uploaded.version
-    await services.pins.follow(version)
+    await services.pins.follow(version.name)
     users = services.residency.num_users(version.digest)
     return UploadAnswer(**VersionCard.of(version, users).model_dump(), created=uploaded.created)
 
@@ -90,7 +90,7 @@ async def delete_adapter(name: str, request: Request) -> DeleteAnswer:
     """Delete an adapter with all its versions. Requests that use it finish undisturbed."""
     services = services_of(request)
     deleted = await asyncio.to_thread(services.registry.delete, name)
-    services.pins.drop(name)
+    await services.pins.drop(name)
     for digest in deleted.orphaned:
         services.residency.forget(digest)
     return DeleteAnswer(

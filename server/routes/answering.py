@@ -10,8 +10,10 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from server.disconnect import unless_gone
-from server.generation import Delta, FinishedChoice, Generation, Job
+from server.generation import FinishedChoice, Generation
+from server.job import Job
 from server.registry import Version
+from server.running import Delta
 from server.services import services_of
 from server.sse import EventStream, frames
 

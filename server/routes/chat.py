@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_chat
 from server.choice import TokenText
-from server.generation import Delta, FinishedChoice, Generation, Job
+from server.generation import FinishedChoice, Generation
+from server.job import Job
 from server.protocol.chat import (
     AnswerMessage,
     ChatChoice,
@@ -23,10 +25,11 @@ from server.protocol.chat import (
     MessageDelta,
     ScoredChatResponse,
 )
-from server.protocol.common import prompt_logprobs_of
+from server.protocol.prompt_logprobs import prompt_logprobs_of
 from server.protocol.reports import Usage, choice_report_of, report_of
 from server.routes.answering import answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
+from server.running import Delta
 from server.services import services_of
 
 router = make_router(ApiRoute, tag="inference")
@@ -38,6 +41,15 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     several.
     """
     body.check(services_of(request).settings)
+    job = _job(body)
+    head: dict[str, Any] = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
+    if body.stream:
+        return await answer_stream(request, job, partial(_chunks, body, head))
+    return await answer_whole(request, job, partial(_whole, body, head))
+
+
+def _job(body: ChatRequest) -> Job:
+    """What the request asks for. Raises :class:`InvalidRequest`."""
 
     def encode(
         tokenizer: PreTrainedTokenizerBase, template: TemplateSpec | None
@@ -46,7 +58,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
     limit = body.token_limit
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    job = Job(
+    return Job(
         answering=body.answering,
         encode=encode,
         params=body.sampling(1 if limit is None else limit, num_logprobs, body.prompt_logprobs),
@@ -56,58 +68,62 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         priority=body.priority,
         grammar=body.grammar,
     )
-    head = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
 
-    def whole(generation: Generation, choices: list[FinishedChoice]) -> ChatResponse:
-        answer = ChatResponse(
-            **head,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=AnswerMessage(content=choice.text),
-                    logprobs=_logprobs(body, choice.tokens),
-                    finish_reason=choice.finish_reason,
-                    reft=choice_report_of(generation, index),
-                )
-                for index, choice in enumerate(choices)
-            ],
-            usage=Usage.of(generation),
-            reft=report_of(generation),
-        )
-        if body.prompt_logprobs is None:
-            return answer
-        scores = prompt_logprobs_of(generation.scored[0].tokens, body.prompt_logprobs)
-        return ScoredChatResponse(**dict(answer), prompt_logprobs=scores)
 
-    async def chunks(
-        generation: Generation, deltas: AsyncIterator[Delta]
-    ) -> AsyncIterator[ChatChunk]:
-        # Left out, not null, unless the caller wants a usage chunk: as in OpenAI's API.
-        shared: dict[str, Any] = {**head, "object": "chat.completion.chunk"}
-        if body.include_usage:
-            shared["usage"] = None
-        first: dict[str, Any] = {"reft": report_of(generation)}
-        opening = MessageDelta(role="assistant", content="")
-        for index in range(generation.num_choices):
-            choice = _chunk_choice(index, opening, reft=choice_report_of(generation, index))
-            yield ChatChunk(**shared, **first, choices=[choice])
-            first = {}
-        async for delta in deltas:
-            text = delta.piece.text
-            message = MessageDelta(content=text) if text else MessageDelta()
-            choice = _chunk_choice(
-                delta.index,
-                message,
-                logprobs=_logprobs(body, delta.piece.tokens),
-                finish_reason=delta.finish_reason,
+def _whole(
+    body: ChatRequest, head: dict[str, Any], generation: Generation, choices: list[FinishedChoice]
+) -> ChatResponse:
+    """The whole answer."""
+    answer = ChatResponse(
+        **head,
+        choices=[
+            ChatChoice(
+                index=index,
+                message=AnswerMessage(content=choice.text),
+                logprobs=_logprobs(body, choice.tokens),
+                finish_reason=choice.finish_reason,
+                reft=choice_report_of(generation, index),
             )
-            yield ChatChunk(**shared, choices=[choice])
-        if body.include_usage:
-            yield ChatChunk(**{**shared, "usage": Usage.of(generation)}, choices=[])
+            for index, choice in enumerate(choices)
+        ],
+        usage=Usage.of(generation),
+        reft=report_of(generation),
+    )
+    if body.prompt_logprobs is None:
+        return answer
+    scores = prompt_logprobs_of(generation.scored[0].tokens, body.prompt_logprobs)
+    return ScoredChatResponse(**dict(answer), prompt_logprobs=scores)
 
-    if body.stream:
-        return await answer_stream(request, job, chunks)
-    return await answer_whole(request, job, whole)
+
+async def _chunks(
+    body: ChatRequest, head: dict[str, Any], generation: Generation, deltas: AsyncIterator[Delta]
+) -> AsyncIterator[ChatChunk]:
+    """The answer as a stream.
+
+    Each choice opens with its role and says who gives it; then come its pieces.
+    """
+    # Left out, not null, unless the caller wants a usage chunk: as in OpenAI's API.
+    shared: dict[str, Any] = {**head, "object": "chat.completion.chunk"}
+    if body.include_usage:
+        shared["usage"] = None
+    first: dict[str, Any] = {"reft": report_of(generation)}
+    opening = MessageDelta(role="assistant", content="")
+    for index in range(generation.num_choices):
+        choice = _chunk_choice(index, opening, reft=choice_report_of(generation, index))
+        yield ChatChunk(**shared, **first, choices=[choice])
+        first = {}
+    async for delta in deltas:
+        text = delta.piece.text
+        message = MessageDelta(content=text) if text else MessageDelta()
+        choice = _chunk_choice(
+            delta.index,
+            message,
+            logprobs=_logprobs(body, delta.piece.tokens),
+            finish_reason=delta.finish_reason,
+        )
+        yield ChatChunk(**shared, choices=[choice])
+    if body.include_usage:
+        yield ChatChunk(**{**shared, "usage": Usage.of(generation)}, choices=[])
 
 
 def _chunk_choice(index: int, delta: MessageDelta, **rest: Any) -> ChunkChoice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import Request, Response
 
 from server.disconnect import unless_gone
@@ -24,7 +26,8 @@ async def classify(body: ClassifyRequest, request: Request) -> Response:
     body.check(services.settings)
     # A trained head needs no labels: it has its own.
     scores = services.text_generator is not None
-    choose = body.choose_labels if scores else lambda _versions: body.labels
+    by_likelihood = partial(body.choose_labels, services.settings.max_open)
+    choose = by_likelihood if scores else lambda _versions: body.labels
     job = LabelJob(body.named, tuple(body.input), choose)
     labelled = await unless_gone(request.receive, services.labeller.run(job))
     answer = ClassifyResponse(

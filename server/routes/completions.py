@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import cache, partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -11,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_text
 from server.choice import TokenText
-from server.generation import Delta, FinishedChoice, Generation, Job
-from server.protocol.common import prompt_logprobs_of
+from server.generation import FinishedChoice, Generation
+from server.job import Job
 from server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -20,9 +21,11 @@ from server.protocol.completions import (
     CompletionResponse,
     ScoredCompletionChoice,
 )
+from server.protocol.prompt_logprobs import prompt_logprobs_of
 from server.protocol.reports import Usage, choice_report_of, report_of
 from server.routes.answering import answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
+from server.running import Delta
 from server.services import services_of
 
 router = make_router(ApiRoute, tag="inference")
@@ -31,19 +34,36 @@ router = make_router(ApiRoute, tag="inference")
 @router.post("/v1/completions", response_model=CompletionResponse)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or many prompts, with the adapter that ``model`` names, or with several."""
-    services = services_of(request)
-    body.check(services.settings)
+    body.check(services_of(request).settings)
+    job = _job(body)
+    head: dict[str, Any] = {
+        "id": new_id("cmpl"),
+        "object": "text_completion",
+        "created": now(),
+        "model": body.model,
+    }
+    if body.stream:
+        return await answer_stream(request, job, partial(_chunks, body, head))
+    return await answer_whole(request, job, partial(_whole, body, head))
 
-    def encode(
-        tokenizer: PreTrainedTokenizerBase, _template: TemplateSpec | None
-    ) -> list[list[int]]:
+
+def _job(body: CompletionRequest) -> Job:
+    """What the request asks for. Raises :class:`InvalidRequest`."""
+
+    @cache  # whatever the template, so that of many models not each tokenises anew
+    def tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         return [
             encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts
         ]
 
+    def encode(
+        tokenizer: PreTrainedTokenizerBase, _template: TemplateSpec | None
+    ) -> list[list[int]]:
+        return tokens(tokenizer)
+
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
-    job = Job(
+    return Job(
         answering=body.answering,
         encode=encode,
         params=body.sampling(max_tokens, body.logprobs, body.scored_prompt),
@@ -54,60 +74,62 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         echoed=_texts(body) if body.echo else (),
         with_stop_token=True,
     )
-    head: dict[str, Any] = {
-        "id": new_id("cmpl"),
-        "object": "text_completion",
-        "created": now(),
-        "model": body.model,
-    }
 
-    def whole(generation: Generation, choices: list[FinishedChoice]) -> CompletionResponse:
-        return CompletionResponse(
-            **head,
-            choices=[
-                _with_scores(
-                    body,
-                    generation,
-                    CompletionChoice(
-                        index=index,
-                        text=_echo(generation, index) + choice.text,
-                        logprobs=_logprobs(body, generation, index, choice.tokens, begins=True),
-                        finish_reason=choice.finish_reason,
-                        reft=choice_report_of(generation, index),
-                    ),
-                )
-                for index, choice in enumerate(choices)
-            ],
-            usage=Usage.of(generation),
-            reft=report_of(generation),
-        )
 
-    async def chunks(
-        generation: Generation, deltas: AsyncIterator[Delta]
-    ) -> AsyncIterator[CompletionResponse]:
-        # Left out, not null, unless the caller wants a usage chunk: as in OpenAI's API.
-        shared: dict[str, Any] = {**head, "usage": None} if body.include_usage else head
-        first: dict[str, Any] = {"reft": report_of(generation)}
-        begun: set[int] = set()
-        async for delta in deltas:
-            index, piece = delta.index, delta.piece
-            begins = index not in begun
-            begun.add(index)
-            choice = CompletionChoice(
-                index=index,
-                text=(_echo(generation, index) if begins else "") + piece.text,
-                logprobs=_logprobs(body, generation, index, list(piece.tokens), begins=begins),
-                finish_reason=delta.finish_reason,
-                reft=choice_report_of(generation, index) if begins else None,
+def _whole(
+    body: CompletionRequest,
+    head: dict[str, Any],
+    generation: Generation,
+    choices: list[FinishedChoice],
+) -> CompletionResponse:
+    """The whole answer."""
+    return CompletionResponse(
+        **head,
+        choices=[
+            _with_scores(
+                body,
+                generation,
+                CompletionChoice(
+                    index=index,
+                    text=_echo(generation, index) + choice.text,
+                    logprobs=_logprobs(body, generation, index, choice.tokens, begins=True),
+                    finish_reason=choice.finish_reason,
+                    reft=choice_report_of(generation, index),
+                ),
             )
-            yield CompletionResponse(**shared, **first, choices=[choice])
-            first = {}
-        if body.include_usage:
-            yield CompletionResponse(**{**head, "usage": Usage.of(generation)}, choices=[])
+            for index, choice in enumerate(choices)
+        ],
+        usage=Usage.of(generation),
+        reft=report_of(generation),
+    )
 
-    if body.stream:
-        return await answer_stream(request, job, chunks)
-    return await answer_whole(request, job, whole)
+
+async def _chunks(
+    body: CompletionRequest,
+    head: dict[str, Any],
+    generation: Generation,
+    deltas: AsyncIterator[Delta],
+) -> AsyncIterator[CompletionResponse]:
+    """The answer as a stream. The first piece of a choice says who gives it, and has its echo."""
+    # Left out, not null, unless the caller wants a usage chunk: as in OpenAI's API.
+    shared: dict[str, Any] = {**head, "usage": None} if body.include_usage else head
+    first: dict[str, Any] = {"reft": report_of(generation)}
+    begun: set[int] = set()
+    async for delta in deltas:
+        index, piece = delta.index, delta.piece
+        begins = index not in begun
+        begun.add(index)
+        choice = CompletionChoice(
+            index=index,
+            text=(_echo(generation, index) if begins else "") + piece.text,
+            logprobs=_logprobs(body, generation, index, list(piece.tokens), begins=begins),
+            finish_reason=delta.finish_reason,
+            reft=choice_report_of(generation, index) if begins else None,
+        )
+        yield CompletionResponse(**shared, **first, choices=[choice])
+        first = {}
+    if body.include_usage:
+        yield CompletionResponse(**{**head, "usage": Usage.of(generation)}, choices=[])
 
 
 def _texts(body: CompletionRequest) -> tuple[str | None, ...]:

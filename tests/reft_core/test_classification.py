@@ -154,7 +154,7 @@ def test_bad_requests_are_named() -> None:
     good, other = classifiers("bert")[0], classifiers("bert")[1]
     for stack, tokens, message in [
         ([(good, 1.0)], [], "at least one token"),
-        ([(good, 1.0)], [96], "input: got 96, expected 0 to 95"),
+        ([(good, 1.0)], [96], "input: got 96, expected token ids 0 to 95"),
         ([], [5], "exactly one that has a head"),
         ([(good, 1.0), (other, 1.0)], [5], "exactly one that has a head"),
     ]:

@@ -293,8 +293,8 @@ def test_both_bound_their_queue(kind: Kind) -> None:
     classifier = make_classifier(kind, max_waiting=3, max_num_seqs=1)
     adapter = kind.adapter(0)
     classifier.engine.load_adapter(adapter)
-    requests = [ask(f"r{place}", "a b", (adapter, 1.0)) for place in range(4)]
-    num_accepted = 3 if isinstance(classifier, EncoderClassifier) else 2
+    requests = [ask(f"r{place}", "a b", (adapter, 1.0)) for place in range(5)]
+    num_accepted = 4 if isinstance(classifier, EncoderClassifier) else 2
     for request in requests[:num_accepted]:
         classifier.submit(request, lambda _: None)
     with pytest.raises(EngineOverloaded):

@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from reft_core.adapter import Adapter, EditKey, check_fits, encode_adapter
 from reft_core.edits import Edit
+from reft_core.engine.admission import check_fits_context, check_not_empty
+from reft_core.engine.choices import loaded_adapter
 from reft_core.engine.interface import (
     EngineStats,
     FinishReason,
@@ -26,7 +28,7 @@ from reft_core.engine.interface import (
     Token,
     TokenLogprob,
 )
-from reft_core.errors import EngineUnavailable, InvalidRequest, PromptTooLong, ReftError, explain
+from reft_core.errors import EngineUnavailable, ReftError
 from reft_core.loading import LoadedModel
 from reft_core.sites import ModelDescription, describe_model
 from reft_core.spec import AdapterSpec, PositionSpec, SiteSpec, TemplateSpec
@@ -149,9 +151,11 @@ class FakeEngine:
     )
     ends_with_eos: bool = True
     fail_after: int | None = None
-    """Tokens after which every request fails."""
+    """Tokens after which requests fail."""
     failure: ReftError | None = None
     """With what; None breaks the interface's promise to say so."""
+    fails: Callable[[Request], bool] = lambda request: True
+    """Which requests do."""
     refuse_with: Exception | None = None
     refuse_after: int = 0
     """Submissions accepted before ``refuse_with`` applies."""
@@ -207,18 +211,11 @@ class FakeEngine:
             raise self.refuse_with
         if self._draining or self._stopping:
             raise EngineUnavailable("the engine takes no new requests")
-        if not request.prompt:
-            raise InvalidRequest.because("prompt", request.prompt, "at least one token")
-        wanted = len(request.prompt) + request.params.max_tokens
-        if wanted > self.max_model_len:
-            raise PromptTooLong(
-                explain("prompt", wanted, f"at most {self.max_model_len} tokens"), field="prompt"
-            )
+        check_not_empty("prompt", request.prompt)
+        check_fits_context(len(request.prompt), request.params.max_tokens, 0, self.max_model_len)
         num_edits = 0
         for choice in request.adapters:
-            adapter = self._adapters.get(choice.digest)
-            if adapter is None:
-                raise InvalidRequest.because("adapter", choice.digest, "a loaded digest")
+            adapter = loaded_adapter(self._adapters, choice.digest)
             positions = sum(map(len, adapter.rule.resolve(len(request.prompt))))
             num_edits += positions * len(adapter.spec.sites["block_output"].layers)
         made = list(request.completion) or self.reply(request)
@@ -261,9 +258,7 @@ class FakeEngine:
         return digest in self._adapters
 
     def adapter_spec(self, digest: str) -> AdapterSpec:
-        if digest not in self._adapters:
-            raise InvalidRequest.because("adapter", digest, "a loaded digest")
-        return self._adapters[digest].spec
+        return loaded_adapter(self._adapters, digest).spec
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -320,7 +315,8 @@ class FakeEngine:
 
     def _advance(self, running: _Running) -> None:
         params = running.request.params
-        if self.fail_after is not None and running.num_sent >= self.fail_after:
+        is_due = self.fail_after is not None and running.num_sent >= self.fail_after
+        if is_due and self.fails(running.request):
             self._end(running, None, "error", self.failure)
             return
         if params.max_tokens == 0:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from reft_core.adapter import encode_adapter
+from tests.factories import random_prefix_adapter
 from tests.server.fakes import BRACKETS, MODEL, make_adapter
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -51,6 +53,19 @@ def test_content_may_be_text_parts(server, engine, loaded):
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     ask(server, model="tone", messages=[{"role": "user", "content": parts}])
     assert prompt_text(engine, loaded) == "U[hello]"
+
+
+@pytest.mark.parametrize("strength", [1, 0])
+def test_a_trained_prefix_leaves_less_of_the_context_to_fill(tiny, strength):
+    prefix = random_prefix_adapter(tiny.services.engine.model, "kv", length=3)
+    tiny.upload("prefix", encode_adapter(prefix.spec, prefix.edits, prefix.prefix))
+    options = {"strength": strength}
+    body = {"model": "prefix", "messages": HELLO, "ignore_eos": True, "reft": options}
+    answer = tiny.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    room = tiny.services.engine.max_model_len
+    assert answer.json()["usage"]["total_tokens"] == room - 3 * strength
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
 
 
 def test_answers_may_fill_the_context_unless_limited(server, engine):

@@ -23,6 +23,18 @@ def test_labels_must_come_from_somewhere(server):
     assert "2 to 256 labels" in error["message"]
 
 
+def test_more_labels_than_the_engine_takes_in_are_refused(in_process, engine):
+    with in_process(max_num_seqs=2, max_waiting=2) as server:
+        assert classify(server, input=["hi", "ho"], labels=["a", "b"]).status_code == 200
+        num_submitted = len(engine.submitted)
+        refused = classify(server, input=["hi", "ho"], labels=["a", "b", "c"])
+        too_many_texts = classify(server, input=["hi"] * 5, labels=["a", "b"])
+    assert refused.json()["error"]["param"] == "input"
+    assert "2 texts x 3 labels = 6', expected at most 4" in refused.json()["error"]["message"]
+    assert "expected at most 4" in too_many_texts.json()["error"]["message"]
+    assert len(engine.submitted) == num_submitted
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [

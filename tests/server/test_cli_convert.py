@@ -39,7 +39,7 @@ def test_a_peft_folder_there_and_back(tmp_path):
     made = convert(PEFT, "peft", out, "--name", "tone", "--description", "d", "--licence", "MIT")
     assert made.exit_code == 0, made.output
     adapter = read_adapter(out)
-    assert made.output.startswith(f"tone: lora, {adapter.spec.num_parameters:,} parameters")
+    assert made.output.startswith(f"tone: lora; {adapter.spec.num_parameters:,} parameters")
     assert adapter.digest in made.output
     assert (adapter.spec.description, adapter.spec.licence) == ("d", "MIT")
     exported = run("export", str(out), "--to", "peft", "--out", str(folder))

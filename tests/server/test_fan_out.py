@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import threading
+
 import pytest
 
 from reft_core.adapter import decode_adapter
 from reft_core.engine.interface import AdapterChoice
-from reft_core.errors import AdapterFileInvalid, EngineOverloaded, PromptTooLong
+from reft_core.errors import (
+    AdapterFileInvalid,
+    DeadlineExceeded,
+    EngineOverloaded,
+    PromptTooLong,
+    ReftError,
+    RequestFailed,
+)
 from server.settings import Settings
+from server.vocabulary import Vocabulary
 from tests.factories import random_adapter_bytes
 from tests.reference.slow import reference_generate
 from tests.server.conftest import Server
-from tests.server.fakes import BRACKETS, MODEL, FakeEngine, make_adapter, make_tiny_model
+from tests.server.fakes import (
+    BRACKETS,
+    MODEL,
+    FakeEngine,
+    make_adapter,
+    make_tiny_model,
+    wait_until,
+)
 from tests.server.test_chat import HELLO, ask, prompt_text
 from tests.server.test_completions import complete, events
+from tests.server.test_live import asking
 
 BASE = MODEL.name
 
@@ -104,7 +123,8 @@ def test_each_prompt_is_rendered_with_its_models_template(
 def test_options_are_for_all_and_each_may_have_its_own(
     server: Server, engine: FakeEngine, digests: dict[str, str]
 ) -> None:
-    models = ["tone", {"model": "tone", "strength": 0}, BASE, {"model": "mood", "strength": -1.5}]
+    models = ["tone", {"model": "tone", "strength": 0}, {"model": BASE, "strength": None}]
+    models += [{"model": "mood", "strength": -1.5}]
     complete(server, reft={"strength": 0.5, "models": models})
     tone, mood = digests["tone"], digests["mood"]
     assert [request.adapters for request in engine.submitted] == [
@@ -216,6 +236,41 @@ def test_the_cap_is_a_setting(in_process: object, make_settings: object) -> None
 
 
 @pytest.mark.parametrize(
+    ("counts", "param"),
+    [((2, 3, 2), None), ((2, 3, 3), "reft.models"), ((4, 2, 2), "prompt"), ((2, 2, 4), "n")],
+)
+def test_more_answers_than_the_engine_takes_in_are_refused(
+    in_process: object, engine: FakeEngine, counts: tuple[int, int, int], param: str | None
+) -> None:
+    num_prompts, num_models, n = counts
+    body = {"model": BASE, "prompt": ["x"] * num_prompts, "n": n}
+    body |= {"reft": {"models": [BASE] * num_models}}
+    with in_process(max_num_seqs=4, max_waiting=8) as server:  # type: ignore[operator]
+        answer = server.http.post("/v1/completions", json=body)
+    assert answer.is_success == (param is None)
+    if param is not None:
+        error = answer.json()["error"]
+        assert error["param"] == param
+        assert f"= {num_prompts * num_models * n}', expected at most 12" in error["message"]
+        assert engine.submitted == []
+
+
+def test_adapters_that_never_fit_together_are_refused_at_once(
+    server: Server, engine: FakeEngine, digests: dict[str, str]
+) -> None:
+    residency = server.services.residency
+    bytes_each = server.services.registry.current("tone").resident_bytes
+    residency._budget_bytes = 2 * bytes_each
+    body = {"model": BASE, "prompt": "x", "reft": {"models": ["tone", "tone@1"]}}
+    assert server.http.post("/v1/completions", json=body).is_success
+    body["reft"] = {"models": ["tone", "tone@1", "mood", BASE]}
+    refused = server.http.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reft")
+    assert f"at most {2 * bytes_each} bytes together" in refused.json()["error"]["message"]
+    assert residency.num_references == 0
+
+
+@pytest.mark.parametrize(
     ("error", "status", "param"),
     [
         (PromptTooLong("prompt: got 9, expected 8", field="prompt"), 400, "reft.models[1]"),
@@ -237,6 +292,8 @@ def test_one_that_the_engine_refuses_takes_the_others_back(
     assert answer.json()["error"]["param"] == param
     assert engine.cancelled == [request.request_id for request in engine.submitted]
     assert server.services.residency.num_users(engine.loads[0]) == 0
+    metrics = server.http.get("/metrics").text
+    assert 'reft_request_success_total{finished_reason="error"} 1.0' in metrics
 
 
 def test_one_that_cannot_be_loaded_is_named_and_the_others_are_given_back(
@@ -251,17 +308,106 @@ def test_one_that_cannot_be_loaded_is_named_and_the_others_are_given_back(
     assert server.services.residency.num_users(digests["tone"]) == 0
 
 
-def test_an_adapter_of_several_models_is_held_once(
-    server: Server, engine: FakeEngine, digests: dict[str, str]
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("failure", "status", "param"),
+    [
+        (RequestFailed("decode failed"), 500, "reft.models[1]"),
+        (DeadlineExceeded("the request did not end in time"), 504, None),
+    ],
+)
+def test_one_that_fails_while_it_runs_ends_all(
+    server: Server,
+    engine: FakeEngine,
+    digests: dict[str, str],
+    streaming: bool,
+    path: str,
+    failure: ReftError,
+    status: int,
+    param: str | None,
 ) -> None:
-    engine.pause()
-    body = {"model": BASE, "prompt": "x", "stream": True}
-    body |= {"reft": {"models": ["tone", "mood", {"model": "tone", "strength": 2}]}}
-    engine.resume()
-    assert server.http.post("/v1/completions", json=body).is_success
-    assert sorted(engine.loads) == sorted([digests["tone"], digests["mood"]])
+    engine.fails = lambda request: request.adapters[:1] == (AdapterChoice(digests["mood"]),)
+    engine.fail_after, engine.failure = 2, failure
+    body = {"model": BASE, "max_tokens": 200, "ignore_eos": True, "stream": streaming}
+    body |= {"messages": HELLO} if "chat" in path else {"prompt": "x"}
+    answer = server.http.post(path, json=body | {"reft": {"models": ["tone", "mood", BASE]}})
+    if streaming:
+        assert answer.status_code == 200
+        error = json.loads(answer.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
+    else:
+        assert answer.status_code == status
+        error = answer.json()["error"]
+    prefix = f"{param}: " if param else ""
+    assert (error["message"], error["param"]) == (f"{prefix}{failure.message}", param)
+    wait_until(lambda: engine.num_open == 0, "the other models to be cancelled")
     for digest in engine.loads:
         assert server.services.residency.num_users(digest) == 0
+    metrics = server.http.get("/metrics").text
+    assert 'reft_request_success_total{finished_reason="error"} 3.0' in metrics
+    assert 'finished_reason="abort"' not in metrics
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_a_client_that_leaves_cancels_every_model(
+    live: Server, engine: FakeEngine, streaming: bool, num_steps: int
+) -> None:
+    names = ["tone", "mood"]
+    users = [live.upload(name, make_adapter(i))["digest"] for i, name in enumerate(names)]
+    engine.pause()
+    engine.step(num_steps)
+    reft = {"models": [*names, BASE]}
+    with asking(live, model=BASE, n=2, stream=streaming, ignore_eos=True, reft=reft):
+        wait_until(lambda: engine.num_tokens == 6 * num_steps, "the first tokens")
+        wait_until(lambda: engine.num_open == 6, "all choices to reach the engine")
+    wait_until(lambda: engine.num_open == 0, "all choices to be cancelled")
+    residency = live.services.residency
+    wait_until(lambda: not any(map(residency.num_users, users)), "the adapters' release")
+    assert sorted(engine.cancelled) == sorted(request.request_id for request in engine.submitted)
+    metrics = live.http.get("/metrics").text
+    assert 'reft_request_success_total{finished_reason="abort"} 6.0' in metrics
+
+
+def test_a_client_that_leaves_while_one_adapter_loads_gives_the_others_back(
+    live: Server, engine: FakeEngine
+) -> None:
+    names = ["tone", "mood"]
+    users = [live.upload(name, make_adapter(i))["digest"] for i, name in enumerate(names)]
+    assert live.http.post("/v1/completions", json={"model": "tone", "prompt": "x"}).is_success
+    engine.load_gate = threading.Event()
+    residency = live.services.residency
+    with asking(live, model=BASE, reft={"models": names}):
+        wait_until(lambda: [*map(residency.num_users, users)] == [1, 1], "the load to begin")
+    wait_until(lambda: not any(map(residency.num_users, users)), "the adapters' release")
+    engine.load_gate.set()
+    assert len(engine.submitted) == 1
+
+
+def test_an_adapter_of_several_models_is_held_once(live: Server, engine: FakeEngine) -> None:
+    digest = live.upload("tone", make_adapter(1))["digest"]
+    engine.pause()
+    models = ["tone", {"model": "tone", "strength": 2}, BASE]
+    with asking(live, model=BASE, reft={"models": models}):
+        wait_until(lambda: engine.num_open == 3, "all models to reach the engine")
+        assert live.services.residency.num_users(digest) == 1
+    wait_until(lambda: live.services.residency.num_users(digest) == 0, "the adapter's release")
+    assert engine.loads == [digest]
+
+
+def test_a_model_that_ends_at_once_is_in_the_stream(
+    server: Server, engine: FakeEngine, digests: dict[str, str]
+) -> None:
+    engine.reply = lambda request: "" if request.adapters else "base"
+    body = {"model": BASE, "prompt": "x", "stream": True, "reft": {"models": ["tone", BASE]}}
+    body |= {"stream_options": {"include_usage": True}}
+    chunks = events(server.http.post("/v1/completions", json=body))
+    found = [chunk["choices"][0] for chunk in chunks[:-1]]
+    (silent,) = [choice for choice in found if choice["index"] == 0]
+    assert (silent["text"], silent["finish_reason"]) == ("", "stop")
+    assert silent["reft"]["digest"] == digests["tone"]
+    # Each ends with a stop token, which counts.
+    assert chunks[-1]["usage"]["completion_tokens"] == 1 + 5
 
 
 def test_prompt_log_probabilities_are_a_completions_business(
@@ -295,7 +441,7 @@ def test_the_engine_computes_a_shared_beginning_once(tiny: Server) -> None:
     answer = tiny.http.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     prompt = tuple(tiny.services.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-    vocabulary = tiny.services.text_generator._vocabulary
+    vocabulary = Vocabulary(tiny.services.loaded.tokenizer)
     for choice, data in zip(answer.json()["choices"], [*files, None], strict=True):
         adapter = decode_adapter(data) if data is not None else None
         expected = reference_generate(make_tiny_model(), prompt, 4, adapter)

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from reft_core.errors import EngineOverloaded
+from reft_core.errors import AdapterNotFound, EngineOverloaded
 from reft_core.spec import AdapterSpec
+from server.pins import Pins
 from tests.server.conftest import ADMIN
 from tests.server.fakes import make_adapter
 
@@ -58,3 +64,67 @@ def test_a_start_without_room_for_all_pins_says_so(in_process, tmp_path, monkeyp
     monkeypatch.setattr(AdapterSpec, "resident_bytes", lambda *_: MIB)
     with pytest.raises(EngineOverloaded, match="adapter memory is full"), server:
         pass
+
+
+class SlowResidency:
+    """Pins the first thing it is asked to once a gate is open."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[str, str] = {}
+        self.asked: list[str] = []
+        self.gate = asyncio.Event()
+
+    async def pin(self, name: str, digest: str, num_bytes: int) -> None:
+        self.asked.append(digest)
+        if len(self.asked) == 1:
+            await self.gate.wait()
+        self.pinned[name] = digest
+
+    def unpin(self, name: str) -> None:
+        self.pinned.pop(name, None)
+
+
+def meanwhile(
+    current: list[str], change: Callable[[Pins], Coroutine[Any, Any, None]]
+) -> dict[str, str]:
+    """What is pinned when ``change`` has come while the first version was loading."""
+
+    def find(name: str) -> SimpleNamespace:
+        if not current:
+            raise AdapterNotFound(name)
+        return SimpleNamespace(digest=current[-1], resident_bytes=1)
+
+    async def run() -> dict[str, str]:
+        residency = SlowResidency()
+        pins = Pins(["tone"], SimpleNamespace(current=find), residency)
+        first = asyncio.create_task(pins.follow("tone"))
+        while not residency.asked:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(change(pins))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        residency.gate.set()
+        await asyncio.gather(first, second)
+        return residency.pinned
+
+    return asyncio.run(run())
+
+
+def test_of_two_uploads_at_once_the_later_stays_pinned():
+    current = ["old"]
+
+    async def upload(pins: Pins) -> None:
+        current.append("new")
+        await pins.follow("tone")
+
+    assert meanwhile(current, upload) == {"tone": "new"}
+
+
+def test_a_name_deleted_while_it_loads_is_not_kept():
+    current = ["old"]
+
+    async def delete(pins: Pins) -> None:
+        current.clear()
+        await pins.drop("tone")
+
+    assert meanwhile(current, delete) == {}

@@ -1329,6 +1329,30 @@ def test_stopping_an_engine_that_never_started() -> None:
 
 # The engine's thread raises on, which is how its death reaches the process's log.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_request_accepted_while_the_engine_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    first = submit(engine, "first", SHORT)
+    stepping, dying = threading.Event(), threading.Event()
+
+    def dying_step() -> None:
+        stepping.set()
+        assert dying.wait(WAIT_S)
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(engine, "step", dying_step)
+    engine.start()
+    assert stepping.wait(WAIT_S)
+    with engine.together():  # the lock under which a request is accepted
+        dying.set()
+        late = submit(engine, "late", SHORT)
+    assert engine._thread is not None
+    engine._thread.join(WAIT_S)
+    assert [type(recorder.error) for recorder in (first, late)] == [EngineUnavailable] * 2
+    assert engine.drain(WAIT_S)
+
+
+# The engine's thread raises on, which is how its death reaches the process's log.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_engine_says_so_to_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(max_num_seqs=1)
     recorders = [submit(engine, f"r{i}", SHORT, greedy(50)) for i in range(3)]

@@ -1,0 +1,84 @@
+"""Starts generations: resolve, tokenise, hold the adapters, submit."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from transformers import PreTrainedTokenizerBase
+
+from reft_core.engine.interface import Engine
+from reft_core.spec import TemplateSpec
+from server.echo import Echo, echo_of
+from server.generation import AnsweringModel, Backend, Generation
+from server.grammars import Grammars
+from server.job import Job
+from server.metrics import Metrics
+from server.named import resolve_all
+from server.registry import Registry
+from server.residency import Residency
+from server.vocabulary import Vocabulary
+
+
+class Generator:
+    """Starts generations on one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        residency: Residency,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: Metrics,
+        grammars: Grammars,
+        timeout_s: float | None = None,
+    ) -> None:
+        vocabulary = Vocabulary(tokenizer)
+        self._backend = Backend(engine, residency, vocabulary, metrics, timeout_s)
+        self._registry = registry
+        self._tokenizer = tokenizer
+        self._grammars = grammars
+
+    async def start(self, job: Job) -> Generation:
+        """Accept a job and submit all of it. The caller must close what it gets.
+
+        Raises what makes a request unacceptable; then nothing is left behind.
+        """
+        arrived_at = time.perf_counter()
+        models, echoes = await asyncio.to_thread(self._prepare, job)
+        grammar = await self._grammars.get(job.grammar) if job.grammar else None
+        generation = Generation(self._backend, job, models, echoes, arrived_at)
+        try:
+            await generation.hold()
+            generation.submit(grammar)
+        except BaseException:
+            generation.close()
+            raise
+        return generation
+
+    def _prepare(self, job: Job) -> tuple[list[AnsweringModel], list[Echo]]:
+        """The models that answer with their prompts, and the echo of each prompt of each model.
+
+        Blocks on the catalog and tokenizer. Prompts are rendered with each model's own template.
+        """
+        models: list[AnsweringModel] = []
+        rendered: dict[TemplateSpec | None, list[list[int]]] = {}
+        for place, resolved in enumerate(
+            resolve_all(job.answering, self._registry, self._tokenizer)
+        ):
+            template = resolved.versions[0].spec.template if resolved.leads else None
+            if template not in rendered:
+                with job.answering.about(place):
+                    rendered[template] = job.encode(self._tokenizer, template)
+            name = job.answering.named[place][0].model
+            models.append(AnsweringModel(place, name, resolved, rendered[template]))
+        echoes = self._echoes(job, models[0].prompts) * len(models)  # raw prompts, alike for all
+        return models, echoes
+
+    def _echoes(self, job: Job, prompts: list[list[int]]) -> list[Echo]:
+        """The prompts' echoes, if answers begin with them."""
+        vocabulary = self._backend.vocabulary
+        pairs = zip(prompts, job.echoed, strict=True) if job.echoed else ()
+        if job.params.prompt_logprobs is not None:
+            return [echo_of(vocabulary, prompt, text) for prompt, text in pairs]
+        return [Echo(vocabulary.decode(prompt) if text is None else text) for prompt, text in pairs]
