@@ -366,6 +366,7 @@ def _set(*keys: Any, to: Any) -> Any:
         (_set("tensors", "rotate_layer", "data", to=""), "'0 bytes', expected '?288 bytes"),
         (_set("tensors", "rotate_layer", "shape", to=[-1, 3]), "rotate_layer.shape"),
         (_set("tensors", "rotate_layer", "shape", to=[10**9, 10**9]), "bytes"),
+        (_set("tensors", "rotate_layer", "shape", to=[9] * 1000), "at most 2 positive whole"),
         (_set("tensors", "rotate_layer", to=1), "tensors.rotate_layer: got 'int'"),
         (_set("tensors", to=[]), "tensors: got"),
         (_set("extra", to=1), "extra: got 1"),
