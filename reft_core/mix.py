@@ -45,56 +45,71 @@ class Ingredient:
 def mix(ingredients: Sequence[Ingredient], name: str) -> bytes:
     """The file of one adapter that equals ``ingredients`` stacked in this order.
 
-    Base, positions, template and task must be the same in all of them. Subspaces are not kept:
-    their ranks are no longer separate. Raises :class:`InvalidRequest` naming what cannot be
-    mixed, or :class:`AdapterFileInvalid` if the result is not a valid adapter.
+    Base, positions, template and task must be the same in all of them. Licences that differ are
+    joined by ``AND``. Raises :class:`InvalidRequest` naming what cannot be mixed, or
+    :class:`AdapterFileInvalid` if the result is not a valid adapter.
     """
-    adapters = [ingredient.adapter for ingredient in ingredients]
-    if len(adapters) < 2:
-        raise InvalidRequest.because("adapters", len(adapters), "at least 2 to mix")
-    for ingredient in ingredients:
-        if ingredient.adapter.head is not None:
-            raise InvalidRequest.because(
-                "adapters", ingredient.adapter.spec.name, "none with a head"
-            )
-        if not math.isfinite(ingredient.strength):
-            raise InvalidRequest.because("strength", ingredient.strength, "a finite number")
-    specs = [adapter.spec for adapter in adapters]
-    first = specs[0]
-    _same("base", [spec.base.fingerprint for spec in specs])
-    _same("positions", [spec.positions for spec in specs])
-    _same("template", [spec.template for spec in specs])
-    _same("task", [spec.task for spec in specs])
+    _check(ingredients)
+    specs = [part.adapter.spec for part in ingredients]
     sites = {site: _mixed_site(site, specs) for spec in specs for site in spec.sites}
     edits = {
-        key: _padded(edit, sites[key.site], first.base.hidden_size)
+        key: _padded(edit, sites[key.site], specs[0].base.hidden_size)
         for key, edit in _mixed_edits(ingredients).items()
     }
-    methods = {spec.method for spec in specs}
-    mixed = first.model_copy(
+    prefixed = _the_prefixed(ingredients)
+    spec = specs[0].model_copy(
         update={
             "name": name,
             "description": "Mixed from "
             + ", ".join(f"{part.adapter.spec.name} at {part.strength:g}" for part in ingredients),
-            "method": methods.pop() if len(methods) == 1 else MIXED,
+            "licence": _licence([spec.licence for spec in specs]),
+            "method": specs[0].method if len({spec.method for spec in specs}) == 1 else MIXED,
             "dtype": "float32",
             "sites": sites,
-            "prefix": None,
-            "subspaces": None,
+            "prefix": prefixed.spec.prefix if prefixed else None,
             "strength": 1.0,
-            "training": TrainingSpec(
-                tool="reft adapter mix",
-                data={
-                    f"adapter_{place}": f"{adapter.spec.name}@sha256:{adapter.digest}"
-                    for place, adapter in enumerate(adapters, 1)
-                },
-            ),
+            "training": _provenance(ingredients),
         }
     )
-    prefixed = _the_prefixed(ingredients)
-    if prefixed is not None:
-        mixed = mixed.model_copy(update={"prefix": prefixed.spec.prefix})
-    return encode_adapter(mixed, edits, prefixed.prefix if prefixed else None)
+    return encode_adapter(spec, edits, prefixed.prefix if prefixed else None)
+
+
+def _check(ingredients: Sequence[Ingredient]) -> None:
+    """Refuse what a mix would lose, and adapters that differ in what it has once."""
+    if len(ingredients) < 2:
+        raise InvalidRequest.because("adapters", len(ingredients), "at least 2 to mix")
+    for part in ingredients:
+        spec = part.adapter.spec
+        if spec.head is not None:
+            raise InvalidRequest.because("adapters", spec.name, "none with a head")
+        if spec.subspaces:
+            raise InvalidRequest.because(
+                "adapters",
+                spec.name,
+                f"none with subspaces ({', '.join(spec.subspaces)}): mixed, their ranks could no "
+                "longer be weighed one by one; stack them per request instead",
+            )
+        if not math.isfinite(part.strength):
+            raise InvalidRequest.because("strength", part.strength, "a finite number")
+    specs = [part.adapter.spec for part in ingredients]
+    _same("base", [spec.base.fingerprint for spec in specs])
+    for field in ("positions", "template", "task"):
+        _same(field, [getattr(spec, field) for spec in specs])
+
+
+def _licence(licences: Sequence[str]) -> str:
+    """What a mix is under: all of its parts' licences, as an SPDX expression joins them."""
+    distinct = list(dict.fromkeys(licence or "NOASSERTION" for licence in licences))
+    return licences[0] if len(distinct) == 1 else " AND ".join(distinct)
+
+
+def _provenance(ingredients: Sequence[Ingredient]) -> TrainingSpec:
+    """Which files a mix was made from."""
+    data = {
+        f"adapter_{place}": f"{part.adapter.spec.name}@sha256:{part.adapter.digest}"
+        for place, part in enumerate(ingredients, 1)
+    }
+    return TrainingSpec(tool="reft adapter mix", data=data)
 
 
 def _same(field: str, values: Sequence[object]) -> None:
@@ -174,20 +189,8 @@ def _mixed_edits(ingredients: Sequence[Ingredient]) -> Mapping[EditKey, Edit]:
     places: dict[EditKey, list[Edit]] = {}
     for part in ingredients:
         for key, edit in part.adapter.edits.items():
-            places.setdefault(key, []).append(_at_strength(edit.fold(), part.strength))
+            places.setdefault(key, []).append(edit.fold().times(part.strength))
     return {key: reduce(_after, edits) for key, edits in places.items()}
-
-
-def _at_strength(edit: Edit, strength: float) -> Edit:
-    """An edit whose Δ is ``strength`` times as large; its scale is worked in."""
-    factor = strength * edit.scale
-    return replace(
-        edit,
-        up=_map(lambda up: up * factor, edit.up),
-        shift=_map(lambda shift: shift * strength, edit.shift),
-        gain=_map(lambda gain: gain * strength, edit.gain),
-        scale=1.0,
-    )
 
 
 def _after(first: Edit, second: Edit) -> Edit:

@@ -47,24 +47,25 @@ def from_easysteer(source: Path, options: ConvertOptions) -> Converted:
         files = list_folder(source)
         if CHECKPOINT_FILE in files:
             document = read_json(files[CHECKPOINT_FILE])
-            return _finish(CHECKPOINT_FILE, *read_checkpoint(document, CHECKPOINT_FILE, options))
-        return _finish(source.name, *read_folder(files, source, options), options)
+            found = read_checkpoint(document, CHECKPOINT_FILE, options)
+            return _finish(CHECKPOINT_FILE, options, *found)
+        return _finish(source.name, options, *read_folder(files, source, options))
     data = read_bytes(source)
     if data[:4] == GGUF_MAGIC:
         vectors = TensorFile(source.name, read_gguf(data, source.name))
         edits = read_directions(vectors, "direction.", options)
-        return _finish(source.name, "steering", edits, options)
+        return _finish(source.name, options, "steering", edits)
     document = parse_json(data, source.name)
     if "payload" in document:
-        return _finish(source.name, *read_checkpoint(document, source.name, options))
-    return _finish(source.name, *read_payload(document, source.name, options), options)
+        return _finish(source.name, options, *read_checkpoint(document, source.name, options))
+    return _finish(source.name, options, *read_payload(document, source.name, options))
 
 
 def _finish(
     file: str,
+    options: ConvertOptions,
     method: str,
     edits: Mapping[EditKey, Edit],
-    options: ConvertOptions,
     positions: PositionSpec | None = None,
     template: TemplateSpec | None = None,
 ) -> Converted:
