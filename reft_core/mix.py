@@ -16,7 +16,7 @@ Anything else is refused, never approximated: such adapters can still be stacked
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reft_core.adapter import Adapter, EditKey, encode_adapter
+from reft_core.compose import compose
 from reft_core.edits import PARTS, Edit, Part
 from reft_core.errors import InvalidRequest
 from reft_core.spec import AdapterSpec, SiteSpec, TrainingSpec
@@ -190,67 +191,7 @@ def _mixed_edits(ingredients: Sequence[Ingredient]) -> Mapping[EditKey, Edit]:
     for part in ingredients:
         for key, edit in part.adapter.edits.items():
             places.setdefault(key, []).append(edit.fold().times(part.strength))
-    return {key: reduce(_after, edits) for key, edits in places.items()}
-
-
-def _after(first: Edit, second: Edit) -> Edit:
-    """The edit that equals ``first``, then ``second`` on what it wrote. Both at strength 1.
-
-    Of a site's output, with h₁ = h + (h·D₁ + b₁)·U₁ + c₁ + g₁∘h put into the second:
-
-        D = [D₁, D₂ + g₁∘D₂ + D₁·U₁·D₂]     b = [b₁, b₂ + (b₁·U₁ + c₁)·D₂]
-        U = [U₁ + g₂∘U₁; U₂]                c = c₁ + g₂∘c₁ + c₂
-        g = g₁ + g₂ + g₁∘g₂
-
-    Of its input, which no edit changes, D₂ and b₂ stay as they are; the gain still reads the
-    output.
-    """
-    down, bias = second.down, second.bias
-    if second.source == "output" and second.down is not None:
-        moved = second.down
-        if first.gain is not None:
-            moved = moved + first.gain.unsqueeze(1) * second.down
-        if first.down is not None and first.up is not None:
-            moved = moved + first.down @ (first.up @ second.down)
-        down = moved
-        constant = first.shift
-        if first.bias is not None and first.up is not None:
-            constant = _sum(constant, first.bias @ first.up)
-        if constant is not None:
-            bias = _sum(second.bias, constant @ second.down)
-    up, shift = first.up, first.shift
-    if second.gain is not None:
-        gain = second.gain
-        up = _map(lambda up: up + up * gain, up)
-        shift = _map(lambda shift: shift + shift * gain, shift)
-    first_bias = first.bias
-    if first_bias is None and bias is not None and first.down is not None:
-        first_bias = first.down.new_zeros(first.rank)
-    if bias is None and first_bias is not None and down is not None:
-        bias = down.new_zeros(second.rank)
-    both_gains = _sum(first.gain, second.gain)
-    if first.gain is not None and second.gain is not None:
-        both_gains = _sum(both_gains, first.gain * second.gain)
-    return replace(
-        first,
-        down=_join(first.down, down, 1),
-        skip=_join(*_with_zeros(first, second), 1),
-        up=_join(up, second.up, 0),
-        bias=_join(first_bias, bias, 0),
-        shift=_sum(shift, second.shift),
-        gain=both_gains,
-    )
-
-
-def _with_zeros(first: Edit, second: Edit) -> tuple[Tensor | None, Tensor | None]:
-    """Both edits' skips; where one alone has any, zeros stand for the other's."""
-    if first.skip is None and second.skip is None:
-        return None, None
-
-    def skip(edit: Edit) -> Tensor | None:
-        return _map(torch.zeros_like, edit.down) if edit.skip is None else edit.skip
-
-    return skip(first), skip(second)
+    return {key: reduce(compose, edits) for key, edits in places.items()}
 
 
 def _padded(edit: Edit, site: SiteSpec, hidden_size: int) -> Edit:
@@ -265,21 +206,3 @@ def _padded(edit: Edit, site: SiteSpec, hidden_size: int) -> Edit:
         parts[part] = padded
     absent: dict[str, None] = {part: None for part in _LOW_RANK if part not in parts}
     return replace(edit, **{**absent, **parts})  # type: ignore[arg-type]
-
-
-def _map(function: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else function(tensor)
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """The sum, an absent one counting as zero."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
-def _join(first: Tensor | None, second: Tensor | None, dim: int) -> Tensor | None:
-    """Both beside each other along ``dim``, or the one there is."""
-    if first is None or second is None:
-        return second if first is None else first
-    return torch.cat([first, second], dim)
