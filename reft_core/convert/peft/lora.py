@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reft_core.adapter import EditKey
+from reft_core.convert.assembling import check_layers
 from reft_core.convert.linear_maps import LinearMap, lora_edit, place_linear_maps
 from reft_core.convert.peft.folder import CONFIG_FILE, KEY_PREFIX
 from reft_core.convert.peft.patterns import MAX_PATTERNS, parse_endings
@@ -144,6 +145,7 @@ def _check_targets(
         isinstance(chosen, list) and all(type(layer) is int for layer in chosen)
     ):
         raise invalid(CONFIG_FILE, "layers_to_transform", chosen, "whole numbers or null")
+    check_layers(chosen or (), base, f"{CONFIG_FILE}: layers_to_transform")
     endings = tuple(f".{name}" for name in targets)
     expected = set()
     for layer in range(base.num_layers) if not chosen else sorted(set(chosen)):

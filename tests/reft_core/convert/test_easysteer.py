@@ -22,6 +22,7 @@ from reft_core.convert import ConvertOptions, convert
 from reft_core.errors import (
     AdapterFileInvalid,
     AdapterMismatch,
+    AdapterTooLarge,
     InvalidRequest,
     ReftError,
     UnsupportedFeature,
@@ -171,7 +172,8 @@ def checkpoint(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def test_a_training_checkpoint_records_position_and_template(tmp_path: Path) -> None:
     tensors = reft_tensors()
-    write(tmp_path / "steering_adapter.json", checkpoint(tensors))
+    path = write(tmp_path / "steering_adapter.json", checkpoint(tensors))
+    path.write_text(path.read_text() + " " * 2_000_000)  # as large as with a high rank
     adapter = decode_adapter(convert(tmp_path, "easysteer", options(template=None)))
     assert_is_loreft(adapter, tensors, [1])
     assert adapter.spec.positions.rule == "l1"
@@ -326,6 +328,14 @@ def test_gguf_files_are_held_to_their_bytes(data: bytes, message: str, tmp_path:
     with pytest.raises(AdapterFileInvalid, match=message) as caught:
         read(path)
     assert str(caught.value).startswith("a.gguf: ")
+
+
+def test_documents_are_not_parsed_at_any_size(tmp_path: Path) -> None:
+    path = tmp_path / "payload.json"
+    with path.open("wb") as file:
+        file.truncate(64 * 2**20 + 1)
+    with pytest.raises(AdapterTooLarge, match=r"payload\.json: got '67108865 bytes'"):
+        read(path)
 
 
 @pytest.mark.parametrize("missing", ["positions", "anchor", "cap", "template", "name"])

@@ -48,11 +48,13 @@ from tests.reft_core.convert.support import FIXTURES, options
 from tests.server.fakes import make_tokenizer
 
 
-def test_a_file_over_the_cap_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_CONFIG_BYTES", 10)
+def test_a_file_over_the_cap_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("{" + " " * 10 + "}")
     with pytest.raises(AdapterTooLarge, match=r"config\.json: got '12 bytes', expected at most 10"):
+        read_json(path, max_bytes=10)
+    path.write_text("{" + " " * reading.MAX_CONFIG_BYTES + "}")
+    with pytest.raises(AdapterTooLarge, match="at most 1048576 bytes"):
         read_json(path)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from reft_core.convert import convert
 from reft_core.errors import AdapterMismatch, InvalidRequest
-from tests.reft_core.convert.peft.cases import case_options, converted
-from tests.reft_core.convert.support import load_case
+from tests.reft_core.convert.peft.cases import case_options, change_config, converted
+from tests.reft_core.convert.support import copied, load_case, options
 
 
 @pytest.mark.parametrize("missing", ["template", "name"])
@@ -53,3 +55,10 @@ def test_another_base_model_is_refused(name: str, change: dict[str, Any], messag
     base = replace(case_options(case).base, **change)
     with pytest.raises(AdapterMismatch, match=message):
         converted(case, base=base)
+
+
+def test_layers_that_the_base_lacks_are_refused(tmp_path: Path) -> None:
+    folder = copied(load_case("peft", "lora"), tmp_path)
+    change_config(folder, {"layers_to_transform": [0, 3]})
+    with pytest.raises(AdapterMismatch, match="layers_to_transform: layer: got 3, expected 0 to 2"):
+        convert(folder, "peft", options())
