@@ -1,30 +1,28 @@
 """The adapter file: one ``.safetensors`` with the spec in its metadata.
 
 Reading is hostile-input code. Everything the header declares is checked before a tensor is
-built: size, header length, JSON, spec, tensor names, dtypes and shapes; then values must be
-finite. The file's SHA-256, its *digest*, is the adapter's identity everywhere.
+built (:mod:`reft_core.adapter_header`); then values must be finite. The file's SHA-256, its
+*digest*, is the adapter's identity everywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from reft_core.adapter_header import check_tensors_declared, read_header, read_spec
 from reft_core.edits import Activation, Edit, activate
 from reft_core.errors import AdapterFileInvalid, AdapterMismatch, AdapterTooLarge, explain
 from reft_core.positions import PositionRule
@@ -32,11 +30,7 @@ from reft_core.sites import ModelDescription
 from reft_core.spec import METADATA_KEY, AdapterSpec, BaseModelSpec, tensor_name
 
 MAX_ADAPTER_BYTES = 256 * 1024 * 1024
-MAX_HEADER_BYTES = 1024 * 1024
-_LENGTH_PREFIX_BYTES = 8
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
-_HEADER_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class EditKey(NamedTuple):
@@ -208,9 +202,9 @@ def decode_adapter(
             explain("adapter file", f"{len(data)} bytes", f"at most {max_bytes} bytes"),
             field="body",
         )
-    header = _read_header(data)
-    spec = _read_spec(header.pop("__metadata__", None))
-    _check_tensors_declared(header, spec)
+    header = read_header(data)
+    spec = read_spec(header.pop("__metadata__", None))
+    check_tensors_declared(header, spec)
     try:
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
@@ -287,96 +281,6 @@ def check_fits(spec: AdapterSpec, model: ModelDescription) -> None:
                 explain("prefix heads", declared_heads, f"{heads}, as in {model.name}"),
                 field="prefix",
             )
-
-
-def _read_header(data: bytes) -> dict[str, Any]:
-    """The safetensors header as JSON, its length checked against the cap and the file."""
-    prefix = data[:_LENGTH_PREFIX_BYTES]
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < _LENGTH_PREFIX_BYTES:
-        raise AdapterFileInvalid.because(
-            "body", f"{len(data)} bytes", "a safetensors file, which starts with 8 bytes of length"
-        )
-    rest = len(data) - _LENGTH_PREFIX_BYTES
-    if length > rest:
-        raise AdapterFileInvalid.because(
-            "header",
-            f"{length} bytes",
-            f"at most the {rest} bytes that follow in the body; is this a safetensors file?",
-        )
-    if length > MAX_HEADER_BYTES:
-        raise AdapterFileInvalid.because(
-            "header", f"{length} bytes", f"at most {MAX_HEADER_BYTES} bytes"
-        )
-    raw = data[_LENGTH_PREFIX_BYTES : _LENGTH_PREFIX_BYTES + length]
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileInvalid(f"header: not valid JSON ({error})", field="header") from None
-    if not isinstance(header, dict):
-        raise AdapterFileInvalid.because("header", type(header).__name__, "a JSON object")
-    return header
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object of ``pairs``; readers disagree on repeated keys, so none may repeat."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice[:100]!r} appears twice")
-    return found
-
-
-def _read_spec(metadata: object) -> AdapterSpec:
-    """The spec in the safetensors metadata. Errors name the spec's field."""
-    if not isinstance(metadata, dict) or set(metadata) != {METADATA_KEY}:
-        held = sorted(metadata) if isinstance(metadata, dict) else metadata
-        raise AdapterFileInvalid.because(
-            "__metadata__", held, f"exactly one key, {METADATA_KEY!r}, holding the spec"
-        )
-    text = metadata[METADATA_KEY]
-    if not isinstance(text, str):
-        raise AdapterFileInvalid.because("spec", type(text).__name__, "a JSON document as text")
-    try:
-        json.loads(text, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileInvalid.because("spec", text, f"a JSON document ({error})") from None
-    try:
-        return AdapterSpec.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(["spec", *(str(part) for part in first["loc"])])
-        raise AdapterFileInvalid.because(field, first.get("input"), first["msg"]) from None
-
-
-def _check_tensors_declared(header: dict[str, Any], spec: AdapterSpec) -> None:
-    """Every tensor the spec implies, with its dtype and shape, and no other.
-
-    The cost is the header's, however many tensors the spec implies.
-    """
-    if spec.num_tensors > len(header):
-        missing = (entry for entry in spec.iter_tensor_shapes() if entry[0] not in header)
-        name, shape = next(missing)
-        raise AdapterFileInvalid(f"{name}: missing, expected shape {shape}", field=name)
-    expected = spec.tensor_shapes()
-    for name in header:
-        if name not in expected:
-            raise AdapterFileInvalid.because("tensors", name, "only tensors the spec implies")
-    for name, shape in expected.items():
-        entry = header.get(name)
-        if name not in header:
-            raise AdapterFileInvalid(f"{name}: missing, expected shape {shape}", field=name)
-        if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
-            held = sorted(entry) if isinstance(entry, dict) else entry
-            raise AdapterFileInvalid.because(
-                name, held, "an object with exactly dtype, shape, data_offsets"
-            )
-        if entry.get("dtype") != _HEADER_DTYPES[spec.dtype]:
-            raise AdapterFileInvalid.because(
-                f"{name}.dtype", entry.get("dtype"), _HEADER_DTYPES[spec.dtype]
-            )
-        if entry.get("shape") != list(shape):
-            raise AdapterFileInvalid.because(f"{name}.shape", entry.get("shape"), str(list(shape)))
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

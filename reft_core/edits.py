@@ -132,6 +132,17 @@ class Edit:
         up = self.up if self.scale == 1.0 else self.up * self.scale  # (r, d)
         return replace(self, down=down, skip=None, up=up, scale=1.0)
 
+    def times(self, strength: float) -> Edit:
+        """The edit whose Δ is ``strength`` times as large, with the scale multiplied in."""
+        factor = strength * self.scale
+        return replace(
+            self,
+            up=None if self.up is None else self.up * factor,
+            shift=None if self.shift is None else self.shift * strength,
+            gain=None if self.gain is None else self.gain * strength,
+            scale=1.0,
+        )
+
     def scale_ranks(self, factors: Tensor) -> Edit:
         """The edit with each rank's contribution multiplied by its factor (r,)."""
         assert self.up is not None, "only a low-rank edit has ranks to scale"

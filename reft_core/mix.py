@@ -16,7 +16,7 @@ Anything else is refused, never approximated: such adapters can still be stacked
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reft_core.adapter import Adapter, EditKey, encode_adapter
+from reft_core.compose import compose
 from reft_core.edits import PARTS, Edit, Part
 from reft_core.errors import InvalidRequest
 from reft_core.spec import AdapterSpec, SiteSpec, TrainingSpec
@@ -45,56 +46,71 @@ class Ingredient:
 def mix(ingredients: Sequence[Ingredient], name: str) -> bytes:
     """The file of one adapter that equals ``ingredients`` stacked in this order.
 
-    Base, positions, template and task must be the same in all of them. Subspaces are not kept:
-    their ranks are no longer separate. Raises :class:`InvalidRequest` naming what cannot be
-    mixed, or :class:`AdapterFileInvalid` if the result is not a valid adapter.
+    Base, positions, template and task must be the same in all of them. Licences that differ are
+    joined by ``AND``. Raises :class:`InvalidRequest` naming what cannot be mixed, or
+    :class:`AdapterFileInvalid` if the result is not a valid adapter.
     """
-    adapters = [ingredient.adapter for ingredient in ingredients]
-    if len(adapters) < 2:
-        raise InvalidRequest.because("adapters", len(adapters), "at least 2 to mix")
-    for ingredient in ingredients:
-        if ingredient.adapter.head is not None:
-            raise InvalidRequest.because(
-                "adapters", ingredient.adapter.spec.name, "none with a head"
-            )
-        if not math.isfinite(ingredient.strength):
-            raise InvalidRequest.because("strength", ingredient.strength, "a finite number")
-    specs = [adapter.spec for adapter in adapters]
-    first = specs[0]
-    _same("base", [spec.base.fingerprint for spec in specs])
-    _same("positions", [spec.positions for spec in specs])
-    _same("template", [spec.template for spec in specs])
-    _same("task", [spec.task for spec in specs])
+    _check(ingredients)
+    specs = [part.adapter.spec for part in ingredients]
     sites = {site: _mixed_site(site, specs) for spec in specs for site in spec.sites}
     edits = {
-        key: _padded(edit, sites[key.site], first.base.hidden_size)
+        key: _padded(edit, sites[key.site], specs[0].base.hidden_size)
         for key, edit in _mixed_edits(ingredients).items()
     }
-    methods = {spec.method for spec in specs}
-    mixed = first.model_copy(
+    prefixed = _the_prefixed(ingredients)
+    spec = specs[0].model_copy(
         update={
             "name": name,
             "description": "Mixed from "
             + ", ".join(f"{part.adapter.spec.name} at {part.strength:g}" for part in ingredients),
-            "method": methods.pop() if len(methods) == 1 else MIXED,
+            "licence": _licence([spec.licence for spec in specs]),
+            "method": specs[0].method if len({spec.method for spec in specs}) == 1 else MIXED,
             "dtype": "float32",
             "sites": sites,
-            "prefix": None,
-            "subspaces": None,
+            "prefix": prefixed.spec.prefix if prefixed else None,
             "strength": 1.0,
-            "training": TrainingSpec(
-                tool="reft adapter mix",
-                data={
-                    f"adapter_{place}": f"{adapter.spec.name}@sha256:{adapter.digest}"
-                    for place, adapter in enumerate(adapters, 1)
-                },
-            ),
+            "training": _provenance(ingredients),
         }
     )
-    prefixed = _the_prefixed(ingredients)
-    if prefixed is not None:
-        mixed = mixed.model_copy(update={"prefix": prefixed.spec.prefix})
-    return encode_adapter(mixed, edits, prefixed.prefix if prefixed else None)
+    return encode_adapter(spec, edits, prefixed.prefix if prefixed else None)
+
+
+def _check(ingredients: Sequence[Ingredient]) -> None:
+    """Refuse what a mix would lose, and adapters that differ in what it has once."""
+    if len(ingredients) < 2:
+        raise InvalidRequest.because("adapters", len(ingredients), "at least 2 to mix")
+    for part in ingredients:
+        spec = part.adapter.spec
+        if spec.head is not None:
+            raise InvalidRequest.because("adapters", spec.name, "none with a head")
+        if spec.subspaces:
+            raise InvalidRequest.because(
+                "adapters",
+                spec.name,
+                f"none with subspaces ({', '.join(spec.subspaces)}): mixed, their ranks could no "
+                "longer be weighed one by one; stack them per request instead",
+            )
+        if not math.isfinite(part.strength):
+            raise InvalidRequest.because("strength", part.strength, "a finite number")
+    specs = [part.adapter.spec for part in ingredients]
+    _same("base", [spec.base.fingerprint for spec in specs])
+    for field in ("positions", "template", "task"):
+        _same(field, [getattr(spec, field) for spec in specs])
+
+
+def _licence(licences: Sequence[str]) -> str:
+    """What a mix is under: all of its parts' licences, as an SPDX expression joins them."""
+    distinct = list(dict.fromkeys(licence or "NOASSERTION" for licence in licences))
+    return licences[0] if len(distinct) == 1 else " AND ".join(distinct)
+
+
+def _provenance(ingredients: Sequence[Ingredient]) -> TrainingSpec:
+    """Which files a mix was made from."""
+    data = {
+        f"adapter_{place}": f"{part.adapter.spec.name}@sha256:{part.adapter.digest}"
+        for place, part in enumerate(ingredients, 1)
+    }
+    return TrainingSpec(tool="reft adapter mix", data=data)
 
 
 def _same(field: str, values: Sequence[object]) -> None:
@@ -174,80 +190,8 @@ def _mixed_edits(ingredients: Sequence[Ingredient]) -> Mapping[EditKey, Edit]:
     places: dict[EditKey, list[Edit]] = {}
     for part in ingredients:
         for key, edit in part.adapter.edits.items():
-            places.setdefault(key, []).append(_at_strength(edit.fold(), part.strength))
-    return {key: reduce(_after, edits) for key, edits in places.items()}
-
-
-def _at_strength(edit: Edit, strength: float) -> Edit:
-    """An edit whose Δ is ``strength`` times as large; its scale is worked in."""
-    factor = strength * edit.scale
-    return replace(
-        edit,
-        up=_map(lambda up: up * factor, edit.up),
-        shift=_map(lambda shift: shift * strength, edit.shift),
-        gain=_map(lambda gain: gain * strength, edit.gain),
-        scale=1.0,
-    )
-
-
-def _after(first: Edit, second: Edit) -> Edit:
-    """The edit that equals ``first``, then ``second`` on what it wrote. Both at strength 1.
-
-    Of a site's output, with h₁ = h + (h·D₁ + b₁)·U₁ + c₁ + g₁∘h put into the second:
-
-        D = [D₁, D₂ + g₁∘D₂ + D₁·U₁·D₂]     b = [b₁, b₂ + (b₁·U₁ + c₁)·D₂]
-        U = [U₁ + g₂∘U₁; U₂]                c = c₁ + g₂∘c₁ + c₂
-        g = g₁ + g₂ + g₁∘g₂
-
-    Of its input, which no edit changes, D₂ and b₂ stay as they are; the gain still reads the
-    output.
-    """
-    down, bias = second.down, second.bias
-    if second.source == "output" and second.down is not None:
-        moved = second.down
-        if first.gain is not None:
-            moved = moved + first.gain.unsqueeze(1) * second.down
-        if first.down is not None and first.up is not None:
-            moved = moved + first.down @ (first.up @ second.down)
-        down = moved
-        constant = first.shift
-        if first.bias is not None and first.up is not None:
-            constant = _sum(constant, first.bias @ first.up)
-        if constant is not None:
-            bias = _sum(second.bias, constant @ second.down)
-    up, shift = first.up, first.shift
-    if second.gain is not None:
-        gain = second.gain
-        up = _map(lambda up: up + up * gain, up)
-        shift = _map(lambda shift: shift + shift * gain, shift)
-    first_bias = first.bias
-    if first_bias is None and bias is not None and first.down is not None:
-        first_bias = first.down.new_zeros(first.rank)
-    if bias is None and first_bias is not None and down is not None:
-        bias = down.new_zeros(second.rank)
-    both_gains = _sum(first.gain, second.gain)
-    if first.gain is not None and second.gain is not None:
-        both_gains = _sum(both_gains, first.gain * second.gain)
-    return replace(
-        first,
-        down=_join(first.down, down, 1),
-        skip=_join(*_with_zeros(first, second), 1),
-        up=_join(up, second.up, 0),
-        bias=_join(first_bias, bias, 0),
-        shift=_sum(shift, second.shift),
-        gain=both_gains,
-    )
-
-
-def _with_zeros(first: Edit, second: Edit) -> tuple[Tensor | None, Tensor | None]:
-    """Both edits' skips; where one alone has any, zeros stand for the other's."""
-    if first.skip is None and second.skip is None:
-        return None, None
-
-    def skip(edit: Edit) -> Tensor | None:
-        return _map(torch.zeros_like, edit.down) if edit.skip is None else edit.skip
-
-    return skip(first), skip(second)
+            places.setdefault(key, []).append(edit.fold().times(part.strength))
+    return {key: reduce(compose, edits) for key, edits in places.items()}
 
 
 def _padded(edit: Edit, site: SiteSpec, hidden_size: int) -> Edit:
@@ -262,21 +206,3 @@ def _padded(edit: Edit, site: SiteSpec, hidden_size: int) -> Edit:
         parts[part] = padded
     absent: dict[str, None] = {part: None for part in _LOW_RANK if part not in parts}
     return replace(edit, **{**absent, **parts})  # type: ignore[arg-type]
-
-
-def _map(function: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else function(tensor)
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """The sum, an absent one counting as zero."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
-def _join(first: Tensor | None, second: Tensor | None, dim: int) -> Tensor | None:
-    """Both beside each other along ``dim``, or the one there is."""
-    if first is None or second is None:
-        return second if first is None else first
-    return torch.cat([first, second], dim)

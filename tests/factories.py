@@ -30,7 +30,9 @@ from transformers import (
 )
 
 from reft_core.adapter import Adapter, EditKey, Head, Prefix, decode_adapter, encode_adapter
+from reft_core.batch import AdapterUse
 from reft_core.edits import Activation, Edit
+from reft_core.encoder import EncoderRequest
 from reft_core.engine.interface import FinishReason, Output, Token
 from reft_core.errors import ReftError
 from reft_core.loading import LoadedModel
@@ -288,6 +290,12 @@ def random_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     """Token ids without the special ones."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
+
+
+def request_for(stack: Iterable[tuple[Adapter, float]], tokens: list[int]) -> EncoderRequest:
+    """A text for an encoder, with adapters in order, each with its strength."""
+    uses = tuple(AdapterUse(adapter.to("cpu"), strength) for adapter, strength in stack)
+    return EncoderRequest(tuple(tokens), uses)
 
 
 class Recorder:

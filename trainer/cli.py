@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reft_core.errors import ReftError
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.progress import BarProgress
 from trainer.report import metric_rows
 from trainer.train import TrainResult, train

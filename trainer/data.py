@@ -154,7 +154,7 @@ def tokenise(
 def _parse_row(line: str, where: str, system: str | None) -> Example:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainingError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise TrainingError(f"{where}: got {type(row).__name__}, expected a JSON object")

@@ -11,12 +11,11 @@ import transformers
 import reft_core
 from reft_core.adapter import EditKey, Prefix
 from reft_core.edits import Edit
-from reft_core.errors import TrainingError
 from reft_core.sites import ModelDescription
 from reft_core.spec import AdapterSpec, PrefixSpec, TaskSpec, TrainingSpec
 from trainer.config import TrainConfig
 from trainer.data import Dataset
-from trainer.fit import FitResult
+from trainer.fit import FitResult, diverged
 
 TOOL = (
     f"reft-serve {reft_core.__version__}, torch {torch.__version__}, "
@@ -68,21 +67,15 @@ def build_spec(
 
 def check_finite(edits: Mapping[EditKey, Edit], prefix: Prefix | None = None) -> None:
     """Raise :class:`TrainingError` if a trained tensor holds NaN or infinity."""
-    for name, tensor in ({} if prefix is None else prefix.tensors()).items():
+    trained = {
+        f"{part} of layer {key.layer}, {key.site}": tensor
+        for key, edit in edits.items()
+        for part, tensor in edit.parts()
+    }
+    trained |= {} if prefix is None else prefix.tensors()
+    for name, tensor in trained.items():
         if not torch.isfinite(tensor).all():
-            raise TrainingError(
-                f"training: {name} ended with NaN or infinity; nothing was written. A lower "
-                "learning_rate usually helps",
-                field="learning_rate",
-            )
-    for key, edit in edits.items():
-        for part, tensor in edit.parts():
-            if not torch.isfinite(tensor).all():
-                raise TrainingError(
-                    f"training: layer {key.layer} ended with NaN or infinity in {part!r}; nothing "
-                    "was written. A lower learning_rate usually helps",
-                    field="learning_rate",
-                )
+            raise diverged(f"{name} ended with NaN or infinity")
 
 
 def _hyperparameters(config: TrainConfig, result: FitResult) -> dict[str, str | int | float | bool]:

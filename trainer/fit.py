@@ -75,7 +75,7 @@ def fit(
                 trainer.train()
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 # A basis that has no orthonormal form any more; the step size put it there.
-                raise _diverged("a basis lost its rank") from error
+                raise diverged("a basis lost its rank") from error
     assert epochs.best is not None
     model.load_trained_state(epochs.best_parameters)
     return FitResult(tuple(epochs.epochs), epochs.best, num_steps, trainer.step_seconds)
@@ -105,7 +105,8 @@ def mean_loss(
     return total / count
 
 
-def _diverged(what: str) -> TrainingError:
+def diverged(what: str) -> TrainingError:
+    """The error for a training that no longer has finite numbers."""
     return TrainingError(
         f"training: {what}; nothing was written. A lower learning_rate usually helps",
         field="learning_rate",
@@ -160,7 +161,7 @@ class _ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         value = loss.item()
         self.step_seconds += time.perf_counter() - start
         if not math.isfinite(value):
-            raise _diverged(f"the loss became {value} at step {self.state.global_step + 1}")
+            raise diverged(f"the loss became {value} at step {self.state.global_step + 1}")
         self._on_loss(value)
         return loss
 
@@ -187,7 +188,7 @@ class _EpochKeeper(TrainerCallback):  # type: ignore[misc]  # transformers is un
             return
         epoch = Epoch(len(self.epochs), logs["loss"], self._valid_loss())
         if not math.isfinite(epoch.valid_loss):
-            raise _diverged(f"the validation loss became {epoch.valid_loss}")
+            raise diverged(f"the validation loss became {epoch.valid_loss}")
         self.epochs.append(epoch)
         if self.best is None or epoch.valid_loss < self.best.valid_loss:
             self.best = epoch

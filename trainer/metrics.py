@@ -33,7 +33,7 @@ def valid_json(answer: str, reference: str) -> bool:
 def _json_object(text: str) -> dict[str, object] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a model may answer with brackets alone
         return None
     return value if isinstance(value, dict) else None
 

@@ -12,6 +12,8 @@ from trainer.config import PATH_FIELDS, TrainConfig
 from trainer.metrics import OTHER, Confusion
 
 if TYPE_CHECKING:
+    from trainer.evaluate import Evaluation
+    from trainer.fit import FitResult
     from trainer.train import TrainResult
 
 MAX_SAMPLES = 8
@@ -71,34 +73,10 @@ def _shown_config(config: TrainConfig) -> dict[str, object]:
 
 def render_markdown(result: TrainResult) -> str:
     """The report as Markdown."""
-    config, adapter, fit = result.config, result.adapter, result.fit
-    base = adapter.spec.base
-    step_ms = 1000 * fit.seconds / fit.num_steps
-    share = 100 * result.num_trainable / result.num_base_parameters
     sections = [
-        f"# {config.name}",
-        config.description,
-        _table(
-            ("", ""),
-            [
-                ("file", f"`{_shown(config.output)}`"),
-                ("digest", f"`{adapter.digest}`"),
-                ("size", f"{adapter.num_bytes:,} bytes"),
-                ("base", f"{base.name} ({config.dtype})"),
-                ("method", _method(config)),
-                *(
-                    (f"layers of {site}", ", ".join(map(str, spec.layers)))
-                    for site, spec in adapter.spec.sites.items()
-                ),
-                ("positions", f"{config.rule}, {'tied' if config.tied else 'untied'}"),
-                ("trained parameters", f"{result.num_trainable:,} ({share:.4f} % of the base)"),
-                ("steps", f"{fit.num_steps} in {fit.seconds:.1f} s ({step_ms:.0f} ms each)"),
-                ("learning rate", f"{config.learning_rate:g}, batches of {config.batch_size}"),
-                ("seed", str(config.seed)),
-                ("made by", adapter.spec.training.tool),
-                ("command", f"`{result.command}`"),
-            ],
-        ),
+        f"# {result.config.name}",
+        result.config.description,
+        _facts_table(result),
         "## Data",
         _table(
             ("split", "rows", "repeated", "SHA-256"),
@@ -108,19 +86,7 @@ def render_markdown(result: TrainResult) -> str:
             ],
         ),
         "## Loss per completion token",
-        f"Validation: `{sparkline([epoch.valid_loss for epoch in fit.epochs])}`, lowest in epoch "
-        f"{fit.best.number}, which is the one kept. Epoch 0 is the untrained model.",
-        _table(
-            ("epoch", "training", "validation"),
-            [
-                (
-                    str(epoch.number),
-                    "" if epoch.train_loss is None else f"{epoch.train_loss:.4f}",
-                    f"{epoch.valid_loss:.4f}",
-                )
-                for epoch in fit.epochs
-            ],
-        ),
+        _losses(result.fit),
         "## Metrics",
         _table(("metric", "base", "adapter"), metric_rows(result.metrics)),
     ]
@@ -128,17 +94,67 @@ def render_markdown(result: TrainResult) -> str:
         if evaluation.confusion:
             sections += [f"## Answers by label, {split}", _confusion_table(evaluation.confusion)]
     split, evaluation = list(result.evaluations.items())[-1]
-    sections += [
-        f"## Sample answers, {split}",
-        _table(
-            ("asked", "expected", "base", "adapter"),
-            [
-                (_cell(s.question), _cell(s.reference), _cell(s.base), _cell(s.adapter))
-                for s in evaluation.samples[:MAX_SAMPLES]
-            ],
-        ),
-    ]
+    sections += [f"## Sample answers, {split}", _samples_table(evaluation)]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _facts_table(result: TrainResult) -> str:
+    """What was trained, on what, and how to do it again."""
+    config, adapter, fit = result.config, result.adapter, result.fit
+    base = adapter.spec.base
+    step_ms = 1000 * fit.seconds / fit.num_steps
+    share = 100 * result.num_trainable / result.num_base_parameters
+    return _table(
+        ("", ""),
+        [
+            ("file", f"`{_shown(config.output)}`"),
+            ("digest", f"`{adapter.digest}`"),
+            ("size", f"{adapter.num_bytes:,} bytes"),
+            ("base", f"{base.name} ({config.dtype})"),
+            ("method", _method(config)),
+            *(
+                (f"layers of {site}", ", ".join(map(str, spec.layers)))
+                for site, spec in adapter.spec.sites.items()
+            ),
+            ("positions", f"{config.rule}, {'tied' if config.tied else 'untied'}"),
+            ("trained parameters", f"{result.num_trainable:,} ({share:.4f} % of the base)"),
+            ("steps", f"{fit.num_steps} in {fit.seconds:.1f} s ({step_ms:.0f} ms each)"),
+            ("learning rate", f"{config.learning_rate:g}, batches of {config.batch_size}"),
+            ("seed", str(config.seed)),
+            ("made by", adapter.spec.training.tool),
+            ("command", f"`{result.command}`"),
+        ],
+    )
+
+
+def _losses(fit: FitResult) -> str:
+    """The losses of every epoch, and which epoch was kept."""
+    table = _table(
+        ("epoch", "training", "validation"),
+        [
+            (
+                str(epoch.number),
+                "" if epoch.train_loss is None else f"{epoch.train_loss:.4f}",
+                f"{epoch.valid_loss:.4f}",
+            )
+            for epoch in fit.epochs
+        ],
+    )
+    return (
+        f"Validation: `{sparkline([epoch.valid_loss for epoch in fit.epochs])}`, lowest in epoch "
+        f"{fit.best.number}, which is the one kept. Epoch 0 is the untrained model.\n\n{table}"
+    )
+
+
+def _samples_table(evaluation: Evaluation) -> str:
+    """Some questions with the answers of base and adapter."""
+    return _table(
+        ("asked", "expected", "base", "adapter"),
+        [
+            (_cell(s.question), _cell(s.reference), _cell(s.base), _cell(s.adapter))
+            for s in evaluation.samples[:MAX_SAMPLES]
+        ],
+    )
 
 
 def metric_rows(metrics: dict[str, float]) -> list[tuple[str, str, str]]:

@@ -70,18 +70,7 @@ def train(
     if loaded is None:
         with progress.stage("loading the base model"):
             loaded = load_model(config.model, dtype=config.dtype)
-    tokenizer, description = loaded.tokenizer, loaded.description
-    context = description.max_positions - config.num_virtual
-    rows = {
-        split: tokenise(
-            dataset,
-            tokenizer,
-            config.rule,
-            template=config.template,
-            max_length=min(config.max_length or context, context),
-        )
-        for split, dataset in datasets.items()
-    }
+    rows = _tokenise(config, loaded, datasets)
     model = _new_model(config, loaded)
     collator = Collator(config.rule)
 
@@ -91,7 +80,7 @@ def train(
 
     def as_file(metrics: Mapping[str, float]) -> bytes:
         virtual = None if model.virtual is None else model.virtual.spec()
-        spec = build_spec(config, description, datasets, result, metrics, command, virtual)
+        spec = build_spec(config, loaded.description, datasets, result, metrics, command, virtual)
         return encode_adapter(spec, edits, prefix)
 
     held_out = [split for split in rows if split != "train"]
@@ -151,6 +140,23 @@ def _load_datasets(config: TrainConfig) -> dict[str, Dataset]:
         for earlier in splits[:index]:
             check_no_leak(earlier, held_out)
     return datasets
+
+
+def _tokenise(
+    config: TrainConfig, loaded: LoadedModel, datasets: Mapping[str, Dataset]
+) -> dict[str, list[TokenisedExample]]:
+    """The rows by split, each of which fits the base's context behind the virtual tokens."""
+    context = loaded.description.max_positions - config.num_virtual
+    return {
+        split: tokenise(
+            dataset,
+            loaded.tokenizer,
+            config.rule,
+            template=config.template,
+            max_length=min(config.max_length or context, context),
+        )
+        for split, dataset in datasets.items()
+    }
 
 
 def _new_model(config: TrainConfig, loaded: LoadedModel) -> ReftModel:

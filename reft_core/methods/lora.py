@@ -14,7 +14,7 @@ from reft_core.methods.base import Intervention, SiteSizes
 
 
 class LoRA(Intervention):
-    """Δ(h, x) = s·(x·A ᵀ)·Bᵀ for a linear map h = x·W; A (r, d_in), B (d_out, r).
+    """Δ(h, x) = s·(x·Aᵀ)·Bᵀ for a linear map h = x·W; A (r, d_in), B (d_out, r).
 
     s is fixed by the config: α/r, or α/√r in its rank-stabilised form (arXiv 2312.03732).
     Starts as in the paper's loralib: A Kaiming uniform with a = √5, B zero.

@@ -1,4 +1,4 @@
-"""Multi-head parallel adapter. He et al. 2022 (arXiv 2110.04366), §4.4."""
+"""Multi-head parallel adapter. He et al. 2022 (arXiv 2110.04366), table 1."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MultiHeadParallelAdapter(Bottleneck):
 
     method = "multi_head_parallel_adapter"
     equation = "per head: act(xW_down + b)W_up + b'"
-    citation = "arXiv 2110.04366, §4.4"
+    citation = "arXiv 2110.04366, table 1"
     source = "input"
     sites = ("heads",)
 

@@ -1,4 +1,4 @@
-"""Parallel adapter: a bottleneck beside a sublayer. He et al. 2022 (arXiv 2110.04366), §4.2."""
+"""Parallel adapter: a bottleneck beside a sublayer. He et al. 2022 (arXiv 2110.04366), table 1."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ class ParallelAdapter(Bottleneck):
 
     method = "parallel_adapter"
     equation = "act(xW_down + b)W_up + b'"
-    citation = "arXiv 2110.04366, §4.2"
+    citation = "arXiv 2110.04366, table 1"
     source = "input"

@@ -1,4 +1,4 @@
-"""Scaled parallel adapter. He et al. 2022 (arXiv 2110.04366), §4.6."""
+"""Scaled parallel adapter. He et al. 2022 (arXiv 2110.04366), table 1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ScaledParallelAdapter(Bottleneck):
 
     method = "scaled_parallel_adapter"
     equation = "s·(act(xW_down + b)W_up + b'), s = 4"
-    citation = "arXiv 2110.04366, §4.6"
+    citation = "arXiv 2110.04366, table 1"
     source = "input"
     has_scale = True
 

@@ -14,8 +14,8 @@ _INIT_STD = 0.01
 class SeriesAdapter(Bottleneck):
     """Δ(h) = act(h·W_down + b)·W_up + b', h a sublayer's output (Houlsby et al. 2019).
 
-    Starts as in the paper (§3.6), near the identity: both matrices drawn from N(0, 0.01²), cut
-    off at two standard deviations, both biases zero.
+    Starts as in the paper's experiments, near the identity: both matrices drawn from N(0, 0.01²),
+    cut off at two standard deviations, both biases zero.
     """
 
     method = "series_adapter"

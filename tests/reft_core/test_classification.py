@@ -11,9 +11,7 @@ import torch
 from transformers import BertConfig, BertModel, PreTrainedModel, RobertaConfig, RobertaModel
 
 from reft_core.adapter import Adapter, Head, decode_adapter, encode_adapter
-from reft_core.batch import AdapterUse
 from reft_core.classification import HeadedEncoder
-from reft_core.encoder import EncoderRequest
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.errors import AdapterFileInvalid, AdapterMismatch, InvalidRequest, PromptTooLong
 from reft_core.loading import LoadedModel
@@ -25,6 +23,7 @@ from tests.factories import (
     random_adapter,
     random_classifier_bytes,
     random_prefix_adapter,
+    request_for,
     tiny_loaded,
 )
 from tests.reference.slow import Stack, reference_classify
@@ -94,11 +93,6 @@ def classifiers(kind: str) -> list[Adapter]:
     return [decode_adapter(data) for data in files]
 
 
-def request_for(stack: Stack, tokens: list[int]) -> EncoderRequest:
-    uses = tuple(AdapterUse(adapter.to("cpu"), strength) for adapter, strength in stack)
-    return EncoderRequest(tuple(tokens), uses)
-
-
 @pytest.mark.parametrize("max_batch_tokens", [8192, 30])
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_a_mixed_batch_equals_each_text_alone(kind: str, max_batch_tokens: int) -> None:
@@ -125,7 +119,10 @@ def test_a_mixed_batch_equals_each_text_alone(kind: str, max_batch_tokens: int) 
 
 def test_padding_changes_nothing() -> None:
     adapter = classifiers("roberta")[2]
-    short, long = request_for([(adapter, 1.0)], [7, 9]), request_for([(adapter, 1.0)], [5] * 30)
+    short, long = (
+        request_for([(adapter, 1.0)], [7, 9]),
+        request_for([(adapter, 1.0)], [5] * 30),
+    )
     classifier = HeadedEncoder(loaded("roberta"))
     alone = classifier.logits([short])[0]
     torch.testing.assert_close(classifier.logits([long, short])[1], alone, atol=1e-5, rtol=1e-5)
@@ -134,7 +131,10 @@ def test_padding_changes_nothing() -> None:
 def test_strength_zero_leaves_the_encoder_alone() -> None:
     adapter = classifiers("bert")[1]
     still = replace(adapter, edits={})
-    requests = [request_for([(adapter, 0.0)], [4, 5, 6]), request_for([(still, 1.0)], [4, 5, 6])]
+    requests = [
+        request_for([(adapter, 0.0)], [4, 5, 6]),
+        request_for([(still, 1.0)], [4, 5, 6]),
+    ]
     first, second = HeadedEncoder(loaded("bert")).logits(requests)
     torch.testing.assert_close(first, second)
 

@@ -167,8 +167,6 @@ def test_training_on_does_not_change_an_edit_already_made(method: str) -> None:
 
 
 SLOPED_AT_ZERO: list[Activation] = ["identity", "gelu", "silu", "tanh"]
-
-
 PARALLEL = [
     "parallel_adapter",
     "scaled_parallel_adapter",
@@ -210,7 +208,7 @@ def test_the_other_untrained_edits_change_something(method: str, activation: Act
 @pytest.mark.parametrize("rank", [1, 4, D])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 def test_steps_keep_the_columns_orthonormal(method: str, rank: int, weight_decay: float) -> None:
-    """torch's own parametrisation loses R in one AdamW step with weight decay (peers.md, 5)."""
+    """torch's own parametrisation loses R in one AdamW step with weight decay."""
     module = moved(method, rank)
     optimiser = torch.optim.AdamW(module.parameters(), lr=0.5, weight_decay=weight_decay)
     for _ in range(5):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -145,3 +147,30 @@ def test_heads_are_refused() -> None:
     pair = [Ingredient(made("loreft", 1), 1.0), Ingredient(decode_adapter(data), 1.0)]
     with pytest.raises(InvalidRequest, match="none with a head"):
         mix(pair, "mixed")
+
+
+def test_subspaces_are_refused_and_not_lost() -> None:
+    named = made("loreft", 1, subspaces={"tone": (0,), "topic": (1,)})
+    for pair in ([named, made("loreft", 2)], [made("loreft", 2), named]):
+        with pytest.raises(InvalidRequest, match=r"got 'loreft-1', .*subspaces \(tone, topic\)"):
+            mix([Ingredient(adapter, 1.0) for adapter in pair], "mixed")
+
+
+@pytest.mark.parametrize(
+    ("licences", "expected"),
+    [
+        (("", ""), ""),
+        (("MIT", "MIT"), "MIT"),
+        (("MIT", "Apache-2.0"), "MIT AND Apache-2.0"),
+        (("", "MIT"), "NOASSERTION AND MIT"),
+    ],
+)
+def test_a_mix_is_under_the_licences_of_all_its_parts(
+    licences: tuple[str, ...], expected: str
+) -> None:
+    parts = []
+    for seed, licence in enumerate(licences):
+        adapter = made("loreft", seed)
+        spec = adapter.spec.model_copy(update={"licence": licence})
+        parts.append(Ingredient(replace(adapter, spec=spec), 1.0))
+    assert decode_adapter(mix(parts, "mixed")).spec.licence == expected

@@ -16,13 +16,17 @@ from transformers import (
 )
 
 from reft_core.adapter import Adapter
-from reft_core.batch import AdapterUse
-from reft_core.encoder import EncoderRequest
 from reft_core.errors import AdapterMismatch, InvalidRequest
 from reft_core.loading import LoadedModel, load_seq2seq
 from reft_core.seq2seq import Seq2SeqGenerator
 from reft_core.sites import describe_seq2seq
-from tests.factories import NoTokenizer, random_adapter, random_prefix_adapter, tiny_description
+from tests.factories import (
+    NoTokenizer,
+    random_adapter,
+    random_prefix_adapter,
+    request_for,
+    tiny_description,
+)
 from tests.reference.slow import Stack, reference_encode, reference_seq2seq
 
 NUM_LAYERS = 3  # of the encoder; the decoder has 2
@@ -100,11 +104,6 @@ def adapters(kind: str) -> list[Adapter]:
 def stacks(kind: str) -> list[Stack]:
     alone = adapters(kind)
     return [[], *([(one, 1.0)] for one in alone), [(alone[1], 0.5), (alone[0], -0.7)]]
-
-
-def request_for(stack: Stack, tokens: list[int]) -> EncoderRequest:
-    uses = tuple(AdapterUse(adapter.to("cpu"), strength) for adapter, strength in stack)
-    return EncoderRequest(tuple(tokens), uses)
 
 
 def mixed(kind: str) -> list[tuple[Stack, list[int]]]:

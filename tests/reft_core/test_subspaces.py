@@ -1,3 +1,5 @@
+"""Names for groups of ranks: how they are written, and what they may name."""
+
 from __future__ import annotations
 
 import pytest

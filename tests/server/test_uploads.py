@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from reft_core.adapter import MAX_HEADER_BYTES
+from reft_core.adapter_header import MAX_HEADER_BYTES
 from reft_core.spec import METADATA_KEY
 from tests.server.conftest import ADMIN, ADMIN_KEY
 from tests.server.fakes import MODEL, make_adapter, make_loaded

@@ -6,7 +6,8 @@ import pytest
 
 from reft_core.errors import TrainingError
 from tests.factories import tiny_description, tiny_loaded
-from trainer.config import TrainConfig, load_config
+from trainer.config import TrainConfig
+from trainer.config_file import load_config
 
 MINIMAL = "name: x\ntrain: train.jsonl\nvalid: sub/valid.jsonl\n"
 
@@ -145,7 +146,7 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str) -> None:
         load_config(write(tmp_path, MINIMAL), [override])
 
 
-@pytest.mark.parametrize("text", ["- a list\n", "a: [\n", ""])
+@pytest.mark.parametrize("text", ["- a list\n", "a: [\n", "", "[" * 10_000])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(TrainingError, match=r"config\.yaml"):
         load_config(write(tmp_path, text))

@@ -91,9 +91,10 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: object, proble
         load_dataset(path)
 
 
-def test_broken_json_is_named_by_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["{oops", "[" * 100_000])
+def test_broken_json_is_named_by_line(line: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n{oops\n")
+    path.write_text(json.dumps(GOOD) + f"\n{line}\n")
     with pytest.raises(TrainingError, match=r"rows\.jsonl:2: not valid JSON"):
         load_dataset(path)
 

@@ -28,7 +28,9 @@ REFERENCE = '{"answer": "Au", "topic": "science"}'
         ('Sure: {"answer": "x", "topic": "y"}', False),
         ('["answer", "topic"]', False),
         ("", False),
+        ("[" * 100_000, False),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_valid_json_wants_the_references_keys_on_one_line(answer: str, expected: bool) -> None:
     assert valid_json(answer, REFERENCE) is expected

@@ -135,6 +135,7 @@ class SavedAdapter:
             raise invalid(
                 CONFIG_FILE, "config.leave_out", left_out, "a list of whole numbers, of layers"
             )
+        left_out = set(left_out)
         check_layers(left_out, base, f"{CONFIG_FILE}: config.leave_out")
         return [layer for layer in range(base.num_layers) if layer not in left_out]
 

@@ -140,9 +140,10 @@ def _maps(
     if sorted(attention) != sorted(promised) or len(sites) - len(attention) != sum(in_mlp):
         expected = f"maps of {matrices} and {sum(in_mlp)} of the MLP, as {CONFIG_FILE} says"
         raise invalid(tensors.file, "keys", sites, expected)
+    kept = saved.layers(base)
     for layer in range(base.num_layers):
         found = sorted(linear.site for linear in placed if linear.layer == layer)
-        expected_here = sites if layer in saved.layers(base) else []
+        expected_here = sites if layer in kept else []
         if found != expected_here:
             raise invalid(tensors.file, f"layer {layer}", found, f"LoRA on {expected_here}")
     return {prefixes[linear.path]: linear for linear in placed}

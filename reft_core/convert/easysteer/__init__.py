@@ -26,7 +26,7 @@ from reft_core.convert.easysteer.payload import METHOD_OF, read_directions, read
 from reft_core.convert.gguf_file import GGUF_MAGIC, read_gguf
 from reft_core.convert.options import ConvertOptions, ask_name, ask_positions, ask_template
 from reft_core.convert.orthogonal import rotation_facts
-from reft_core.convert.reading import list_folder, parse_json, read_bytes, read_json
+from reft_core.convert.reading import list_folder, read_bytes, read_json
 from reft_core.convert.tensor_file import TensorFile
 from reft_core.edits import Edit
 from reft_core.spec import PositionSpec, TemplateSpec
@@ -35,6 +35,8 @@ METHODS = frozenset(METHOD_OF.values())
 """The methods an EasySteer file can hold."""
 
 _SOURCE = "an EasySteer file"
+_MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+"""Of a payload or a checkpoint, whose tensors are base64 text: far beyond one layer's edit."""
 
 
 def from_easysteer(source: Path, options: ConvertOptions) -> Converted:
@@ -46,25 +48,26 @@ def from_easysteer(source: Path, options: ConvertOptions) -> Converted:
     if source.is_dir():
         files = list_folder(source)
         if CHECKPOINT_FILE in files:
-            document = read_json(files[CHECKPOINT_FILE])
-            return _finish(CHECKPOINT_FILE, *read_checkpoint(document, CHECKPOINT_FILE, options))
-        return _finish(source.name, *read_folder(files, source, options), options)
+            document = read_json(files[CHECKPOINT_FILE], _MAX_DOCUMENT_BYTES)
+            found = read_checkpoint(document, CHECKPOINT_FILE, options)
+            return _finish(CHECKPOINT_FILE, options, *found)
+        return _finish(source.name, options, *read_folder(files, source, options))
     data = read_bytes(source)
     if data[:4] == GGUF_MAGIC:
         vectors = TensorFile(source.name, read_gguf(data, source.name))
         edits = read_directions(vectors, "direction.", options)
-        return _finish(source.name, "steering", edits, options)
-    document = parse_json(data, source.name)
+        return _finish(source.name, options, "steering", edits)
+    document = read_json(source, _MAX_DOCUMENT_BYTES)
     if "payload" in document:
-        return _finish(source.name, *read_checkpoint(document, source.name, options))
-    return _finish(source.name, *read_payload(document, source.name, options), options)
+        return _finish(source.name, options, *read_checkpoint(document, source.name, options))
+    return _finish(source.name, options, *read_payload(document, source.name, options))
 
 
 def _finish(
     file: str,
+    options: ConvertOptions,
     method: str,
     edits: Mapping[EditKey, Edit],
-    options: ConvertOptions,
     positions: PositionSpec | None = None,
     template: TemplateSpec | None = None,
 ) -> Converted:

@@ -17,8 +17,8 @@ CHECKPOINT_FILE = "steering_adapter.json"
 
 def read_checkpoint(
     document: Mapping[str, Any], file: str, options: ConvertOptions
-) -> tuple[str, dict[EditKey, Edit], ConvertOptions, PositionSpec, TemplateSpec | None]:
-    """Method and edits of a checkpoint, the options, and the position and template it records."""
+) -> tuple[str, dict[EditKey, Edit], PositionSpec, TemplateSpec | None]:
+    """Method and edits of a checkpoint, and the position and template it records."""
     if set(document) != {"version", "config", "payload"} or document["version"] != 1:
         raise invalid(file, "document", sorted(document), "version 1, config and payload")
     config = field_of(document, file, "config", dict, "an object")
@@ -40,7 +40,7 @@ def read_checkpoint(
         if options.template is None
         else ask_template(options, file)
     )
-    return method, edits, options, positions, template
+    return method, edits, positions, template
 
 
 def _template(text: str, file: str) -> TemplateSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,8 @@ METHOD_OF = {"reft": "loreft", "direction": "steering", "lowrank": "direft"}
 """Our method's name for each kind of payload that has a form here."""
 
 _WIRE_KEYS = frozenset({"version", "kind", "tensors", "extra", "sha256"})
+_MAX_DIMS = 2
+"""Of a tensor: all that are read are vectors and matrices."""
 _DIGITS = re.compile(r"\d{1,5}")
 
 
@@ -65,15 +68,16 @@ def _entry(entry: Any, file: str, name: str) -> tuple[tuple[int, ...], bytes]:
     if not isinstance(entry, dict) or set(entry) != {"shape", "data"}:
         raise invalid(file, f"tensors.{name}", type(entry).__name__, "an object of shape and data")
     shape, text = entry["shape"], entry["data"]
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise invalid(file, f"tensors.{name}.shape", shape, "a list of positive whole numbers")
+    sizes = isinstance(shape, list) and len(shape) <= _MAX_DIMS
+    if not sizes or not all(type(n) is int and n > 0 for n in shape):
+        raise invalid(
+            file, f"tensors.{name}.shape", shape, f"at most {_MAX_DIMS} positive whole numbers"
+        )
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise invalid(file, f"tensors.{name}.data", str(error), "base64 text") from None
-    size = 4
-    for n in shape:
-        size *= n
+    size = 4 * math.prod(shape)
     if len(data) != size:
         raise invalid(file, f"tensors.{name}.data", f"{len(data)} bytes", f"{size} bytes")
     return tuple(shape), data

@@ -76,12 +76,12 @@ def _check_form(adapter: Adapter) -> None:
 
 def _trimmed(edit: Edit, strength: float) -> tuple[Tensor, Tensor]:
     """down and up without the zero ranks at their end; at least one rank is kept."""
-    edit = edit.fold()
+    edit = edit.fold().times(strength)
     assert edit.down is not None
     assert edit.up is not None
     used = (edit.down.abs().amax(dim=0) > 0) | (edit.up.abs().amax(dim=1) > 0)
     rank = max(1, int(used.nonzero().max()) + 1 if used.any() else 1)
-    return edit.down[:, :rank], edit.up[:rank] * strength
+    return edit.down[:, :rank], edit.up[:rank]
 
 
 def _config(

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from reft_core.adapter import EditKey
+from reft_core.convert.assembling import check_layers
 from reft_core.convert.linear_maps import LinearMap, lora_edit, place_linear_maps
 from reft_core.convert.peft.folder import CONFIG_FILE, KEY_PREFIX
+from reft_core.convert.peft.patterns import MAX_PATTERNS, parse_endings
 from reft_core.convert.reading import invalid
 from reft_core.convert.tensor_file import TensorFile
 from reft_core.edits import Edit
@@ -20,7 +22,7 @@ from reft_core.spec import MAX_RANK
 _BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base model's weights as they are."""
 
-_KEY = re.compile(re.escape(KEY_PREFIX) + r"(?P<path>[\w.]{1,256})\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(re.escape(KEY_PREFIX) + r"(?P<path>[\w.]{1,128})\.lora_(?P<side>[AB])\.weight")
 _FOREIGN_KEYS = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "LoRA on an embedding",
@@ -79,16 +81,22 @@ class _Patterns:
         self.field = field
         self._default = _number(config.get(field), field)
         found = config.get(patterns) or {}
-        if not isinstance(found, dict) or len(found) > 4096:
-            raise invalid(CONFIG_FILE, patterns, found, "an object from module names to numbers")
+        if not isinstance(found, dict) or len(found) > MAX_PATTERNS:
+            raise invalid(
+                CONFIG_FILE,
+                patterns,
+                found,
+                f"an object from at most {MAX_PATTERNS} module names to numbers",
+            )
+        endings = parse_endings(found, patterns)
         self._patterns = [
-            (_pattern(text, patterns), _number(value, f"{patterns}.{text}"))
-            for text, value in found.items()
+            (ending, _number(value, f"{patterns}.{text}"))
+            for ending, (text, value) in zip(endings, found.items(), strict=True)
         ]
 
     def value(self, path: str) -> float:
         """The value of the first pattern that is the path or its ending, or the default."""
-        return next((v for p, v in self._patterns if p.match(path)), self._default)
+        return next((v for ending, v in self._patterns if ending.ends(path)), self._default)
 
 
 def _number(value: Any, key: str) -> float:
@@ -96,17 +104,6 @@ def _number(value: Any, key: str) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6:
         return value
     raise invalid(CONFIG_FILE, key, value, "a positive number")
-
-
-def _pattern(text: str, key: str) -> re.Pattern[str]:
-    """PEFT takes these as regular expressions. Those that could run for ever are refused."""
-    num_repeats = sum(text.count(mark) for mark in "*+?{")
-    if len(text) <= 256 and num_repeats <= 2 and not re.search(r"\(\?|\)[*+?{]", text):
-        try:
-            return re.compile(rf"(.*\.)?({text})$")
-        except (re.error, RecursionError, OverflowError):
-            pass
-    raise invalid(CONFIG_FILE, key, text, "the end of a module's path, or a simple pattern of it")
 
 
 def _linear_maps(tensors: TensorFile, base: ModelDescription) -> list[LinearMap]:
@@ -148,6 +145,7 @@ def _check_targets(
         isinstance(chosen, list) and all(type(layer) is int for layer in chosen)
     ):
         raise invalid(CONFIG_FILE, "layers_to_transform", chosen, "whole numbers or null")
+    check_layers(chosen or (), base, f"{CONFIG_FILE}: layers_to_transform")
     endings = tuple(f".{name}" for name in targets)
     expected = set()
     for layer in range(base.num_layers) if not chosen else sorted(set(chosen)):

@@ -37,7 +37,7 @@ def to_pyreft(adapter: Adapter, folder: Path) -> str:
     """
     spec = adapter.spec
     _check_form(adapter)
-    edits = {key: _trim(_with_strength(edit, spec.strength)) for key, edit in adapter.edits.items()}
+    edits = {key: _trim(edit.fold().times(spec.strength)) for key, edit in adapter.edits.items()}
     fitting = [name for name, write in _WRITERS if all(map(write, edits.values()))]
     if not fitting:
         form = next(iter(edits.values()))
@@ -91,18 +91,6 @@ def _check_form(adapter: Adapter) -> None:
             raise UnsupportedFeature.because(
                 f"sites.{name}", held, "phase 'prompt' and source 'output', as pyreft's edits"
             )
-
-
-def _with_strength(edit: Edit, strength: float) -> Edit:
-    """The edit with its scale and a strength multiplied into its tensors."""
-    edit = edit.fold()
-    return replace(
-        edit,
-        up=None if edit.up is None else edit.up * (edit.scale * strength),
-        shift=None if edit.shift is None else edit.shift * strength,
-        gain=None if edit.gain is None else edit.gain * strength,
-        scale=1.0,
-    )
 
 
 def _trim(edit: Edit) -> Edit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def load_case(library: str, name: str) -> Case:
         [outputs[f"logits.{i}"] for i in range(count)],
         [outputs[f"greedy.{i}"].tolist() for i in range(count)],
     )
+
+
+def copied(case: Case, tmp_path: Path) -> Path:
+    """A copy of the case's folder, for a test to damage."""
+    return Path(shutil.copytree(case.adapter_folder, tmp_path / "adapter"))
+
+
+def change_json(path: Path, fields: dict[str, Any]) -> None:
+    """Replace some fields of the JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from reft_core.convert import ConvertOptions, convert
 from reft_core.errors import (
     AdapterFileInvalid,
     AdapterMismatch,
+    AdapterTooLarge,
     InvalidRequest,
     ReftError,
     UnsupportedFeature,
@@ -171,7 +172,8 @@ def checkpoint(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def test_a_training_checkpoint_records_position_and_template(tmp_path: Path) -> None:
     tensors = reft_tensors()
-    write(tmp_path / "steering_adapter.json", checkpoint(tensors))
+    path = write(tmp_path / "steering_adapter.json", checkpoint(tensors))
+    path.write_text(path.read_text() + " " * 2_000_000)  # as large as with a high rank
     adapter = decode_adapter(convert(tmp_path, "easysteer", options(template=None)))
     assert_is_loreft(adapter, tensors, [1])
     assert adapter.spec.positions.rule == "l1"
@@ -328,6 +330,14 @@ def test_gguf_files_are_held_to_their_bytes(data: bytes, message: str, tmp_path:
     assert str(caught.value).startswith("a.gguf: ")
 
 
+def test_documents_are_not_parsed_at_any_size(tmp_path: Path) -> None:
+    path = tmp_path / "payload.json"
+    with path.open("wb") as file:
+        file.truncate(64 * 2**20 + 1)
+    with pytest.raises(AdapterTooLarge, match=r"payload\.json: got '67108865 bytes'"):
+        read(path)
+
+
 @pytest.mark.parametrize("missing", ["positions", "anchor", "cap", "template", "name"])
 def test_what_a_payload_does_not_record_is_asked_for(missing: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", wire("reft", reft_tensors(), {"layer": 1}))
@@ -366,6 +376,7 @@ def _set(*keys: Any, to: Any) -> Any:
         (_set("tensors", "rotate_layer", "data", to=""), "'0 bytes', expected '?288 bytes"),
         (_set("tensors", "rotate_layer", "shape", to=[-1, 3]), "rotate_layer.shape"),
         (_set("tensors", "rotate_layer", "shape", to=[10**9, 10**9]), "bytes"),
+        (_set("tensors", "rotate_layer", "shape", to=[9] * 1000), "at most 2 positive whole"),
         (_set("tensors", "rotate_layer", to=1), "tensors.rotate_layer: got 'int'"),
         (_set("tensors", to=[]), "tensors: got"),
         (_set("extra", to=1), "extra: got 1"),

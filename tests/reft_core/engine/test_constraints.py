@@ -25,6 +25,7 @@ from tests.factories import (
     tiny_model,
 )
 from tests.reference.slow import reference_generate, reference_logits
+from tests.reft_core.engine.stepping import finish
 
 EOS = 2
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
@@ -86,14 +87,6 @@ def submit(
     recorder = Recorder()
     engine.submit(Request(name, PROMPT, params, adapters, constraint=constraint), recorder)
     return recorder
-
-
-def finish(engine: EmbeddedEngine, *recorders: Recorder) -> None:
-    for _ in range(500):
-        if all(recorder.finish_reason for recorder in recorders):
-            return
-        engine.step()
-    pytest.fail("not done after 500 steps")
 
 
 def constrained_greedy(steps: Sequence[Sequence[int]], adapter: Any = None) -> list[int]:

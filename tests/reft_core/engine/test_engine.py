@@ -56,6 +56,7 @@ from tests.factories import (
     tiny_model,
 )
 from tests.reference.slow import Stack, reference_generate
+from tests.reft_core.engine.stepping import finish, step_until
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 KEYS, VALUES = "linear:self_attn.k_proj", "linear:self_attn.v_proj"
@@ -88,19 +89,6 @@ def submit(
     adapters = (AdapterChoice(adapter.digest, strength),) if adapter else ()
     engine.submit(Request(request_id, tuple(prompt), params, adapters), recorder)
     return recorder
-
-
-def step_until(engine: EmbeddedEngine, done: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if done():
-            return
-        engine.step()
-    pytest.fail("still not done after 500 steps")
-
-
-def finish(engine: EmbeddedEngine, *recorders: Recorder) -> None:
-    """Step until these have ended."""
-    step_until(engine, lambda: all(recorder.finish_reason for recorder in recorders))
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from tests.factories import (
     tiny_model,
 )
 from tests.reference.slow import reference_generate
+from tests.reft_core.engine.stepping import finish
 from tests.reft_core.engine.test_batch_properties import Drawn, as_used, one_prefix, uses
 from tests.reft_core.engine.truth import Answer, Case, assert_as_alone, recorded_logits
 
@@ -124,14 +125,6 @@ def submit(
     return recorder
 
 
-def run(engine: EmbeddedEngine, recorders: list[Recorder]) -> None:
-    for _ in range(500):
-        if all(recorder.finish_reason for recorder in recorders):
-            return
-        engine.step()
-    pytest.fail("not done after 500 steps")
-
-
 _known: dict[object, list[int]] = {}
 
 
@@ -147,7 +140,7 @@ def expected(used: Used, family: str = "llama", max_tokens: int = MAX_TOKENS) ->
 
 def answers(engine: EmbeddedEngine, many: list[Used]) -> list[list[int]]:
     recorders = [submit(engine, str(i), used) for i, used in enumerate(many)]
-    run(engine, recorders)
+    finish(engine, *recorders)
     return [recorder.token_ids for recorder in recorders]
 
 
@@ -305,7 +298,7 @@ def test_one_that_comes_later_takes_what_is_in_a_slot(cache_blocks: int) -> None
     first = submit(engine, "first", suffix_only(1)[0])
     engine.step()
     second = submit(engine, "second", suffix_only(2)[1])
-    run(engine, [first, second])
+    finish(engine, first, second)
     assert [first.token_ids, second.token_ids] == [expected(used) for used in suffix_only(2)]
     assert engine.stats().prompt_tokens_total == 45 + 7
     assert second.outputs[-1].num_cached_tokens == 38
@@ -320,7 +313,7 @@ def test_one_that_comes_while_another_decodes_takes_its_slot_too(cache_blocks: i
     engine.step()
     assert len(first.tokens) == 2
     second = submit(engine, "second", ())
-    run(engine, [second])
+    finish(engine, second)
     assert second.token_ids == expected(())
     assert second.outputs[-1].num_cached_tokens == 20
 
@@ -334,7 +327,7 @@ def test_one_of_them_is_cancelled(many: Callable[[], list[Used]], gone: int, ste
     for _ in range(steps):
         engine.step()
     engine.cancel(str(gone))
-    run(engine, recorders)
+    finish(engine, *recorders)
     for i, (recorder, used) in enumerate(zip(recorders, many(), strict=True)):
         if i != gone:
             assert recorder.token_ids == expected(used)
@@ -347,7 +340,7 @@ def test_they_lose_their_slots(many: Callable[[], list[Used]], cache_blocks: int
     engine = make_engine(cache_blocks, kv_tokens=200, max_prefill_tokens=30)
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     recorders = [submit(engine, str(i), used, params=params) for i, used in enumerate(many())]
-    run(engine, recorders)
+    finish(engine, *recorders)
     assert engine.stats().preemptions_total > 0
     for recorder, used in zip(recorders, many(), strict=True):
         assert recorder.token_ids == expected(used, max_tokens=40)
@@ -369,7 +362,7 @@ def test_one_that_overflows_takes_nobody_with_it(
     many.insert(where, (shift_adapter(tiny_description(), shift=3e38, gain=3e38, positions="l2"),))
     engine = make_engine(forward=forward, max_prefill_tokens=max_prefill_tokens)
     recorders = [submit(engine, str(i), used) for i, used in enumerate(many)]
-    run(engine, recorders)
+    finish(engine, *recorders)
     for i, (recorder, used) in enumerate(zip(recorders, many, strict=True)):
         if i == where:
             assert recorder.finish_reason == "error"
@@ -392,7 +385,7 @@ def test_one_whose_prefill_raises_takes_nobody_with_it(
     many = mixed()[:5]
     engine = make_engine(max_prefill_tokens=100)
     recorders = [submit(engine, str(i), used) for i, used in enumerate(many)]
-    run(engine, recorders)
+    finish(engine, *recorders)
     for i, (recorder, used) in enumerate(zip(recorders, many, strict=True)):
         if i == guilty:
             assert recorder.finish_reason == "error"
@@ -404,10 +397,10 @@ def test_log_probabilities_and_samples_are_those_of_one_alone() -> None:
     params = SamplingParams(max_tokens=8, seed=5, ignore_eos=True, logprobs=3)
     together, alone = make_engine(), make_engine(0)
     recorders = [submit(together, str(i), used, params=params) for i, used in enumerate(mixed())]
-    run(together, recorders)
+    finish(together, *recorders)
     for recorder, used in zip(recorders, mixed(), strict=True):
         single = submit(alone, "alone", used, params=params)
-        run(alone, [single])
+        finish(alone, single)
         assert recorder.token_ids == single.token_ids
         for left, right in zip(recorder.tokens, single.tokens, strict=True):
             assert left.logprob == pytest.approx(right.logprob, abs=1e-3)
@@ -466,7 +459,7 @@ def test_prompts_with_one_beginning_under_drawn_adapters(
             engine.submit(Request(str(i), prompt, params, choices), asked[-1][1])
             for _ in range(steps[i] if i < len(steps) else 0):
                 engine.step()
-        run(engine, [recorder for _, recorder in asked])
+        finish(engine, *(recorder for _, recorder in asked))
     for i, (case, recorder) in enumerate(asked):
         assert recorder.error is None
         assert_as_alone(tiny(family), case, Answer(recorder.token_ids, torch.stack(seen[str(i)])))

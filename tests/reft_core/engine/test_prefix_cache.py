@@ -35,6 +35,7 @@ from tests.factories import (
     tiny_model,
 )
 from tests.reference.slow import reference_generate
+from tests.reft_core.engine.stepping import finish
 
 MAX_TOKENS = 6
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
@@ -112,18 +113,10 @@ def submit(engine: EmbeddedEngine, request_id: str, ask: Ask) -> Recorder:
     return recorder
 
 
-def run(engine: EmbeddedEngine, *recorders: Recorder) -> None:
-    for _ in range(500):
-        if all(recorder.finish_reason for recorder in recorders):
-            return
-        engine.step()
-    pytest.fail("not done after 500 steps")
-
-
 def answer(engine: EmbeddedEngine, ask: Ask) -> tuple[list[int], int]:
     """Tokens, and how many prompt tokens were cached."""
     recorder = submit(engine, "only", ask)
-    run(engine, recorder)
+    finish(engine, recorder)
     assert recorder.error is None
     return recorder.token_ids, recorder.outputs[-1].num_cached_tokens
 
@@ -163,7 +156,7 @@ def test_together_as_well_as_one_by_one() -> None:
     engine = make_engine(max_num_seqs=6)
     asks = poison()
     recorders = [submit(engine, str(i), ask) for i, ask in enumerate(asks)]
-    run(engine, *recorders)
+    finish(engine, *recorders)
     assert [r.token_ids for r in recorders] == [expected(ask) for ask in asks]
     assert engine.stats().cached_tokens_total > 0
 
@@ -244,7 +237,7 @@ def test_one_beginning_is_computed_once() -> None:
         recorders.append(Recorder())
         request = Request(str(i), prompt, GREEDY, (AdapterChoice(used.digest),))
         engine.submit(request, recorders[-1])
-    run(engine, *recorders)
+    finish(engine, *recorders)
     for used, recorder in zip(many, recorders, strict=True):
         assert recorder.token_ids == reference_generate(tiny_model(), prompt, MAX_TOKENS, used)
     assert engine.stats().prompt_tokens_total == 100 + 15 * 7
@@ -255,7 +248,7 @@ def test_who_waits_goes_on_when_the_first_is_gone() -> None:
     first, second = submit(engine, "first", Ask(None)), submit(engine, "second", Ask(None))
     engine.step()
     engine.cancel("first")
-    run(engine, first, second)
+    finish(engine, first, second)
     assert second.token_ids == expected(Ask(None))
     assert engine.stats().prompt_tokens_total == 40, "what the first had computed was not lost"
 
@@ -283,7 +276,7 @@ def test_what_failed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(ModelRunner, "prefill", broken)
         recorder = submit(engine, "bad", Ask("b"))
-        run(engine, recorder)
+        finish(engine, recorder)
         assert recorder.finish_reason == "error"
     assert answer(engine, Ask("b")) == (expected(Ask("b")), 0)
 

@@ -35,6 +35,7 @@ from tests.factories import (
     tiny_model,
 )
 from tests.reference.slow import reference_generate, reference_logits
+from tests.reft_core.engine.stepping import finish
 from tests.reft_core.engine.test_engine_matches_reference import mixed_adapters
 
 NUM_TOP = 3
@@ -74,14 +75,6 @@ def submit(
     choices = (AdapterChoice(adapter.digest),) if adapter else ()
     engine.submit(Request(name, tuple(prompt), params, choices), recorder)
     return recorder
-
-
-def finish(engine: EmbeddedEngine, *recorders: Recorder) -> None:
-    for _ in range(500):
-        if all(recorder.finish_reason for recorder in recorders):
-            return
-        engine.step()
-    pytest.fail("not done after 500 steps")
 
 
 def assert_scored(
