@@ -43,7 +43,7 @@ test-oldest:  ## the core tests on the oldest transformers we promise
 	@VENV=.venv-oldest CONSTRAINT='transformers==5.16.*' scripts/install test
 	@$(PYTEST_ENV) .venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) tests/reft_core
 
-bench:  ## the engine against vLLM, llama.cpp and transformers, its roofline, its adapters (about an hour)
+bench:  ## the engine against vLLM, llama.cpp and transformers, its roofline, its adapters (45 minutes)
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.engine
 

@@ -127,12 +127,12 @@ def measure(regime: Regime) -> dict[int, dict[str, Any]]:
                 seconds[k].append(took)
                 times = [c.timings.decode_s for c in completions if c.timings]
                 gaps[k].append(median(times) / (regime.output_tokens - 1))
-        _, last = run(0)
+        if regime.dtype == "float32":
+            _, last = run(0)
+            if [c.token_ids for c in first] != [c.token_ids for c in last]:
+                raise SystemExit("correctness gate: the base model's tokens changed during the run")
     finally:
         engine.stop()
-    changed = [c.token_ids for c in first] != [c.token_ids for c in last]
-    if changed and regime.dtype == "float32":
-        raise SystemExit("correctness gate: the base model's tokens changed during the run")
     tokens = regime.requests * regime.output_tokens
     return {
         k: {

@@ -39,6 +39,7 @@ from reft_core.sites import ModelDescription
 from reft_core.threads import run_in_own_thread
 
 COUNTS = (1, 2, 4, 16)
+CASES = ("suffix", "upper", "all")
 _GATE_TOKENS = 8
 _GATE_ADAPTERS = 4
 
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--input-tokens", type=int, default=1000)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     options = parser.parse_args()
 
     loaded = load_model(options.model, dtype=options.dtype)
@@ -146,7 +148,7 @@ def main() -> None:
     engine.start()
     table: dict[str, dict[str, object]] = {}
     summary: dict[str, float] = {}
-    for case in cases(model):
+    for case in (case for case in cases(model) if case.name in options.cases):
         adapters = run_in_own_thread(partial(case.adapters, model, options.rank))
         for adapter in adapters:
             engine.load_adapter(adapter)

@@ -159,7 +159,7 @@ def measure(
     input_tokens: int = 64,
     output_tokens: int = 32,
     rank: int = 8,
-    repeats: int = 7,
+    repeats: int = 5,
     loads: int = 200,
     threads: int | None = 2,
 ) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--input-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loads", type=int, default=200)
     options = vars(parser.parse_args())
     model, dtype = options.pop("model"), options.pop("dtype")
