@@ -8,7 +8,7 @@ that warms up comes first and is not counted. Correctness gate: with adapters, e
 been applied, and in float32 tokens with K = 0 must be equal before and after the others. (In
 bfloat16 they may differ by which requests shared a step, as that decides how products round.)
 
-The last line printed is JSON; the same goes to ``results/adapter-tax-{dtype}.json``.
+The last line printed is JSON; the same goes to ``results/engine-tax-{dtype}.json``.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def main() -> None:
         print(f"K={k:4d}  {row}")
     results = {f"K={k}": row for k, row in table.items()}
     document = {**asdict(regime), **provenance(), "results": results}
-    print("saved to", save(f"adapter-tax-{regime.dtype}", document))
+    print("saved to", save(f"engine-tax-{regime.dtype}", document))
     summary = {f"tax_{k}": table[k]["throughput_ratio"][1] for k in regime.adapters}
     print(json.dumps(summary))
 

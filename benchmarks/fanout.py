@@ -11,7 +11,7 @@ token. Every repeat runs each k in turn; ratios are taken within a repeat, after
 without computing something else. Correctness gate: tokens are those of requests that may share
 nothing (by float32's; in bfloat16 the share that agrees is reported).
 
-The last line printed is JSON; the same goes to ``results/fanout-{dtype}.json``.
+The last line printed is JSON; the same goes to ``results/engine-fanout-{dtype}.json``.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def main() -> None:
             engine.unload_adapter(adapter.digest)
     engine.stop()
     document = {"model": model.name, **vars(options), **provenance(), "results": table}
-    print("saved to", save(f"fanout-{options.dtype}", document))
+    print("saved to", save(f"engine-fanout-{options.dtype}", document))
     print(json.dumps(summary))
 
 

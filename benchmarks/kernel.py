@@ -17,7 +17,7 @@ The share of prefill is measured on the served forward in bfloat16, for 16 promp
 an adapter each (rank 8, f7+l7, all layers): the time inside ``apply_edits`` over that of the whole
 prefill, and what the whole took longer than the one without adapters just before it.
 
-The last line printed is JSON; the same goes to ``results/kernel.json``.
+The last line printed is JSON; the same goes to ``results/engine-kernel.json``.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def main() -> None:
         "why": reasons(table),
         "prefill_share_min_median_max": share,
     }
-    print("saved to", save("kernel", document))
+    print("saved to", save("engine-kernel", document))
     print(reasons(table))
     print(json.dumps({"edit_share_prefill_bf16": share["inside"][1], "why": reasons(table)}))
 

@@ -13,7 +13,7 @@ Cold loads: from asking residency for an adapter that is on disk until requests 
 engine is idle, with the file in the page cache and (as far as the system heeds the advice) not;
 and once more while the engine decodes a full batch.
 
-The last line printed is JSON; the same goes to ``results/residency.json``.
+The last line printed is JSON; the same goes to ``results/engine-residency.json``.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name:18} {value}")
     document = {"model": loaded.description.name, "dtype": dtype, **options, **provenance()}
-    print("saved to", save("residency", {**document, "results": results}))
+    print("saved to", save("engine-residency", {**document, "results": results}))
     summary = {
         "registered_10k_ratio": results["registered_ratio"][1],
         "registered_10k_spread": results["registered_ratio"][::2],
