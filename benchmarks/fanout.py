@@ -28,8 +28,9 @@ from statistics import median
 
 import torch
 
-from benchmarks.adapter_tax import random_adapter
 from benchmarks.provenance import provenance, save
+from benchmarks.spreads import spread_of_ratios
+from benchmarks.work import random_adapter
 from reft_core.adapter import Adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
@@ -161,10 +162,9 @@ def main() -> None:
             for k in COUNTS:
                 seconds[k].append(bench.seconds(adapters[:k]))
         for k in COUNTS:
-            ratios = sorted(own / one for own, one in zip(seconds[k], seconds[1], strict=True))
             row = {
                 "seconds": round(median(seconds[k]), 3),
-                "ratio": [round(r, 3) for r in (ratios[0], median(ratios), ratios[-1])],
+                "ratio": spread_of_ratios(seconds[k], seconds[1]),
                 "rows": round(case.row_ratio(k, options.input_tokens, model.num_layers), 3),
             }
             table[f"{case.name} k={k}"] = {**row, "agreement": agreement}

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.adapter_tax import spread_of_ratios
 from benchmarks.peers.contenders import Variant, start, wait_loaded
 from benchmarks.peers.environments import PEFT, VLLM
 from benchmarks.peers.protocol import PeerMissing, Worker
+from benchmarks.spreads import spread_of_ratios
 
 REQUESTS = 64
 INPUT_TOKENS = 64
@@ -116,7 +117,7 @@ def _ratios(
         "output_tokens": peer.output_tokens,
         **{
             f"K={k}": {
-                "tokens_per_s": round(tokens / sorted(times[1:])[len(times[1:]) // 2], 1),
+                "tokens_per_s": round(tokens / median(times[1:]), 1),
                 "throughput_ratio": spread_of_ratios(seconds[0][1:], times[1:]),
                 "answers_changed": sum(a != b for a, b in zip(answers[0], answers[k], strict=True)),
             }

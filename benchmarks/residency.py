@@ -37,15 +37,16 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import provenance, save
+from benchmarks.spreads import spread_of_ratios
+from benchmarks.work import fresh_adapter, random_prompts
 from reft_core.adapter import encode_adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import SamplingParams
 from reft_core.grammar import GrammarCompiler
 from reft_core.loading import LoadedModel, load_model
-from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription
-from reft_core.spec import AdapterSpec, PositionSpec
+from reft_core.spec import PositionSpec
 from server.generation import Generator, Job
 from server.grammars import Grammars
 from server.logs import configure_logging
@@ -63,16 +64,9 @@ def adapter_files(
     model: ModelDescription, rank: int, layers: Sequence[int], seed: int
 ) -> Iterator[bytes]:
     """Endless LoReFT files at f7+l7 that differ in their numbers, which are small, alone."""
-    placement = Placement.on(model, "loreft", layers=tuple(layers), rank=rank)
-    spec = AdapterSpec(
-        name="random",
-        base=model.to_base_spec(),
-        method="loreft",
-        positions=PositionSpec(rule="f7+l7"),
-        sites=placement.site_specs(),
-    )
-    edits = {key: module.to_edit() for key, module in placement.build(num_units=1).items()}
-    file = encode_adapter(spec, edits)
+    positions = PositionSpec(rule="f7+l7")
+    spec, modules = fresh_adapter(model, "loreft", positions, layers=layers, rank=rank)
+    file = encode_adapter(spec, {key: module.to_edit() for key, module in modules.items()})
     header = file[: 8 + int.from_bytes(file[:8], "little")]
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -177,11 +171,8 @@ def measure(
         few = register(Path(folder, "few"), engine.model, hot)
         many = register(Path(folder, "many"), engine.model, hot | cold | rest)
         drop = uncache(Path(folder, "many"), many)
-        generator = torch.Generator().manual_seed(0)
-        shape = (requests, input_tokens)
-        prompts = torch.randint(3, engine.model.vocab_size, shape, generator=generator)
         params = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True)
-        workload = Workload(prompts.tolist(), params)
+        workload = Workload(random_prompts(engine.model, requests, input_tokens), params)
         bench = _Bench(engine, loaded, few, many, workload, len(cold["cold-0"]))
         engine.start()
         try:
@@ -243,8 +234,8 @@ class _Bench:
         num_tokens = num_requests * self.workload.params.max_tokens
         return {
             "tokens_per_s": {k: round(num_tokens / median(s), 1) for k, s in seconds.items()},
-            "registered_ratio": _ratios(seconds["few"], seconds["many"]),
-            "all_cold_ratio": _ratios(seconds["few"], seconds["all_cold"]),
+            "registered_ratio": spread_of_ratios(seconds["few"], seconds["many"], 4),
+            "all_cold_ratio": spread_of_ratios(seconds["few"], seconds["all_cold"], 4),
         }
 
     async def cold_loads(
@@ -273,12 +264,6 @@ class _Bench:
         with suppress(asyncio.CancelledError):
             await busy
         return {kind: _spread(times) for kind, times in found.items()}
-
-
-def _ratios(base: Sequence[float], own: Sequence[float]) -> list[float]:
-    """Least, median and greatest throughput as a share of the base's, pair by pair."""
-    ratios = sorted(one / other for one, other in zip(base, own, strict=True))
-    return [round(ratio, 4) for ratio in (ratios[0], median(ratios), ratios[-1])]
 
 
 def _spread(times: Sequence[float]) -> dict[str, float]:
