@@ -37,7 +37,7 @@ format:  ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-check: lint test  ## everything CI asks
+check: lint test  ## what CI asks, but for test-oldest
 
 test-oldest:  ## the core tests on the oldest transformers we promise
 	@VENV=.venv-oldest CONSTRAINT='transformers==5.16.*' scripts/install test

@@ -128,7 +128,7 @@ def main() -> None:
     for k, row in table.items():
         print(f"K={k:4d}  {row}")
     results = {f"K={k}": row for k, row in table.items()}
-    document = {**asdict(regime), **provenance(), "results": results}
+    document = {**provenance(), **asdict(regime), "results": results}
     print("saved to", save(f"engine-tax-{regime.dtype}", document))
     summary = {f"tax_{k}": table[k]["throughput_ratio"][1] for k in regime.adapters}
     print(json.dumps(summary))

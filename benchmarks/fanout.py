@@ -174,7 +174,7 @@ def main() -> None:
         for adapter in adapters:
             engine.unload_adapter(adapter.digest)
     engine.stop()
-    document = {"model": model.name, **vars(options), **provenance(), "results": table}
+    document = {**provenance(), **vars(options), "model": model.name, "results": table}
     print("saved to", save(f"engine-fanout-{options.dtype}", document))
     print(json.dumps(summary))
 

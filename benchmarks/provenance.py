@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def provenance() -> dict[str, str | int]:
-    """Facts about this run that do not change while it lasts."""
+    """Facts about this run; ``threads`` is of torch here, and an engine may have its own."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )

@@ -71,6 +71,8 @@ def table(document: Mapping[str, Any]) -> str:
                 lines.append(f"  {peer} with {name:6} adapters: {shown}")
             elif name == "missing":
                 lines.append(f"  missing: {peer} with adapters: {row}")
+    for name in ("residency", "fanout"):
+        lines += [f"  {key:28}{value!s:>12}" for key, value in document.get(name, {}).items()]
     return "\n".join(lines)
 
 

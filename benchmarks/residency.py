@@ -302,7 +302,7 @@ def main() -> None:
     results = measure(loaded, **options)
     for name, value in results.items():
         print(f"{name:18} {value}")
-    document = {"model": loaded.description.name, "dtype": dtype, **options, **provenance()}
+    document = {**provenance(), "model": loaded.description.name, "dtype": dtype, **options}
     print("saved to", save("engine-residency", {**document, "results": results}))
     summary = {
         "registered_10k_ratio": results["registered_ratio"][1],
