@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import provenance, roofline
+from benchmarks import forward, provenance, roofline
 from benchmarks.soak.world import save_tiny_model
 from reft_core.threads import run_in_own_thread
 
@@ -43,6 +43,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
             "engine-kernel",
             {"edit_share_prefill_bf16", "why"},
         ),
+        (
+            "forward",
+            "--dtype float32 --repeats 1",
+            "engine-forward-float32",
+            {"decode B=1", "decode B=16", "prefill 2x40"},
+        ),
     ],
 )
 def test_command(
@@ -56,6 +62,8 @@ def test_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    monkeypatch.setattr(forward, "CONTEXT", 20)
+    monkeypatch.setattr(forward, "PROMPTS", ((2, 40),))
     arguments = [*options.split(), "--model", model, "--threads", "1"]
     monkeypatch.setattr("sys.argv", [f"{command}.py", *arguments])
     module: Any = importlib.import_module(f"benchmarks.{command}")
