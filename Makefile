@@ -2,7 +2,7 @@
 BIN := .venv/bin
 MODEL ?= demo
 SOAK_SECONDS ?= 600
-# Two processes of one thread each: twice as fast as one of two, as most tests are small.
+# Two processes of one thread each are faster than one of two, as most tests are small.
 TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
@@ -37,13 +37,13 @@ format:  ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-check: lint test  ## everything CI asks
+check: lint test  ## what CI asks, but for test-oldest
 
 test-oldest:  ## the core tests on the oldest transformers we promise
 	@VENV=.venv-oldest CONSTRAINT='transformers==5.16.*' scripts/install test
 	@$(PYTEST_ENV) .venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) tests/reft_core
 
-bench:  ## the engine against vLLM, llama.cpp and transformers, its roofline, its adapters (about an hour)
+bench:  ## the engine against vLLM, llama.cpp and transformers, its roofline, its adapters (about 45 minutes)
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.engine
 
@@ -60,7 +60,7 @@ bench-kernel:  ## ways to apply edits against each other, and their share of a p
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.kernel
 
-bench-gpu:  ## everything that needs a GPU: decode, prefill, adapters' cost, edits, cold loads (10 min)
+bench-gpu:  ## everything that needs a GPU: decode, prefill, adapters' cost, edits, cold loads
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.gpu
 

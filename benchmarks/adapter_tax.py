@@ -8,7 +8,7 @@ that warms up comes first and is not counted. Correctness gate: with adapters, e
 been applied, and in float32 tokens with K = 0 must be equal before and after the others. (In
 bfloat16 they may differ by which requests shared a step, as that decides how products round.)
 
-The last line printed is JSON; the same goes to ``results/adapter-tax-{dtype}.json``.
+The last line printed is JSON; the same goes to ``results/engine-tax-{dtype}.json``.
 """
 
 from __future__ import annotations
@@ -16,46 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import Any
 
-import torch
-
 from benchmarks.provenance import provenance, save
-from reft_core.adapter import Adapter, decode_adapter, encode_adapter
+from benchmarks.spreads import spread_of_ratios
+from benchmarks.work import greedy_requests, random_adapter, random_prompts
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.generate import Completion, generate
-from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.loading import Dtype, load_model
-from reft_core.methods.placement import Placement
-from reft_core.sites import ModelDescription
-from reft_core.spec import AdapterSpec, PositionSpec
 from reft_core.threads import run_in_own_thread
-
-
-def random_adapter(
-    model: ModelDescription, rank: int, seed: int, rule: str = "f7+l7", first_layer: int = 0
-) -> Adapter:
-    """A LoReFT adapter in all layers from one on, whose edits are small but not zero."""
-    torch.manual_seed(seed)
-    layers = tuple(range(first_layer, model.num_layers))
-    placement = Placement.on(model, "loreft", layers=layers, rank=rank)
-    modules = placement.build(num_units=1)
-    for module in modules.values():
-        for parameter in module.parameters():
-            parameter.data.add_(0.01 * torch.randn_like(parameter) / model.hidden_size**0.5)
-    spec = AdapterSpec(
-        name=f"random-{seed}",
-        base=model.to_base_spec(),
-        method="loreft",
-        positions=PositionSpec(rule=rule),
-        sites=placement.site_specs(),
-    )
-    edits = {key: module.to_edit() for key, module in modules.items()}
-    return decode_adapter(encode_adapter(spec, edits))
 
 
 @dataclass(frozen=True)
@@ -92,21 +64,10 @@ def measure(regime: Regime) -> dict[int, dict[str, Any]]:
     engine = EmbeddedEngine(loaded, config)
     seeds = range(max(regime.adapters))
     digests = run_in_own_thread(lambda: [_load_random(engine, regime.rank, i) for i in seeds])
-    generator = torch.Generator().manual_seed(0)
-    shape = (regime.requests, regime.input_tokens)
-    prompts = torch.randint(3, engine.model.vocab_size, shape, generator=generator).tolist()
-    params = SamplingParams(max_tokens=regime.output_tokens, temperature=0, ignore_eos=True)
+    prompts = random_prompts(engine.model, regime.requests, regime.input_tokens)
 
     def run(num_adapters: int) -> tuple[float, list[Completion]]:
-        requests = [
-            Request(
-                f"{time.monotonic_ns()}-{i}",
-                tuple(prompt),
-                params,
-                (AdapterChoice(digests[i % num_adapters]),) if num_adapters else (),
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        requests = greedy_requests(prompts, regime.output_tokens, digests[:num_adapters])
         started = time.perf_counter()
         completions = generate(engine, requests)
         seconds = time.perf_counter() - started
@@ -127,12 +88,12 @@ def measure(regime: Regime) -> dict[int, dict[str, Any]]:
                 seconds[k].append(took)
                 times = [c.timings.decode_s for c in completions if c.timings]
                 gaps[k].append(median(times) / (regime.output_tokens - 1))
-        _, last = run(0)
+        if regime.dtype == "float32":
+            _, last = run(0)
+            if [c.token_ids for c in first] != [c.token_ids for c in last]:
+                raise SystemExit("correctness gate: the base model's tokens changed during the run")
     finally:
         engine.stop()
-    changed = [c.token_ids for c in first] != [c.token_ids for c in last]
-    if changed and regime.dtype == "float32":
-        raise SystemExit("correctness gate: the base model's tokens changed during the run")
     tokens = regime.requests * regime.output_tokens
     return {
         k: {
@@ -142,12 +103,6 @@ def measure(regime: Regime) -> dict[int, dict[str, Any]]:
         }
         for k in counts
     }
-
-
-def spread_of_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Smallest, median and largest ratio of the pairs."""
-    ratios = sorted(one / other for one, other in zip(numerators, denominators, strict=True))
-    return [round(ratio, 3) for ratio in (ratios[0], median(ratios), ratios[-1])]
 
 
 def _load_random(engine: EmbeddedEngine, rank: int, seed: int) -> str:
@@ -173,8 +128,8 @@ def main() -> None:
     for k, row in table.items():
         print(f"K={k:4d}  {row}")
     results = {f"K={k}": row for k, row in table.items()}
-    document = {**asdict(regime), **provenance(), "results": results}
-    print("saved to", save(f"adapter-tax-{regime.dtype}", document))
+    document = {**provenance(), **asdict(regime), "results": results}
+    print("saved to", save(f"engine-tax-{regime.dtype}", document))
     summary = {f"tax_{k}": table[k]["throughput_ratio"][1] for k in regime.adapters}
     print(json.dumps(summary))
 

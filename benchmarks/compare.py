@@ -2,8 +2,8 @@
 
 Within a repeat every peer runs the same prompts once, so a machine that slows down slows all of
 them, and ratios are taken within a repeat. Models are loaded and every shape has been run
-before anything counts. A peer with several variants or settings runs each a few times first, in
-turn with the others; the fastest is what the repeats compare.
+before anything counts. A peer with several variants or settings runs each a few times first; the
+fastest is what the repeats compare. Where all of them are slow, their first runs decide.
 """
 
 from __future__ import annotations
@@ -98,9 +98,15 @@ def run_workload(
                 break
             option.warm_up_s = option.seconds.pop()
             options.setdefault(entrant.variant.peer, []).append(option)
+    rivals = [choices for choices in options.values() if len(choices) > 1]
     for _ in range(trials):
-        for option in [o for choices in options.values() if len(choices) > 1 for o in choices]:
-            _attempt(option, entrants, outcome)
+        for choices in rivals:
+            all_slow = all(option.is_slow for option in choices)
+            for option in choices:
+                if all_slow:
+                    option.seconds.append(option.warm_up_s)
+                else:
+                    _attempt(option, entrants, outcome)
     chosen: dict[str, _Option] = {}
     tried: dict[str, dict[str, float]] = {}
     for peer, choices in options.items():

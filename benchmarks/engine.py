@@ -14,21 +14,20 @@ Peers' environments are made on first use, next to the project or in the folder 
 folder's ``*.jsonl`` files instead of ``prompts.txt``.
 
 The last line printed is JSON; the whole goes to ``results/engine-full.json`` or
-``results/engine-quick.json``, and what ``--peers`` or ``--sections`` cut short, to
-``results/engine-partial.json``.
+``results/engine-quick.json``; with ``--sections`` their names follow. Until the command ends, and
+with ``--peers``, what was found so far is in ``results/engine-partial.json``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,19 +41,22 @@ from benchmarks.compare import Outcome, load_all, run_workload
 from benchmarks.gate import gate
 from benchmarks.peers.contenders import STATIC, VARIANTS, start
 from benchmarks.peers.protocol import ROOT, PeerMissing
-from benchmarks.plan import FULL, QUICK, TAX_COUNTS, Plan
-from benchmarks.provenance import provenance, save
+from benchmarks.plan import FULL, QUICK, Plan
+from benchmarks.provenance import RESULTS, provenance, save
 from benchmarks.workloads import WORKLOADS, data_passages, own_passages, prompts_of
 from reft_core.loading import DEMO_MODEL, Dtype, materialise_demo_model
 
-SECTIONS = ("throughput", "tax", "peer-tax", "roofline", "others")
+SECTIONS = ("throughput", "tax", "peer-tax", "roofline", "residency", "fanout")
+PARTIAL = "engine-partial"
 
 
 class Bench:
     """One run of the command: what it was asked, and what it has found so far."""
 
-    def __init__(self, model: str, threads: int, plan: Plan, passages: list[str]) -> None:
-        self._model, self._threads, self._plan = model, threads, plan
+    def __init__(
+        self, model: str, threads: int, plan: Plan, passages: list[str], facts: dict[str, Any]
+    ) -> None:
+        self._model, self._threads, self._plan, self._facts = model, threads, plan, facts
         self._folder = materialise_demo_model() if model == DEMO_MODEL else Path(model)
         tokenizer = AutoTokenizer.from_pretrained(self._folder)
         self._encode: Callable[[str], list[int]] = lambda text: tokenizer(text).input_ids
@@ -71,22 +73,30 @@ class Bench:
             traceback.print_exc()
             self.document["errors"][name] = f"{type(error).__name__}: {error}"
         self.document["took_s"][name] = round(time.monotonic() - started)
+        self.save(PARTIAL)
+
+    def save(self, name: str) -> Path:
+        """Write what was found so far to a result file of this name, and return where."""
+        figures = report.summary(self.document)
+        return save(name, {**self._facts, "summary": figures, **self.document})
 
     def throughput(self, peers: list[str]) -> None:
         """All workloads on all peers, one dtype after the other, and the gate on float32."""
         outcomes: dict[str, Outcome] = {}
-        for dtype, repeats in self._plan.repeats.items():
-            outcomes[dtype] = self._throughput(dtype, repeats, peers)
-            self.document["throughput"] = report.throughput(outcomes)
+        for dtype in self._plan.repeats:
+            outcomes[dtype] = Outcome()
+            for _ in self._throughput(dtype, peers, outcomes[dtype]):
+                self.document["throughput"] = report.throughput(outcomes)
+                self.save(PARTIAL)
 
-    def _throughput(self, dtype: Dtype, repeats: dict[str, int], peers: list[str]) -> Outcome:
-        outcome = Outcome()
+    def _throughput(self, dtype: Dtype, peers: list[str], outcome: Outcome) -> Iterator[None]:
+        """Add each workload in turn to ``outcome``, and the gate's verdicts to the document."""
         with ExitStack() as stack:
             started = []
             for variant in VARIANTS:
-                if (peers and variant.peer not in peers) or not (
-                    variant.is_quick or self._plan.all_variants
-                ):
+                if variant.name not in self._plan.variants[dtype]:
+                    continue
+                if peers and variant.peer not in peers:
                     continue
                 try:
                     worker = start(variant, self._folder, self._model, dtype, self._threads)
@@ -94,7 +104,7 @@ class Bench:
                 except PeerMissing as error:
                     outcome.missing[variant.name] = str(error)
             entrants = load_all(started, outcome)
-            for name, count in repeats.items():
+            for name, count in self._plan.repeats[dtype].items():
                 print(f"   {dtype} {WORKLOADS[name].title}", flush=True)
                 run_workload(
                     WORKLOADS[name],
@@ -104,13 +114,13 @@ class Bench:
                     repeats=count,
                     trials=self._plan.trials,
                 )
+                yield
             if dtype == "float32":
                 judges = [e.worker for e in entrants if e.variant.peer == STATIC]
                 measured = outcome.measured[report.HEADLINE]
                 prompts = self._prompts(report.HEADLINE)
                 passed, verdicts = gate(judges[0] if judges else None, prompts, measured)
                 self.document["gate"] = {"passed": passed, "float32_tokens": verdicts}
-        return outcome
 
     def _prompts(self, workload: str) -> list[list[int]]:
         lengths = WORKLOADS[workload].input_lengths
@@ -137,7 +147,7 @@ class Bench:
             "bfloat16",
             self._threads,
             prompts,
-            TAX_COUNTS,
+            self._plan.peer_tax_adapters,
             self._plan.peer_tax_repeats,
         )
         for peer, rows in self.document["peer_tax"].items():
@@ -151,14 +161,10 @@ class Bench:
             print(f"   {dtype} {found[dtype]}")
 
     def other(self, name: str) -> None:
-        """The summary of a measurement that is a command of its own; None where there is none."""
-        if importlib.util.find_spec(f"benchmarks.{name}") is None:
-            self.document[name] = None
-            return
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--threads", str(self._threads)]
-        run = subprocess.run(
-            [*command, "--model", self._model], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+        """The summary of a measurement that is a command of its own."""
+        command = [sys.executable, "-m", f"benchmarks.{name}", *self._plan.others[name]]
+        command += ["--threads", str(self._threads), "--model", self._model]
+        run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         lines = run.stdout.strip().splitlines()
         if run.returncode != 0:
             raise RuntimeError(f"exit status {run.returncode}: {lines[-1] if lines else 'silent'}")
@@ -182,28 +188,30 @@ def main() -> None:
     disable_progress_bar()
     plan = QUICK if options.quick else FULL
     passages = data_passages(Path(options.data)) if options.data else own_passages()
-    bench = Bench(options.model, options.threads, plan, passages)
-    document = bench.document
-    if "throughput" in options.sections:
-        bench.section("throughput", lambda: bench.throughput(options.peers))
-    if "tax" in options.sections:
-        bench.section("tax", bench.tax)
-    if "peer-tax" in options.sections and plan.peer_tax_repeats:
-        bench.section("peer-tax", bench.peer_tax)
-    if "roofline" in options.sections:
-        bench.section("roofline", bench.roofline)
-    if "others" in options.sections and plan.others:
-        bench.section("residency", lambda: bench.other("residency"))
-        bench.section("fanout", lambda: bench.other("fanout"))
-
-    print(report.table(document))
-    figures = report.summary(document)
     facts = {"model": options.model, "threads": options.threads, "prompts": _source(options.data)}
-    is_whole = not options.peers and set(options.sections) == set(SECTIONS)
-    name = f"engine-{plan.name}" if is_whole else "engine-partial"
-    path = save(name, {**provenance(), **facts, "summary": figures, **document})
+    facts = {**provenance(), **facts}
+    bench = Bench(options.model, options.threads, plan, passages, facts)
+    parts: dict[str, Callable[[], None]] = {
+        "throughput": lambda: bench.throughput(options.peers),
+        "tax": bench.tax,
+        "peer-tax": bench.peer_tax,
+        "roofline": bench.roofline,
+        "residency": lambda: bench.other("residency"),
+        "fanout": lambda: bench.other("fanout"),
+    }
+    wanted = [name for name in plan.expected_s if name in options.sections]
+    print("about", ", ".join(f"{plan.expected_s[name]} s of {name}" for name in wanted), flush=True)
+    for name in wanted:
+        bench.section(name, parts[name])
+
+    document = bench.document
+    print(report.table(document))
+    path = bench.save(result_name(plan, wanted, options.peers))
+    if path.stem != PARTIAL:
+        (RESULTS / f"{PARTIAL}.json").unlink(missing_ok=True)
     print("saved to", path)
-    failed = "throughput" in options.sections and not figures["gate"]
+    figures = report.summary(document)
+    failed = "throughput" in wanted and not figures["gate"]
     if failed:
         print("correctness gate: FAILED", document.get("gate"))
     for name, error in document["errors"].items():
@@ -211,6 +219,14 @@ def main() -> None:
     print(json.dumps(figures))
     if failed or document["errors"]:
         raise SystemExit(1)
+
+
+def result_name(plan: Plan, sections: Sequence[str], peers: Sequence[str]) -> str:
+    """Of the file that a run goes to once it has ended."""
+    if peers:
+        return PARTIAL
+    parts = [] if set(sections) == set(plan.expected_s) else sections
+    return "-".join(["engine", plan.name, *parts])
 
 
 def _source(data: Path | None) -> str:

@@ -11,7 +11,7 @@ token. Every repeat runs each k in turn; ratios are taken within a repeat, after
 without computing something else. Correctness gate: tokens are those of requests that may share
 nothing (by float32's; in bfloat16 the share that agrees is reported).
 
-The last line printed is JSON; the same goes to ``results/fanout-{dtype}.json``.
+The last line printed is JSON; the same goes to ``results/engine-fanout-{dtype}.json``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from statistics import median
 
 import torch
 
-from benchmarks.adapter_tax import random_adapter
 from benchmarks.provenance import provenance, save
+from benchmarks.spreads import spread_of_ratios
+from benchmarks.work import random_adapter
 from reft_core.adapter import Adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
@@ -39,6 +40,7 @@ from reft_core.sites import ModelDescription
 from reft_core.threads import run_in_own_thread
 
 COUNTS = (1, 2, 4, 16)
+CASES = ("suffix", "upper", "all")
 _GATE_TOKENS = 8
 _GATE_ADAPTERS = 4
 
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--input-tokens", type=int, default=1000)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     options = parser.parse_args()
 
     loaded = load_model(options.model, dtype=options.dtype)
@@ -146,7 +149,7 @@ def main() -> None:
     engine.start()
     table: dict[str, dict[str, object]] = {}
     summary: dict[str, float] = {}
-    for case in cases(model):
+    for case in (case for case in cases(model) if case.name in options.cases):
         adapters = run_in_own_thread(partial(case.adapters, model, options.rank))
         for adapter in adapters:
             engine.load_adapter(adapter)
@@ -159,10 +162,9 @@ def main() -> None:
             for k in COUNTS:
                 seconds[k].append(bench.seconds(adapters[:k]))
         for k in COUNTS:
-            ratios = sorted(own / one for own, one in zip(seconds[k], seconds[1], strict=True))
             row = {
                 "seconds": round(median(seconds[k]), 3),
-                "ratio": [round(r, 3) for r in (ratios[0], median(ratios), ratios[-1])],
+                "ratio": spread_of_ratios(seconds[k], seconds[1]),
                 "rows": round(case.row_ratio(k, options.input_tokens, model.num_layers), 3),
             }
             table[f"{case.name} k={k}"] = {**row, "agreement": agreement}
@@ -172,8 +174,8 @@ def main() -> None:
         for adapter in adapters:
             engine.unload_adapter(adapter.digest)
     engine.stop()
-    document = {"model": model.name, **vars(options), **provenance(), "results": table}
-    print("saved to", save(f"fanout-{options.dtype}", document))
+    document = {**provenance(), **vars(options), "model": model.name, "results": table}
+    print("saved to", save(f"engine-fanout-{options.dtype}", document))
     print(json.dumps(summary))
 
 

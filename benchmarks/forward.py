@@ -17,13 +17,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from benchmarks.provenance import provenance, save
+from benchmarks.spreads import spread
+from benchmarks.work import random_prompts
 from reft_core.engine.config import Forward
 from reft_core.engine.interface import Request
 from reft_core.engine.kv import SlotKV
@@ -31,37 +32,35 @@ from reft_core.engine.runner import ModelRunner
 from reft_core.engine.sequence import Sequence
 from reft_core.engine.sharing import Chunk
 from reft_core.loading import load_model
+from reft_core.sites import ModelDescription
 
 CONTEXT = 128
 PROMPTS = ((16, 64), (1, 1000))
 """Number and length of the prompts of a prefill."""
 
 
-def sequences(num: int, length: int, vocab_size: int) -> list[Sequence]:
+def sequences(num: int, length: int, model: ModelDescription) -> list[Sequence]:
     """Requests with random prompts, each in its slot."""
-    prompts = torch.randint(3, vocab_size, (num, length)).tolist()
     made = []
-    for slot, prompt in enumerate(prompts):
+    for slot, prompt in enumerate(random_prompts(model, num, length)):
         sequence = Sequence(Request(str(slot), tuple(prompt)), lambda _: None, None, frozenset())
         sequence.slot = slot
         made.append(sequence)
     return made
 
 
-def cases(runner: ModelRunner, vocab_size: int) -> dict[str, Callable[[], Tensor]]:
+def cases(runner: ModelRunner, model: ModelDescription) -> dict[str, Callable[[], Tensor]]:
     """Each measured call by name; all return logits."""
     found: dict[str, Callable[[], Tensor]] = {}
     for batch in (1, 16):
-        torch.manual_seed(0)
-        running = sequences(batch, CONTEXT, vocab_size)
+        running = sequences(batch, CONTEXT, model)
         runner.prefill([Chunk(sequence, 0, CONTEXT) for sequence in running])
         for sequence in running:
             sequence.num_computed = CONTEXT
             sequence.token_ids.append(7)
         found[f"decode B={batch}"] = lambda running=running: runner.decode(running)  # type: ignore[misc]
     for num, length in PROMPTS:
-        torch.manual_seed(0)
-        chunks = [Chunk(s, 0, length) for s in sequences(num, length, vocab_size)]
+        chunks = [Chunk(s, 0, length) for s in sequences(num, length, model)]
         found[f"prefill {num}x{length}"] = lambda chunks=chunks: runner.prefill(chunks).next  # type: ignore[misc]
     return found
 
@@ -81,7 +80,7 @@ def main() -> None:
     for forward in get_args(Forward)[::-1]:
         kv = SlotKV(loaded.description, 16, 1024, dtype=dtype, device="cpu")
         runner = ModelRunner(loaded, kv, forward)
-        ways[forward] = cases(runner, loaded.description.vocab_size)
+        ways[forward] = cases(runner, loaded.description)
     times: dict[str, dict[str, list[float]]] = {case: {} for case in ways["auto"]}
     for case, by_forward in times.items():
         logits = {forward: ways[forward][case]() for forward in ways}
@@ -97,10 +96,7 @@ def main() -> None:
                 if repeat >= 2:
                     by_forward[forward].append(1e3 * (time.perf_counter() - started))
     table = {
-        case: {
-            forward: [round(t, 2) for t in (min(found), median(found), max(found))]
-            for forward, found in by_forward.items()
-        }
+        case: {forward: spread(found, 2) for forward, found in by_forward.items()}
         for case, by_forward in times.items()
     }
     for case, row in table.items():

@@ -38,15 +38,16 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks.adapter_tax import random_adapter
 from benchmarks.kernel import compare
 from benchmarks.provenance import provenance, save
+from benchmarks.spreads import spread_of_ratios
+from benchmarks.work import greedy_requests, random_adapter, random_prompts
 from reft_core.adapter import Adapter
 from reft_core.engine import varlen
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.generate import Completion, generate
-from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
+from reft_core.engine.interface import Request
 from reft_core.loading import LoadedModel
 from reft_core.sites import describe_model
 from reft_core.threads import run_in_own_thread
@@ -160,18 +161,8 @@ def work(
     seed: int = 0,
 ) -> list[Request]:
     """Greedy requests that use the adapters in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(3, engine.model.vocab_size, (count, tokens[0]), generator=generator)
-    params = SamplingParams(max_tokens=tokens[1], temperature=0, ignore_eos=True)
-    return [
-        Request(
-            f"{time.monotonic_ns()}-{i}",
-            tuple(prompt),
-            params,
-            (AdapterChoice(adapters[i % len(adapters)].digest),) if adapters else (),
-        )
-        for i, prompt in enumerate(prompts.tolist())
-    ]
+    prompts = random_prompts(engine.model, count, tokens[0], seed)
+    return greedy_requests(prompts, tokens[1], [adapter.digest for adapter in adapters])
 
 
 def timed(run: Callable[[], list[Completion]]) -> tuple[float, list[Completion]]:
@@ -287,10 +278,9 @@ def tax(loaded: LoadedModel, regime: Regime, adapters: list[Adapter]) -> dict[st
     generated = regime.tax_requests * regime.tax_tokens[1]
     table: dict[str, Any] = {}
     for k in counts:
-        ratios = sorted(base / own for base, own in zip(seconds[0], seconds[k], strict=True))
         table[f"K={k}"] = {
             "tokens_per_s": round(generated / median(seconds[k]), 1),
-            "throughput_ratio": [round(r, 3) for r in (ratios[0], median(ratios), ratios[-1])],
+            "throughput_ratio": spread_of_ratios(seconds[0], seconds[k]),
         }
     return table
 

@@ -17,7 +17,7 @@ The share of prefill is measured on the served forward in bfloat16, for 16 promp
 an adapter each (rank 8, f7+l7, all layers): the time inside ``apply_edits`` over that of the whole
 prefill, and what the whole took longer than the one without adapters just before it.
 
-The last line printed is JSON; the same goes to ``results/kernel.json``.
+The last line printed is JSON; the same goes to ``results/engine-kernel.json``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from torch import Tensor
 
 import reft_core.engine.fused as fused
 import reft_core.kernels as kernels
-from benchmarks.adapter_tax import random_adapter
 from benchmarks.provenance import provenance, save
+from benchmarks.spreads import Spread, spread
+from benchmarks.work import random_adapter, random_prompts
 from reft_core.batch import AdapterUse, PromptEdits, RowEdit
 from reft_core.edits import Edit
 from reft_core.engine.interface import Request
@@ -52,8 +53,6 @@ OTHER_ROWS = (1, 64)
 OTHER_ROWS_RANK = 8
 MAX_GATHER_BYTES = 1 << 30
 Way = Callable[[], object]
-Spread = list[float]
-"""Smallest, median and largest over the repeats."""
 
 
 def ways_of(
@@ -117,7 +116,7 @@ def compare(hidden: Tensor, num_adapters: int, rank: int, repeats: int) -> dict[
         for name, way in ways.items():
             times[name].append(_timed(way, hidden.device))
             read()
-    return {name: _spread([1e6 * t for t in found], 1) for name, found in times.items()}
+    return {name: spread([1e6 * t for t in found], 1) for name, found in times.items()}
 
 
 def served_way(times: dict[str, Spread], num_adapters: int) -> str:
@@ -165,10 +164,6 @@ def _timed(way: Way, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _spread(values: list[float], digits: int) -> Spread:
-    return [round(value, digits) for value in (min(values), median(values), max(values))]
-
-
 def edit_share(loaded: LoadedModel, device: torch.device, repeats: int) -> dict[str, Spread]:
     """Shares of a prefill of 16 prompts with an adapter each: ``inside`` and ``whole``."""
     num_prompts, length = 16, 64
@@ -176,7 +171,7 @@ def edit_share(loaded: LoadedModel, device: torch.device, repeats: int) -> dict[
     kv = SlotKV(loaded.description, num_prompts, 128, dtype=parameter.dtype, device=device)
     runner = ModelRunner(loaded, kv)
     adapters = [random_adapter(loaded.description, 8, seed) for seed in range(num_prompts)]
-    prompts = torch.randint(3, loaded.description.vocab_size, (num_prompts, length)).tolist()
+    prompts = random_prompts(loaded.description, num_prompts, length)
 
     def chunks_of(edited: bool) -> list[Chunk]:
         found = []
@@ -210,7 +205,7 @@ def edit_share(loaded: LoadedModel, device: torch.device, repeats: int) -> dict[
     finally:
         for module in (kernels, fused):
             module.apply_edits = real  # type: ignore[attr-defined]
-    return {name: _spread(found, 4) for name, found in shares.items()}
+    return {name: spread(found, 4) for name, found in shares.items()}
 
 
 def main() -> None:
@@ -246,7 +241,7 @@ def main() -> None:
         "why": reasons(table),
         "prefill_share_min_median_max": share,
     }
-    print("saved to", save("kernel", document))
+    print("saved to", save("engine-kernel", document))
     print(reasons(table))
     print(json.dumps({"edit_share_prefill_bf16": share["inside"][1], "why": reasons(table)}))
 

@@ -1,10 +1,10 @@
 """What LoRA adapters cost the peers that serve them, each against itself without any.
 
-The same question as :mod:`adapter_tax` asks of this project: K distinct adapters over 256
+The same question as :mod:`adapter_tax` asks of this project: K distinct adapters over 64
 requests. Adapters are LoRA of rank 8 on the query and value maps of every layer, with random
 weights. vLLM runs them in its own batches; PEFT in mixed static batches (``adapter_names``).
-They get fewer tokens than this project does, as they are slower, and each is compared with
-itself alone.
+They get fewer requests and tokens than this project does, as they are slower, and each is
+compared with itself alone.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.adapter_tax import spread_of_ratios
 from benchmarks.peers.contenders import Variant, start, wait_loaded
 from benchmarks.peers.environments import PEFT, VLLM
 from benchmarks.peers.protocol import PeerMissing, Worker
+from benchmarks.spreads import spread_of_ratios
 
-REQUESTS = 256
+REQUESTS = 64
 INPUT_TOKENS = 64
 _RUN_S = 900.0
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def peers(num_adapters: int, scratch: str) -> tuple[Peer, ...]:
     vllm, peft = "benchmarks.peers.vllm_worker", "benchmarks.peers.peft_worker"
     loras = {
         "eager": True,
-        "max_loras": _BATCH,
+        "max_loras": REQUESTS,
         "num_adapters": num_adapters,
         "folder": scratch,
     }
@@ -107,7 +107,7 @@ def _ratios(
                 _RUN_S,
                 prompts=prompts,
                 output_tokens=peer.output_tokens,
-                settings={"batch": _BATCH},
+                settings={"batch": REQUESTS},
                 adapters=k,
             )
             times.append(answer["seconds"])
@@ -117,7 +117,7 @@ def _ratios(
         "output_tokens": peer.output_tokens,
         **{
             f"K={k}": {
-                "tokens_per_s": round(tokens / sorted(times[1:])[len(times[1:]) // 2], 1),
+                "tokens_per_s": round(tokens / median(times[1:]), 1),
                 "throughput_ratio": spread_of_ratios(seconds[0][1:], times[1:]),
                 "answers_changed": sum(a != b for a, b in zip(answers[0], answers[k], strict=True)),
             }

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def provenance() -> dict[str, str | int]:
-    """Facts about this run that do not change while it lasts."""
+    """Facts about this run; ``threads`` is of torch here, and an engine may have its own."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
@@ -35,11 +35,12 @@ def provenance() -> dict[str, str | int]:
 
 
 def save(name: str, document: dict[str, object]) -> Path:
-    """Write a result to ``results/{name}.json`` and return where."""
+    """Write a result to ``results/{name}.json``, whole or not at all, and return where."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return path
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(document, indent=1) + "\n")
+    return scratch.replace(path)
 
 
 def _module_and_arguments() -> list[str]:

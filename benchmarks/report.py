@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import median
 from typing import Any
 
-from benchmarks.adapter_tax import spread_of_ratios
 from benchmarks.compare import Measured, Outcome
 from benchmarks.peers.contenders import CONTINUOUS, OURS, STATIC
 from benchmarks.plan import TAX_COUNTS
+from benchmarks.spreads import spread, spread_of_ratios
 from benchmarks.workloads import WORKLOADS
 
 HEADLINE = "a"
@@ -24,14 +23,14 @@ def compared(name: str, measured: Mapping[str, Measured]) -> dict[str, dict[str,
     ours = measured[OURS].seconds if OURS in measured else []
     rows = {}
     for peer, run in measured.items():
-        rates = sorted(workload.num_generated / seconds for seconds in run.seconds)
+        rates = [workload.num_generated / seconds for seconds in run.seconds]
         if not rates:
             continue
         pairs = min(len(ours), len(run.seconds))  # a slow peer has fewer repeats, the first ones
         rows[peer] = {
             "option": run.option,
             "repeats": len(rates),
-            "tokens_per_s": [round(rate, 1) for rate in (rates[0], median(rates), rates[-1])],
+            "tokens_per_s": spread(rates, 1),
             "ours_over_theirs": spread_of_ratios(run.seconds[:pairs], ours[:pairs])
             if pairs
             else None,
@@ -72,6 +71,8 @@ def table(document: Mapping[str, Any]) -> str:
                 lines.append(f"  {peer} with {name:6} adapters: {shown}")
             elif name == "missing":
                 lines.append(f"  missing: {peer} with adapters: {row}")
+    for name in ("residency", "fanout"):
+        lines += [f"  {key:28}{value!s:>12}" for key, value in document.get(name, {}).items()]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ Cold loads: from asking residency for an adapter that is on disk until requests 
 engine is idle, with the file in the page cache and (as far as the system heeds the advice) not;
 and once more while the engine decodes a full batch.
 
-The last line printed is JSON; the same goes to ``results/residency.json``.
+The last line printed is JSON; the same goes to ``results/engine-residency.json``.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import provenance, save
+from benchmarks.spreads import spread_of_ratios
+from benchmarks.work import fresh_adapter, random_prompts
 from reft_core.adapter import encode_adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import SamplingParams
 from reft_core.grammar import GrammarCompiler
 from reft_core.loading import LoadedModel, load_model
-from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription
-from reft_core.spec import AdapterSpec, PositionSpec
+from reft_core.spec import PositionSpec
 from server.generator import Generator
 from server.grammars import Grammars
 from server.job import Job
@@ -64,16 +65,9 @@ def adapter_files(
     model: ModelDescription, rank: int, layers: Sequence[int], seed: int
 ) -> Iterator[bytes]:
     """Endless LoReFT files at f7+l7 that differ in their numbers, which are small, alone."""
-    placement = Placement.on(model, "loreft", layers=tuple(layers), rank=rank)
-    spec = AdapterSpec(
-        name="random",
-        base=model.to_base_spec(),
-        method="loreft",
-        positions=PositionSpec(rule="f7+l7"),
-        sites=placement.site_specs(),
-    )
-    edits = {key: module.to_edit() for key, module in placement.build(num_units=1).items()}
-    file = encode_adapter(spec, edits)
+    positions = PositionSpec(rule="f7+l7")
+    spec, modules = fresh_adapter(model, "loreft", positions, layers=layers, rank=rank)
+    file = encode_adapter(spec, {key: module.to_edit() for key, module in modules.items()})
     header = file[: 8 + int.from_bytes(file[:8], "little")]
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -160,7 +154,7 @@ def measure(
     input_tokens: int = 64,
     output_tokens: int = 32,
     rank: int = 8,
-    repeats: int = 7,
+    repeats: int = 5,
     loads: int = 200,
     threads: int | None = 2,
 ) -> dict[str, Any]:
@@ -178,11 +172,8 @@ def measure(
         few = register(Path(folder, "few"), engine.model, hot)
         many = register(Path(folder, "many"), engine.model, hot | cold | rest)
         drop = uncache(Path(folder, "many"), many)
-        generator = torch.Generator().manual_seed(0)
-        shape = (requests, input_tokens)
-        prompts = torch.randint(3, engine.model.vocab_size, shape, generator=generator)
         params = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True)
-        workload = Workload(prompts.tolist(), params)
+        workload = Workload(random_prompts(engine.model, requests, input_tokens), params)
         bench = _Bench(engine, loaded, few, many, workload, len(cold["cold-0"]))
         engine.start()
         try:
@@ -244,8 +235,8 @@ class _Bench:
         num_tokens = num_requests * self.workload.params.max_tokens
         return {
             "tokens_per_s": {k: round(num_tokens / median(s), 1) for k, s in seconds.items()},
-            "registered_ratio": _ratios(seconds["few"], seconds["many"]),
-            "all_cold_ratio": _ratios(seconds["few"], seconds["all_cold"]),
+            "registered_ratio": spread_of_ratios(seconds["few"], seconds["many"], 4),
+            "all_cold_ratio": spread_of_ratios(seconds["few"], seconds["all_cold"], 4),
         }
 
     async def cold_loads(
@@ -276,12 +267,6 @@ class _Bench:
         return {kind: _spread(times) for kind, times in found.items()}
 
 
-def _ratios(base: Sequence[float], own: Sequence[float]) -> list[float]:
-    """Least, median and greatest throughput as a share of the base's, pair by pair."""
-    ratios = sorted(one / other for one, other in zip(base, own, strict=True))
-    return [round(ratio, 4) for ratio in (ratios[0], median(ratios), ratios[-1])]
-
-
 def _spread(times: Sequence[float]) -> dict[str, float]:
     p95 = quantiles(times, n=20)[-1]
     return {"median": round(median(times), 2), "p95": round(p95, 2), "max": round(max(times), 2)}
@@ -308,7 +293,7 @@ def main() -> None:
     parser.add_argument("--input-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loads", type=int, default=200)
     options = vars(parser.parse_args())
     model, dtype = options.pop("model"), options.pop("dtype")
@@ -318,8 +303,8 @@ def main() -> None:
     results = measure(loaded, **options)
     for name, value in results.items():
         print(f"{name:18} {value}")
-    document = {"model": loaded.description.name, "dtype": dtype, **options, **provenance()}
-    print("saved to", save("residency", {**document, "results": results}))
+    document = {**provenance(), "model": loaded.description.name, "dtype": dtype, **options}
+    print("saved to", save("engine-residency", {**document, "results": results}))
     summary = {
         "registered_10k_ratio": results["registered_ratio"][1],
         "registered_10k_spread": results["registered_ratio"][::2],

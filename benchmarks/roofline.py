@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from benchmarks.work import greedy_requests, random_prompts
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.generate import generate
-from reft_core.engine.interface import Output, Request, SamplingParams
+from reft_core.engine.interface import Output
 from reft_core.loading import Dtype, load_model
 from reft_core.sites import find_layers
 from reft_core.threads import run_in_own_thread
@@ -122,9 +123,8 @@ def measure(model: str, dtype: Dtype, threads: int, repeats: int) -> dict[str, f
 def _decode_step_s(engine: EmbeddedEngine) -> float:
     """Median seconds between tokens of a full batch."""
     outputs: queue.SimpleQueue[tuple[float, Output]] = queue.SimpleQueue()
-    params = SamplingParams(max_tokens=_OUTPUT_TOKENS, temperature=0, ignore_eos=True)
-    for i, prompt in enumerate(_random_prompts(engine, _BATCH, _INPUT_TOKENS)):
-        request = Request(f"{time.monotonic_ns()}-{i}", prompt, params)
+    prompts = random_prompts(engine.model, _BATCH, _INPUT_TOKENS)
+    for request in greedy_requests(prompts, _OUTPUT_TOKENS):
         engine.submit(request, lambda output: outputs.put((time.perf_counter(), output)))
     last: dict[str, float] = {}
     gaps = []
@@ -140,18 +140,10 @@ def _decode_step_s(engine: EmbeddedEngine) -> float:
 
 def _prompt_s(engine: EmbeddedEngine) -> float:
     """Seconds to the first token of one long prompt, the mean of a few sent together."""
-    prompts = _random_prompts(engine, 4, _PREFILL_TOKENS)
-    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-    requests = [Request(f"{time.monotonic_ns()}-{i}", p, params) for i, p in enumerate(prompts)]
+    requests = greedy_requests(random_prompts(engine.model, 4, _PREFILL_TOKENS), 1)
     started = time.perf_counter()
     generate(engine, requests)
-    return (time.perf_counter() - started) / len(prompts)
-
-
-def _random_prompts(engine: EmbeddedEngine, count: int, length: int) -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, engine.model.vocab_size, (count, length), generator=generator)
-    return [tuple(row) for row in tokens.tolist()]
+    return (time.perf_counter() - started) / len(requests)
 
 
 @torch.inference_mode()

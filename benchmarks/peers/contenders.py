@@ -30,9 +30,8 @@ class Variant:
     """None is the project's own."""
     load: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, tuple[dict[str, Any], ...]] = field(default_factory=dict)
-    """Settings of a run to choose from, by workload; none given is the worker's default."""
-    is_quick: bool = True
-    """Whether a quick comparison includes it."""
+    """Settings of a run to choose from, by workload; () leaves a workload out. One that is not
+    named is run with the worker's defaults."""
 
     @property
     def name(self) -> str:
@@ -49,25 +48,9 @@ _VLLM_MODULE = f"{_PACKAGE}.vllm_worker"
 _FLASH = ({"flash": True}, {"flash": False})
 
 VARIANTS = (
-    Variant(OURS, "", f"{_PACKAGE}.reft_worker", runs={"c": ({"slots": 16}, {"slots": 64})}),
+    Variant(OURS, "", f"{_PACKAGE}.reft_worker", runs={"c": ({"slots": 64},)}),
     Variant("vllm", "eager", _VLLM_MODULE, VLLM, {"eager": True}),
-    Variant("vllm", "compiled", _VLLM_MODULE, VLLM, {"eager": False}, is_quick=False),
-    Variant(
-        "vllm",
-        "eager-in-process",
-        _VLLM_MODULE,
-        VLLM,
-        {"eager": True, "in_process": True},
-        is_quick=False,
-    ),
-    Variant(
-        "vllm",
-        "compiled-in-process",
-        _VLLM_MODULE,
-        VLLM,
-        {"eager": False, "in_process": True},
-        is_quick=False,
-    ),
+    Variant("vllm", "compiled", _VLLM_MODULE, VLLM, {"eager": False}),
     Variant(
         "llamacpp",
         "",
@@ -84,14 +67,14 @@ VARIANTS = (
         STATIC,
         "",
         f"{_PACKAGE}.transformers_worker",
-        runs={"c": ({"batch": 64}, {"batch": 16})},
+        runs={"c": ()},  # minutes of it, and b says as much
     ),
     Variant(
         CONTINUOUS,
         "",
         f"{_PACKAGE}.transformers_worker",
         load={"continuous": True},
-        is_quick=False,
+        runs=dict.fromkeys("bcd", ()),
     ),
 )
 
@@ -113,11 +96,7 @@ def start(variant: Variant, folder: Path, model: str, dtype: str, threads: int) 
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if variant.environment is VLLM:  # it binds its own threads; the variable would add to them
-        if variant.load.get("in_process"):
-            # What its documentation asks for; started as a service, it does so by itself.
-            variables["LD_PRELOAD"] = _intel_openmp(python)
-    else:
+    if variant.environment is not VLLM:  # it binds its own threads; the variable would add to them
         variables["OMP_NUM_THREADS"] = str(threads)
     worker = Worker(python, variant.module, f"{variant.name}-{dtype}", variables)
     cores = sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else []
@@ -133,9 +112,3 @@ def start(variant: Variant, folder: Path, model: str, dtype: str, threads: int) 
 def wait_loaded(worker: Worker) -> dict[str, Any]:
     """What the worker said of itself when it had loaded: versions at least."""
     return worker.receive(_LOAD_S)
-
-
-def _intel_openmp(python: Path) -> str:
-    """The OpenMP runtime in the environment of ``python``, or nothing."""
-    library = python.parent.parent / "lib" / "libiomp5.so"
-    return str(library) if library.is_file() else ""

@@ -59,8 +59,8 @@ class LlamaCpp:
     def run(
         self, prompts: list[list[int]], output_tokens: int, settings: dict[str, Any]
     ) -> dict[str, Any]:
-        """``settings``: wave (sequences that run at once), flash (bool), unified (bool)."""
-        settings = {"wave": len(prompts), "flash": True, "unified": False, **settings}
+        """``settings``: wave (sequences that run at once), flash (bool)."""
+        settings = {"wave": len(prompts), "flash": True, **settings}
         if settings != self._settings:
             self._open(settings)
             self._settings = settings
@@ -80,12 +80,11 @@ class LlamaCpp:
         params = api.llama_context_default_params()
         params.n_ctx = wave * _SEQUENCE_TOKENS
         params.n_batch = _BATCH_TOKENS
-        params.n_ubatch = settings.get("ubatch", 512)
         params.n_seq_max = wave
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = self._kv_type
         params.flash_attn_type = int(settings["flash"])
-        params.kv_unified = settings["unified"]
+        params.kv_unified = False
         params.no_perf = True
         self._context = api.llama_init_from_model(self._model, params)
         if not self._context:

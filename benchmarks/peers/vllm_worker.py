@@ -22,8 +22,8 @@ class Vllm:
     def load(
         self, model: str, dtype: str, threads: int, settings: dict[str, Any]
     ) -> dict[str, Any]:
-        """``settings``: eager (bool), in_process (bool), max_loras (int, 0 for none); with these,
-        num_adapters (int) and folder (str) to write them to.
+        """``settings``: eager (bool), max_loras (int, 0 for none); with these, num_adapters (int)
+        and folder (str) to write them to.
         """
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.environ.update(
@@ -32,7 +32,6 @@ class Vllm:
             VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, cores)),
             VLLM_NO_USAGE_STATS="1",
             VLLM_LOGGING_LEVEL="WARNING",
-            VLLM_ENABLE_V1_MULTIPROCESSING="0" if settings.get("in_process") else "1",
         )
         from vllm import LLM
 

@@ -155,9 +155,16 @@ async def _drive(
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
         client = Client(http, oracle, {name.name: name.history for name in names})
         traffic = Traffic(
-            client, world.loaded.tokenizer, base, names, files, world.foreign, admin, rate,
-            options.seed,
-        )  # fmt: skip
+            client=client,
+            tokenizer=world.loaded.tokenizer,
+            base=base,
+            names=names,
+            files=files,
+            foreign=world.foreign,
+            admin=admin,
+            rate=rate,
+            seed=options.seed,
+        )
         await traffic.register_all()
         for half in ("first", "second"):
             await traffic.run(options.seconds / 2)

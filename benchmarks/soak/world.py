@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.work import fresh_adapter
 from reft_core.adapter import Adapter, Prefix, decode_adapter, encode_adapter
 from reft_core.loading import LoadedModel, load_model
-from reft_core.methods.placement import Placement
 from reft_core.sites import ModelDescription
 from reft_core.spec import AdapterSpec, PositionSpec, PrefixSpec
 from reft_core.threads import run_in_own_thread
@@ -136,26 +136,19 @@ def _ascii_tokenizer() -> PreTrainedTokenizerFast:
 
 def _edit_file(model: ModelDescription, kind: Kind) -> bytes:
     """An adapter of one kind in all layers, its parameters moved from where training starts."""
-    layers = tuple(range(model.num_layers))
     rank = 8 if model.hidden_size > 256 else model.hidden_size // 2
-    placement = Placement.on(model, kind.method, layers=layers, rank=rank, sites=kind.sites)
-    spec = AdapterSpec(
-        name=kind.method,
-        base=model.to_base_spec(),
-        method=kind.method,
-        positions=PositionSpec(rule=kind.positions, tied=kind.tied),
-        sites=placement.site_specs(),
+    spec, modules = fresh_adapter(
+        model,
+        kind.method,
+        PositionSpec(rule=kind.positions, tied=kind.tied),
+        layers=range(model.num_layers),
+        rank=rank,
+        sites=kind.sites,
     )
-    modules = placement.build(spec.positions.to_rule().num_units)
     with torch.no_grad():
-        for parameter in _parameters(modules.values()):
+        for parameter in chain.from_iterable(m.parameters() for m in modules.values()):
             parameter.add_(torch.randn_like(parameter) / model.hidden_size**0.5)
     return encode_adapter(spec, {key: module.to_edit() for key, module in modules.items()})
-
-
-def _parameters(modules: object) -> Iterator[torch.nn.Parameter]:
-    for module in modules:  # type: ignore[attr-defined]
-        yield from module.parameters()
 
 
 def _prefix_file(model: ModelDescription, length: int) -> bytes:

@@ -97,6 +97,26 @@ def test_a_slow_peer_has_fewer_repeats() -> None:
     assert report.compared("a", outcome.measured["a"])[STATIC]["ours_over_theirs"] == [60.0] * 3
 
 
+def test_where_all_are_slow_their_first_runs_decide() -> None:
+    worker = FakeWorker([50, 40, 39, 38])
+    entrants = [entrant("llamacpp", worker, a=({"wave": 1}, {"wave": 2}))]
+    outcome = Outcome()
+    run_workload(WORKLOAD, PROMPTS, entrants, outcome, repeats=2, trials=1)
+    measured = outcome.measured["a"]["llamacpp"]
+    assert measured.option == "wave=2"
+    assert measured.tried == {"wave=1": 50, "wave=2": 40}
+    assert measured.seconds == [39, 38]
+
+
+def test_a_workload_may_be_left_out() -> None:
+    ours = entrant(OURS, FakeWorker([1, 1]))
+    absent = entrant(STATIC, FakeWorker([]), a=())
+    outcome = Outcome()
+    run_workload(WORKLOAD, PROMPTS, [ours, absent], outcome, repeats=1, trials=1)
+    assert set(outcome.measured["a"]) == {OURS}
+    assert not outcome.missing
+
+
 @pytest.mark.parametrize(("gap", "passes"), [(TIE / 2, True), (TIE * 2, False)])
 def test_gate_allows_ties_alone(gap: float, passes: bool) -> None:
     measured = {

@@ -43,7 +43,7 @@ def test_no_answer_in_time(worker: Worker) -> None:
         worker.ask("run", 0.05, prompts=[], output_tokens=1, settings={"sleep_s": 5})
 
 
-def test_unknown_interpreter_module() -> None:
+def test_a_module_that_is_not_there() -> None:
     with (
         Worker(OWN_PYTHON, "benchmarks.peers.nobody", "nobody", {}) as gone,
         pytest.raises(PeerMissing, match="nobody"),
