@@ -17,132 +17,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_core.batch import EditPlan
 from reft_core.edits import Edit
 from reft_core.engine.attention import ForwardBatch
+from reft_core.engine.layer import Layer, Norm
 from reft_core.engine.linear import JoinedLinear, Linear, PackedLinear
-from reft_core.engine.operations import HeadLayout, Operations
-from reft_core.kernels import apply_edits
+from reft_core.engine.operations import Operations
 from reft_core.native.operations import NativeOperations
 from reft_core.sites import find_layers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are known to be put together as below."""
 
-_SITES = ("block_output", "attn_output", "mlp_output")
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """Root-mean-square norm over the last dimension."""
-
-    weight: Tensor
-    eps: float
-    operations: Operations
-
-    @classmethod
-    def of(cls, module: Any, operations: Operations) -> _Norm:
-        return cls(module.weight, module.variance_epsilon, operations)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.operations.rms_norm(x, self.weight, self.eps)
-
-
-class _Layer:
-    """One decoder layer."""
-
-    def __init__(self, layer: Any, index: int, operations: Operations) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._index = index
-        self._operations = operations
-        self._head_dim: int = attention.head_dim
-        window: int | None = getattr(attention, "sliding_window", None)
-        if window is None and attention.config.model_type == "mistral":
-            window = attention.config.sliding_window
-        self._layout = HeadLayout(
-            layer=index,
-            num_queries=attention.q_proj.out_features // self._head_dim,
-            num_keys=attention.k_proj.out_features // self._head_dim,
-            scale=attention.scaling,
-            window=window,
-        )
-        self._before_attention = _Norm.of(layer.input_layernorm, operations)
-        self._before_mlp = _Norm.of(layer.post_attention_layernorm, operations)
-        self._head_norms: tuple[_Norm, _Norm] | None = None
-        if hasattr(attention, "q_norm"):
-            norms = (_Norm.of(norm, operations) for norm in (attention.q_norm, attention.k_norm))
-            self._head_norms = next(norms), next(norms)
-        self._qkv = operations.linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = operations.linear(attention.o_proj)
-        self._gate_up = operations.linear(mlp.gate_proj, mlp.up_proj)
-        self._down = operations.linear(mlp.down_proj)
-        self._activation = None if _is_silu(mlp.act_fn) else mlp.act_fn
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the packed weights."""
-        return sum(m.num_bytes for m in (self._qkv, self._out, self._gate_up, self._down))
-
-    def __call__(
-        self,
-        h: Tensor,
-        shape: tuple[int, int],
-        cos: Tensor,
-        sin: Tensor,
-        batch: ForwardBatch,
-        plan: EditPlan,
-    ) -> Tensor:
-        """What the layer puts out for h (N, d), the edits inside it included; h may be
-        overwritten."""
-        x = self._before_attention(h)
-        attended = self._attend(x, shape, cos, sin, batch)
-        h = self._added(h, self._out, attended, "attn_output", x, plan)
-        x = self._before_mlp(h)
-        return self._added(h, self._down, self._activated(x), "mlp_output", x, plan)
-
-    def edit_output(self, h: Tensor, plan: EditPlan) -> Tensor:
-        """What the layer puts out (N, d), changed in place by the edits of it."""
-        return self._edited("block_output", h, h, plan)
-
-    def _attend(
-        self, x: Tensor, shape: tuple[int, int], cos: Tensor, sin: Tensor, batch: ForwardBatch
-    ) -> Tensor:
-        """Attention (N, H·D) before the output projection."""
-        heads = self._qkv(x).view(len(x), -1, self._head_dim)  # (N, H + 2·KH, D)
-        if self._head_norms is not None:
-            sizes = (self._layout.num_queries, self._layout.num_keys)
-            for norm, part in zip(
-                self._head_norms, heads.split((*sizes, sizes[1]), 1), strict=False
-            ):
-                part.copy_(norm(part))
-        return self._operations.attend(heads, self._layout, cos, sin, batch, shape)
-
-    def _activated(self, x: Tensor) -> Tensor:
-        """act(gate) ∘ up (N, width) of the MLP."""
-        gate_up = self._gate_up(x)
-        if self._activation is None:
-            return self._operations.silu_mul(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        product: Tensor = self._activation(gate).mul_(up)
-        return product
-
-    def _added(
-        self, h: Tensor, linear: Linear, y: Tensor, site: str, x: Tensor, plan: EditPlan
-    ) -> Tensor:
-        """h plus the edited output of ``linear`` for y, all (N, ·); x is the site's input."""
-        if (self._index, site) not in plan.places:
-            return linear.plus(y, h)
-        return h.add_(self._edited(site, linear(y), x, plan))
-
-    def _edited(self, site: str, output: Tensor, x: Tensor, plan: EditPlan) -> Tensor:
-        """A site's output (N, d), changed in place by its edits."""
-        if edits := plan.places.get((self._index, site)):
-            apply_edits(output, x, edits)
-        return output
+_OUTPUT, _INSIDE = "block_output", ("attn_output", "mlp_output")
+"""Sites of a layer that the forward passes by."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +63,9 @@ class FusedForward:
                 NativeOperations.where_available(model.dtype, first.self_attn.head_dim)
                 or self.operations
             )
-        self._norm = _Norm.of(inner.norm, self.operations)
-        self._layers = [_Layer(layer, i, self.operations) for i, layer in enumerate(layers)]
+        self._norm = Norm.of(inner.norm, self.operations)
+        self._layers = [Layer(layer, i, self.operations) for i, layer in enumerate(layers)]
+        self._at_once = self.operations.whole_layers(self._layers)
         head: Any = model.get_output_embeddings()
         self._head: Linear = self.operations.linear(head)
         self.num_bytes = self._head.num_bytes + sum(layer.num_bytes for layer in self._layers)
@@ -203,7 +95,7 @@ class FusedForward:
     @staticmethod
     def passes_by(site: str, edit: Edit) -> bool:
         """Whether an edit acts where this forward passes by, on what it has there."""
-        return site in _SITES and not (site == "block_output" and edit.source == "input")
+        return site in _INSIDE or (site == _OUTPUT and edit.source != "input")
 
     def __call__(
         self,
@@ -227,18 +119,46 @@ class FusedForward:
         cos, sin = (angle.flatten(0, 1).contiguous() for angle in angles)  # (N, D)
         h = hidden.flatten(0, 1)
         at_stage = {branch.stage: branch for branch in branches}
-        for stage, layer in enumerate(self._layers, 1):
-            h = layer(h, (num_rows, num_columns), cos, sin, batch, plan)
-            if (branch := at_stage.get(stage)) is not None:
+        first = 0
+        for last in self._stops(plan, branches):
+            h = self._through(first, last, h, (num_rows, num_columns), (cos, sin), batch, plan)
+            if (branch := at_stage.get(last)) is not None:
                 h, cos, sin = (tensor.index_select(0, branch.rows) for tensor in (h, cos, sin))
                 num_columns, batch, plan = len(h), branch.batch, branch.plan
-            h = layer.edit_output(h, plan)
+            h = self._layers[last - 1].edit_output(h, plan)
+            first = last
         columns = keep if isinstance(keep, Tensor) else slice(-keep if keep else None, None)
         kept = h.unflatten(0, (num_rows, num_columns))[:, columns]
         return self._head(self._norm(kept.flatten(0, 1))).unflatten(0, kept.shape[:2])
 
+    def _stops(self, plan: EditPlan, branches: Sequence[Branch]) -> list[int]:
+        """Layers after which something else has its turn, and on both sides of those with edits
+        inside; ascending, all layers last."""
+        stops = {len(self._layers), *(branch.stage for branch in branches)}
+        for each in (plan, *(branch.plan for branch in branches)):
+            for layer, site in each.places:
+                stops.add(layer + 1)
+                if site != _OUTPUT and layer > 0:
+                    stops.add(layer)
+        return sorted(stops)
 
-def _is_silu(activation: nn.Module) -> bool:
-    """Whether an activation is x·sigmoid(x), by whatever class."""
-    probe = torch.linspace(-4, 4, 9)
-    return torch.equal(activation(probe), nn.functional.silu(probe))
+    def _through(
+        self,
+        first: int,
+        last: int,
+        h: Tensor,
+        shape: tuple[int, int],
+        angles: tuple[Tensor, Tensor],
+        batch: ForwardBatch,
+        plan: EditPlan,
+    ) -> Tensor:
+        """What layers ``first`` to ``last - 1`` put out (N, d), but for edits of the last one's
+        output; h may be overwritten."""
+        cos, sin = angles
+        has_edits_inside = any((first, site) in plan.places for site in _INSIDE)
+        if self._at_once is not None and not has_edits_inside:
+            self._at_once(first, last, h, cos, sin, batch)
+            return h
+        for layer in self._layers[first:last]:
+            h = layer(h, shape, cos, sin, batch, plan)
+        return h

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -44,6 +47,12 @@ class SlotKV:
     def device(self) -> torch.device:
         """Where the keys and values are."""
         return self.keys[0].device
+
+    @cached_property
+    def addresses(self) -> tuple[array[int], array[int]]:
+        """Of each layer's keys, and of each layer's values, for compiled loops."""
+        keys, values = (array("Q", [t.data_ptr() for t in ts]) for ts in (self.keys, self.values))
+        return keys, values
 
     def bytes_of(self, num_tokens: int) -> int:
         """Bytes that the keys and values of this many tokens take."""

@@ -5,7 +5,9 @@ Letters: N rows, B sequences, H query heads, KH key-value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 
 from reft_core.engine.attention import DecodeBatch, ForwardBatch, PrefillBatch
 from reft_core.engine.linear import JoinedLinear, Linear, PackedLinear
+
+if TYPE_CHECKING:
+    from reft_core.engine.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,16 @@ class HeadLayout:
     """Positions that a query sees, itself included; None: all before it."""
 
 
+class LayerRun(Protocol):
+    """Several layers by one call."""
+
+    def __call__(
+        self, first: int, last: int, h: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch
+    ) -> None:
+        """Change h (N, d), contiguous, from what goes into layer ``first`` to what comes out of
+        layer ``last - 1``; cos and sin (N, D)."""
+
+
 class Operations:
     """The operations by torch, on any device. Also what faster ones are measured against."""
 
@@ -37,6 +52,10 @@ class Operations:
         """One product for several linear maps, the way that suits where their weights are."""
         on_cpu = maps[0].weight.device.type == "cpu"
         return PackedLinear(*maps) if on_cpu else JoinedLinear(*maps)
+
+    def whole_layers(self, layers: Sequence[Layer]) -> LayerRun | None:
+        """A way through layers without edits inside them; None: each does its operations."""
+        return None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) ∘ weight over the last dimension."""

@@ -14,6 +14,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,13 @@ def load_library() -> ctypes.CDLL | None:
         output = getattr(error, "stderr", None)
         log.info("native kernels are not used: %s", output or error)
         return None
+
+
+def typed(library: ctypes.CDLL, name: str, *arguments: Any, result: Any = None) -> Any:
+    """A function of the library that knows its types."""
+    function = getattr(library, name)
+    function.argtypes, function.restype = arguments, result
+    return function
 
 
 def _compiled(folder: Path = DEFAULT_CACHE / "native") -> Path:

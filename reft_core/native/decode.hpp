@@ -13,13 +13,22 @@ namespace reft {
 constexpr int64_t kMostHeadSize = 256;
 constexpr int kQueriesAtOnce = 4;  // query heads that read a key while it is in registers
 
-// Softmax-weighted sum of n values, for Q queries that share them.
+// Asks for numbers that are about to be read, which the processor does not guess by itself where
+// one head's end and the next one's begin. Any address will do.
+template <typename T>
+inline void fetch(const T* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(numbers + i);
+}
+
+// Softmax-weighted sum of n values, for Q queries that share them. `next` are the keys that will be
+// read after this.
 template <typename T, int Q, int Width>
-inline void attend_some(const float* queries, const T* keys, const T* values, int64_t n,
-                        int64_t head_size, float* scores, T* out) {
+inline void attend_some(const float* queries, const T* keys, const T* values, const T* next,
+                        int64_t n, int64_t head_size, float* scores, T* out) {
   const int64_t D = Width ? Width : head_size;  // a constant where it is known
   for (int64_t l = 0; l < n; ++l) {
     const T* key = keys + l * D;
+    fetch(values + l * D, D);
     float sums[Q] = {};
     for (int64_t i = 0; i < D; ++i) {
       const float k = load(key[i]);
@@ -41,6 +50,7 @@ inline void attend_some(const float* queries, const T* keys, const T* values, in
   float sums[Q][Width ? Width : kMostHeadSize] = {};
   for (int64_t l = 0; l < n; ++l) {
     const T* value = values + l * D;
+    fetch(next + l * D, D);
     for (int64_t i = 0; i < D; ++i) {
       const float v = load(value[i]);
       for (int q = 0; q < Q; ++q) sums[q][i] += scores[q * n + l] * v;
@@ -84,8 +94,8 @@ void attend_decode(const DecodeArguments& a) {
       for (int64_t g = 0; g < G; g += kQueriesAtOnce) {
         const auto attend = [&](auto count) {
           attend_some<T, decltype(count)::value, Width>(
-              queries.data() + g * D, keys + first * D, values + first * D, at + 1 - first, D,
-              scores.data(), out + g * D);
+              queries.data() + g * D, keys + first * D, values + first * D,
+              keys + (a.slot_len + first) * D, at + 1 - first, D, scores.data(), out + g * D);
         };
         switch (std::min<int64_t>(G - g, kQueriesAtOnce)) {
           case 1: attend(std::integral_constant<int, 1>{}); break;

@@ -6,13 +6,12 @@ import struct
 from collections.abc import Callable, Sequence
 from ctypes import c_char, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from reft_core.batch import RowEdit
-from reft_core.native.build import FUNCTION_SUFFIXES, load_library
+from reft_core.native.build import FUNCTION_SUFFIXES, load_library, typed
 
 _ROW_EDIT = struct.Struct("@6P4qf4x")
 """``RowEdit`` of kernels.cpp. Packed by hand, since this runs for every edit of every layer: an
@@ -59,6 +58,8 @@ def _function(dtype: torch.dtype) -> Callable[..., None] | None:
     library = load_library()
     if library is None:
         return None
-    function: Any = getattr(library, f"apply_edits_{FUNCTION_SUFFIXES[dtype]}")
-    function.argtypes, function.restype = [c_void_p, c_int64, c_void_p, c_int64, c_int32], None
+    types = c_void_p, c_int64, c_void_p, c_int64, c_int32
+    function: Callable[..., None] = typed(
+        library, f"apply_edits_{FUNCTION_SUFFIXES[dtype]}", *types
+    )
     return function

@@ -1,5 +1,5 @@
-// What a forward of a Llama-like model does between its matrix products on a CPU, and the edits of
-// its hidden states: the functions that Python calls, once for each type of number.
+// The forward of Llama-like models on a CPU, in parts and by whole layers, and the edits of its
+// hidden states: the functions that Python calls, once for each type of number.
 //
 // Plain loops that a C++17 compiler turns into vector code for the machine at hand; no headers but
 // the standard library's. A NaN or infinity comes out as one, so that the engine still sees which
@@ -7,9 +7,7 @@
 
 #include "decode.hpp"
 #include "edits.hpp"
-#include "prefill.hpp"
-#include "products.hpp"
-#include "rows.hpp"
+#include "layers.hpp"
 
 using namespace reft;
 
@@ -50,12 +48,16 @@ extern "C" int32_t has_matrix_instructions() {
   extern "C" void attend_prefill_##NAME(const PrefillArguments* arguments) {                    \
     attend_prefill<T>(*arguments);                                                              \
   }                                                                                             \
-  extern "C" void pack_weight_##NAME(const T* weight, int64_t out, int64_t in, T* packed,         \
+  extern "C" void pack_weight_##NAME(const T* weight, int64_t out, int64_t in, T* packed,       \
                                      int32_t threads) {                                         \
     pack_weight(weight, out, in, packed, threads);                                              \
   }                                                                                             \
   extern "C" void multiply_##NAME(const ProductArguments* arguments) {                          \
     multiply<T>(*arguments);                                                                    \
+  }                                                                                             \
+  extern "C" void run_layers_##NAME(const LayerWeights* layers, int64_t first, int64_t last,    \
+                                    const LayersArguments* arguments) {                         \
+    run_layers<T>(layers, first, last, *arguments);                                             \
   }                                                                                             \
   extern "C" void apply_edits_##NAME(T* hidden, int64_t d, const RowEdit* edits, int64_t count, \
                                      int32_t threads) {                                         \

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from ctypes import CDLL, Structure, byref, c_int32, c_int64, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reft_core.native.build import FUNCTION_SUFFIXES
+from reft_core.native.build import FUNCTION_SUFFIXES, typed
 
 
 class _ProductArguments(Structure):
@@ -32,16 +31,15 @@ class NativeLinear:
         weight = torch.cat([linear.weight for linear in maps]).contiguous()
         suffix = FUNCTION_SUFFIXES[weight.dtype]
         self._out, self._in = weight.shape
-        num_padded = _typed(library, "padded_outputs", c_int64, c_int64)(self._out)
+        num_padded = typed(library, "padded_outputs", c_int64, result=c_int64)(self._out)
         self._packed = weight.new_empty(num_padded, self._in)
         pointers = weight.data_ptr(), self._out, self._in, self._packed.data_ptr()
-        pack = _typed(
-            library, f"pack_weight_{suffix}", None, c_void_p, c_int64, c_int64, c_void_p, c_int32
-        )
+        types = c_void_p, c_int64, c_int64, c_void_p, c_int32
+        pack = typed(library, f"pack_weight_{suffix}", *types)
         pack(*pointers, torch.get_num_threads())
         biases: list[Tensor] = [linear.bias for linear in maps if linear.bias is not None]
         self._bias = torch.cat(biases).contiguous() if biases else None
-        self._multiply = _typed(library, f"multiply_{suffix}", None, c_void_p)
+        self._multiply = typed(library, f"multiply_{suffix}", c_void_p)
         self.num_bytes = self._packed.numel() * self._packed.itemsize
 
     @staticmethod
@@ -54,7 +52,12 @@ class NativeLinear:
         if weights[0].dtype == torch.float32:
             return True
         pairs_up = weights[0].shape[1] % 2 == 0
-        return pairs_up and not _typed(library, "has_matrix_instructions", c_int32)()
+        return pairs_up and not typed(library, "has_matrix_instructions", result=c_int32)()
+
+    @property
+    def addresses(self) -> tuple[int, int | None]:
+        """Of the packed weights, and of the bias if there is one."""
+        return self._packed.data_ptr(), None if self._bias is None else self._bias.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Of x (N, in), as (N, out)."""
@@ -69,17 +72,8 @@ class NativeLinear:
         num_rows = len(x)
         out = x.new_empty(num_rows, self._out)
         arguments = _ProductArguments(
-            x.data_ptr(), self._packed.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            None if other is None else other.data_ptr(),
+            x.data_ptr(), *self.addresses, None if other is None else other.data_ptr(),
             out.data_ptr(), num_rows, self._in, self._out, torch.get_num_threads(),
         )  # fmt: skip
         self._multiply(byref(arguments))
         return out
-
-
-def _typed(library: CDLL, name: str, result: Any, *types: Any) -> Any:
-    """A function of the library that knows its types."""
-    function = getattr(library, name)
-    function.argtypes, function.restype = types, result
-    return function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from reft_core.engine.attention import DecodeBatch, PrefillBatch
+from reft_core.engine.layer import Layer
 from reft_core.engine.linear import Linear
-from reft_core.engine.operations import HeadLayout, Operations
-from reft_core.native.build import FUNCTION_SUFFIXES, load_library
+from reft_core.engine.operations import HeadLayout, LayerRun, Operations
+from reft_core.native.build import FUNCTION_SUFFIXES, load_library, typed
+from reft_core.native.layers import NativeLayers
 from reft_core.native.linear import NativeLinear
 
 MOST_HEAD_SIZE = 256
 
-_SIGNATURES = {
+_SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [*[c_void_p] * 3, c_int64, c_int64, c_float, c_int32],
     "silu_mul": [*[c_void_p] * 2, c_int64, c_int64, c_int32],
     "rotate_heads": [*[c_void_p] * 3, *[c_int64] * 4, c_int32],
@@ -60,9 +63,7 @@ class NativeOperations(Operations):
         self._library = library
         self._functions: dict[str, Any] = {}
         for name, types in _SIGNATURES.items():
-            function = getattr(library, f"{name}_{FUNCTION_SUFFIXES[dtype]}")
-            function.argtypes, function.restype = types, None
-            self._functions[name] = function
+            self._functions[name] = typed(library, f"{name}_{FUNCTION_SUFFIXES[dtype]}", *types)
 
     @classmethod
     def where_available(cls, dtype: torch.dtype, head_size: int) -> Operations | None:
@@ -77,6 +78,10 @@ class NativeOperations(Operations):
         if NativeLinear.serves(self._library, *maps):
             return NativeLinear(self._library, maps)
         return super().linear(*maps)
+
+    def whole_layers(self, layers: Sequence[Layer]) -> LayerRun | None:
+        """See :class:`Operations`."""
+        return NativeLayers(self._library, layers) if NativeLayers.serves(layers) else None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See :class:`Operations`."""

@@ -16,8 +16,8 @@ constexpr int64_t kTileKeys = 64;
 constexpr int64_t kQueriesAtATime = 128;  // positions of one task; its keys are packed once
 constexpr float kMasked = -1e30f;
 
-// Rows first..last-1 of a packed prefill: a slot's tokens from first_position on. The first `shared`
-// tokens of the slot have the keys of the segment's before.
+// Rows first..last-1 of a packed prefill: a slot's tokens from first_position on. The first
+// `shared` tokens of the slot have the keys of the segment's before.
 struct Segment {
   int64_t first, last, slot, first_position, shared;
 };
@@ -133,8 +133,8 @@ void load_queries(const PrefillArguments& a, const Part& part, int64_t kh, Scrat
   }
 }
 
-// Attention of a part over the block of keys that is packed. Softmax is taken block by block, with a
-// running maximum (Milakov and Gimelshein 2018).
+// Attention of a part over the block of keys that is packed. Softmax is taken block by block, with
+// a running maximum (Milakov and Gimelshein 2018).
 template <typename T>
 void attend_block(const PrefillArguments& a, const Part& part, int64_t begin, int64_t count,
                   Scratch<T>& s) {
@@ -262,7 +262,8 @@ inline std::vector<Task> tasks_of(const PrefillArguments& a, int64_t most_rows) 
             {&segment, segment.first_position, segment.first_position + length, row});
         row += rows;
         const int64_t same = std::min(segment.shared, segment.first_position);
-        if (task.parts.size() > 1) task.shared = std::min(task.shared, same / kTileKeys * kTileKeys);
+        if (task.parts.size() > 1)
+          task.shared = std::min(task.shared, same / kTileKeys * kTileKeys);
       }
       for (task.kh = 0; task.kh < a.KH; ++task.kh) tasks.push_back(task);
     }

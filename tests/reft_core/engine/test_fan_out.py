@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from reft_core.adapter import Adapter
-from reft_core.engine import fused as fused_module
 from reft_core.engine.attention import PrefillBatch
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
@@ -188,16 +187,18 @@ def test_in_every_family(family: str) -> None:
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Rows that the layers of the fused forward compute, one list for each prefill forward."""
     forwards: list[list[int]] = []
-    real = fused_module._Layer.__call__
+    real = FusedForward._through
 
-    def counted(layer: Any, h: Any, shape: Any, cos: Any, sin: Any, batch: Any, plan: Any) -> Any:
+    def counted(
+        self: Any, first: int, last: int, h: Any, shape: Any, angles: Any, batch: Any, plan: Any
+    ) -> Any:
         if isinstance(batch, PrefillBatch):
-            if layer._layout.layer == 0:
+            if first == 0:
                 forwards.append([])
-            forwards[-1].append(len(h))
-        return real(layer, h, shape, cos, sin, batch, plan)
+            forwards[-1].extend([len(h)] * (last - first))
+        return real(self, first, last, h, shape, angles, batch, plan)
 
-    monkeypatch.setattr(fused_module._Layer, "__call__", counted)
+    monkeypatch.setattr(FusedForward, "_through", counted)
     return forwards
 
 

@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from reft_core.engine import fused as fused_module
+from reft_core.batch import EditPlan, Place, RowEdit
+from reft_core.edits import Edit
+from reft_core.engine import layer as layer_module
 from reft_core.engine import runner as runner_module
+from reft_core.engine.attention import DecodeBatch, PrefillBatch, Segment
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.fused import FAMILIES, FusedForward
 from reft_core.engine.generate import Completion, generate
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
+from reft_core.engine.kv import SlotKV
+from reft_core.native.build import load_library
 from tests.factories import random_adapter, random_prompt, tiny_loaded, tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -77,13 +82,13 @@ def test_edits_it_does_not_pass_by_go_through_transformers(options: dict[str, An
 
 def test_decode_calls_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    real = fused_module.apply_edits
+    real = layer_module.apply_edits
 
     def spy(hidden: torch.Tensor, x: torch.Tensor, edits: Any) -> None:
         rows.append(len(hidden))
         real(hidden, x, edits)
 
-    monkeypatch.setattr(fused_module, "apply_edits", spy)
+    monkeypatch.setattr(layer_module, "apply_edits", spy)
     loaded = tiny_loaded()
     engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=64))
     adapter = random_adapter(loaded.description, positions="f2+l2")
@@ -96,6 +101,36 @@ def test_decode_calls_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.stop()
     assert len(completion.tokens) == PARAMS.max_tokens
     assert set(rows) == {9}, "edits ran in the one prefill and in no decode step"
+
+
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("places", [(), ((0, "attn_output"), (1, "block_output"))])
+def test_layers_by_one_call_equal_each_by_itself(
+    family: str, dtype: torch.dtype, places: tuple[Place, ...]
+) -> None:
+    """To the last bit, in a prefill of two prompts and a decode step after it."""
+    loaded = tiny_loaded(family)
+    model = loaded.model.to(dtype)
+    edit = Edit(shift=torch.randn(loaded.description.hidden_size))
+    plan = EditPlan({place: [RowEdit(edit, torch.tensor([0, 1]), 1.0)] for place in places})
+    found = []
+    for at_once in (True, False):
+        forward = FusedForward(model)
+        assert forward._at_once is not None
+        if not at_once:
+            forward._at_once = None
+        kv = SlotKV(loaded.description, 2, 16, dtype=dtype, device="cpu")
+        segments = [Segment(0, 5, 0, 0), Segment(5, 8, 1, 0)]
+        tokens, positions = torch.arange(3, 11), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+        with torch.inference_mode():
+            prefilled = forward(tokens[None], positions[None], PrefillBatch(kv, segments), 0, plan)
+            after = torch.tensor([5, 3])
+            decoded = forward(tokens[:2, None], after[:, None], DecodeBatch(kv, after, 6), 0, plan)
+        found.append((prefilled, decoded, *kv.keys, *kv.values))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
