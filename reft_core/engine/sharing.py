@@ -100,6 +100,8 @@ def common(one: Sequence, other: Sequence) -> Common:
     if mine is None or theirs is None or mine.root != theirs.root:
         return Common()
     alike = num_common(one.token_ids, other.token_ids)
+    if not alike:
+        return Common()
     same = mine.num_same(theirs, one.token_ids, alike)
     stages = [sequence.edits.first_stage for sequence in (one, other) if sequence.edits]
     depth = min((stage for stage in stages if stage is not None), default=0)

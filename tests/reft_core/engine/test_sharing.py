@@ -91,7 +91,7 @@ OTHER_END = (*PROMPT[:30], *random_prompt(10, seed=9))
         (sequence(SUFFIX), sequence(SUFFIX, prompt=OTHER_END), Common(30, 30, 1, True)),
         (sequence(SUFFIX), sequence(SUFFIX, prompt=PROMPT[:39]), Common(36, 39, 1)),
         (sequence(), sequence(prompt=PROMPT[:20]), Common(20, 20, 0, True)),
-        (sequence(), sequence(prompt=random_prompt(9)), Common(0, 0, 0, True)),
+        (sequence(), sequence(prompt=random_prompt(9)), Common()),
         (sequence(tenant="a"), sequence(tenant="b"), Common()),
         (sequence(), sequence(KV_PREFIX), Common()),
         (sequence(EMBEDDED), sequence(KV_PREFIX), Common()),
