@@ -2,7 +2,7 @@
 
 - transformers: the model's own code, over the engine's slots;
 - torch: weights packed by oneDNN; query, key and value, and gate and up, in one product each;
-- auto: the same, with compiled loops for norms, rotation, attention and gates.
+- auto: compiled loops for all of it, whole layers by one call.
 
 Regime: one model, one KV store, B sequences with a context of 128 tokens a decode step; prompts of
 random tokens. Every repeat runs each way in turn; the first two warm up. Correctness gate: float32

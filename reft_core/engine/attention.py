@@ -32,20 +32,26 @@ _UNSUPPORTED = ("s_aux", "position_bias", "alibi", "head_mask")
 """Keyword arguments by which models ask for attention this module does not compute."""
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """What one layer attends with: queries (·, H, ·, D), keys and values (·, KH, ·, D)."""
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    window: int | None = None
+    """Positions that a query sees, itself included; None: all before it."""
+    softcap: float | None = None
+    """Bound of the scores, c·tanh(score / c)."""
+
+
 class ForwardBatch(Protocol):
     """What one forward attends over."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Store key and value, return the attention output (1 or B, T, H, D)."""
+    def attend(self, new: NewTokens) -> Tensor:
+        """Store keys and values, return the attention output (1 or B, T, H, D)."""
 
 
 @dataclass(frozen=True)
@@ -93,69 +99,55 @@ class PrefillBatch:
             array("q", chain.from_iterable(map(astuple, self.copied))),
         )
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, new: NewTokens) -> Tensor:
         """See :class:`ForwardBatch`."""
-        if varlen.serves(query, key, window, softcap):
-            return self._attend_at_once(layer, query, key, value, scale, window)
-        self._store(layer, key, value)
-        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])  # (1, N, H, D)
+        if varlen.serves(new.query, new.key, new.window, new.softcap):
+            return self._attend_at_once(new)
+        self._store(new)
+        _, num_heads, num_rows, head_size = new.query.shape
+        out = new.query.new_empty(1, num_rows, num_heads, head_size)
         for segment in self.segments:
             rows = slice(segment.start, segment.end)
             known = segment.first_position + segment.end - segment.start
             if segment.first_position == 0:  # all keys are the segment's own
-                keys, values = key[:, :, rows], value[:, :, rows]
+                keys, values = new.key[:, :, rows], new.value[:, :, rows]
             else:
-                keys = self.kv.keys[layer][segment.slot, :, :known].unsqueeze(0)
-                values = self.kv.values[layer][segment.slot, :, :known].unsqueeze(0)
-            seen_from_start = segment.first_position == 0 and (window is None or known <= window)
-            mask = None if seen_from_start and softcap is None else self._mask(segment, window)
-            attended = _attention(
-                query[:, :, rows], keys, values, mask, scale, softcap, causal=mask is None
-            )  # (1, H, n, D)
+                keys = self.kv.keys[new.layer][segment.slot, :, :known].unsqueeze(0)
+                values = self.kv.values[new.layer][segment.slot, :, :known].unsqueeze(0)
+            sees_all = segment.first_position == 0 and (new.window is None or known <= new.window)
+            mask = None if sees_all and new.softcap is None else self._mask(segment, new.window)
+            query = new.query[:, :, rows]
+            attended = _attention(query, keys, values, mask, new.scale, new.softcap)  # (1, H, n, D)
             out[:, rows] = attended.transpose(1, 2)
         return out
 
-    def _store(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def _store(self, new: NewTokens) -> None:
         """Put keys and values where they belong: first the new ones, then copies."""
         for segment in self.segments:
             rows, first = slice(segment.start, segment.end), segment.first_position
-            self.kv.append(layer, segment.slot, first, key[0, :, rows], value[0, :, rows])
+            key, value = new.key[0, :, rows], new.value[0, :, rows]
+            self.kv.append(new.layer, segment.slot, first, key, value)
         for copied in self.copied:
-            self.kv.copy(layer, copied.source, copied.slot, copied.start, copied.end)
+            self.kv.copy(new.layer, copied.source, copied.slot, copied.start, copied.end)
 
-    def _attend_at_once(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
+    def _attend_at_once(self, new: NewTokens) -> Tensor:
         """The same for all segments in one kernel, out of rows and gathered slots."""
         kernel = varlen.kernel()
         assert kernel is not None, "the kernel serves"
         if self._ragged is None:
             spans = [(s.slot, s.first_position, s.end - s.start) for s in self.segments]
             copies = [(c.source, c.slot, c.start, c.end) for c in self.copied]
-            self._ragged = varlen.ragged(spans, copies, query.device)
+            self._ragged = varlen.ragged(spans, copies, new.query.device)
         at = self._ragged
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, heads, D)
-        self.kv.append_rows(layer, at.rows, k, v)
+        # (N, heads, D)
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (new.query, new.key, new.value))
+        self.kv.append_rows(new.layer, at.rows, k, v)
         if at.copied_from is not None and at.copied_to is not None:
-            self.kv.append_rows(layer, at.copied_to, *self.kv.read_rows(layer, at.copied_from))
+            copied = self.kv.read_rows(new.layer, at.copied_from)
+            self.kv.append_rows(new.layer, at.copied_to, *copied)
         if at.keys is not None:
-            k, v = self.kv.read_rows(layer, at.keys)  # (T, KH, D)
-        return kernel(q, k, v, at, scale, window).unsqueeze(0)  # (1, N, H, D)
+            k, v = self.kv.read_rows(new.layer, at.keys)  # (T, KH, D)
+        return kernel(q, k, v, at, new.scale, new.window).unsqueeze(0)  # (1, N, H, D)
 
     def _mask(self, segment: Segment, window: int | None) -> Tensor:
         """Additive mask (n, L): causal, and within the sliding window if there is one."""
@@ -182,26 +174,18 @@ class DecodeBatch:
     """(B,) int64: where the new keys go, if not to ``positions``."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, new: NewTokens) -> Tensor:
         """See :class:`ForwardBatch`."""
         store_at = self.positions if self.store_at is None else self.store_at
-        self.kv.append_each(layer, store_at, key[:, :, 0], value[:, :, 0])
-        num_rows, num_kv_heads = key.shape[:2]
+        self.kv.append_each(new.layer, store_at, new.key[:, :, 0], new.value[:, :, 0])
+        num_rows, num_kv_heads, _, head_size = new.key.shape
         # Heads that share keys become rows of one product: no key is repeated in memory.
-        grouped = query.reshape(num_rows, num_kv_heads, -1, query.shape[3])  # (B, KH, G, D)
-        keys = self.kv.keys[layer][:num_rows, :, : self.num_keys]  # (B, KH, L, D)
-        values = self.kv.values[layer][:num_rows, :, : self.num_keys]
-        out = _attention(grouped, keys, values, self._mask(window), scale, softcap)
-        return out.reshape(num_rows, 1, -1, query.shape[3])  # (B, 1, H, D)
+        grouped = new.query.reshape(num_rows, num_kv_heads, -1, head_size)  # (B, KH, G, D)
+        keys = self.kv.keys[new.layer][:num_rows, :, : self.num_keys]  # (B, KH, L, D)
+        values = self.kv.values[new.layer][:num_rows, :, : self.num_keys]
+        mask = self._mask(new.window)
+        out = _attention(grouped, keys, values, mask, new.scale, new.softcap)
+        return out.reshape(num_rows, 1, -1, head_size)  # (B, 1, H, D)
 
     def _mask(self, window: int | None) -> Tensor:
         """Additive mask (B, 1, 1, L)."""
@@ -228,13 +212,12 @@ def _attention(
     mask: Tensor | None,
     scale: float,
     softcap: float | None,
-    *,
-    causal: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention; query heads may be a multiple of key heads."""
+    """Scaled dot-product attention, causal if there is no mask; query heads may be a multiple of
+    key heads."""
     if softcap is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=True
+            query, key, value, attn_mask=mask, scale=scale, is_causal=mask is None, enable_gqa=True
         )
     repeats = query.shape[1] // key.shape[1]
     key, value = (kv.repeat_interleave(repeats, dim=1) for kv in (key, value))
@@ -265,7 +248,8 @@ def slot_attention(
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return reft_batch.attend(layer, query, key, value, scale, sliding_window, softcap), None
+    new = NewTokens(layer, query, key, value, scale, sliding_window, softcap)
+    return reft_batch.attend(new), None
 
 
 AttentionInterface.register(ATTENTION_NAME, slot_attention)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reft_core.engine.attention import DecodeBatch, ForwardBatch, PrefillBatch
+from reft_core.engine.attention import DecodeBatch, ForwardBatch, NewTokens, PrefillBatch
 from reft_core.engine.linear import JoinedLinear, Linear, PackedLinear
 
 if TYPE_CHECKING:
@@ -131,5 +131,6 @@ class Operations:
         query, key, value = (
             part.unflatten(0, shape).transpose(1, 2) for part in heads.split(sizes, dim=1)
         )  # (B, heads, T, D)
-        attended = batch.attend(layout.layer, query, key, value, layout.scale, layout.window, None)
+        new = NewTokens(layout.layer, query, key, value, layout.scale, layout.window)
+        attended = batch.attend(new)
         return attended.reshape(len(heads), -1)

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from reft_core.engine import attention
-from reft_core.engine.attention import DecodeBatch, PrefillBatch, Segment, slot_attention
+from reft_core.engine.attention import (
+    DecodeBatch,
+    NewTokens,
+    PrefillBatch,
+    Segment,
+    slot_attention,
+)
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.kv import SlotKV
@@ -69,7 +75,7 @@ def test_chunked_prefill_then_decode_is_attention_over_the_past(
             for tensor in (q, k, v)
         )
         batch = PrefillBatch(kv, segments)
-        out = batch.attend(0, packed_q, packed_k, packed_v, SCALE, window, softcap)
+        out = batch.attend(NewTokens(0, packed_q, packed_k, packed_v, SCALE, window, softcap))
         for segment in segments:
             found[segment.slot] += list(out[0, segment.start : segment.end])
     decode = DecodeBatch(kv, torch.tensor(lengths), max(lengths) + 1)
@@ -77,7 +83,7 @@ def test_chunked_prefill_then_decode_is_attention_over_the_past(
     new_q, new_k, new_v = (
         tensor[rows, :, torch.tensor(lengths)].unsqueeze(2) for tensor in (q, k, v)
     )
-    out = decode.attend(0, new_q, new_k, new_v, SCALE, window, softcap)
+    out = decode.attend(NewTokens(0, new_q, new_k, new_v, SCALE, window, softcap))
     for slot in (0, 1):
         found[slot].append(out[slot, 0])
 
@@ -98,18 +104,10 @@ class Recording:
     def __init__(self) -> None:
         self.called: dict[str, Any] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        self.called = {"layer": layer, "scale": scale, "window": window, "softcap": softcap}
-        return query
+    def attend(self, new: NewTokens) -> Tensor:
+        names = ("layer", "scale", "window", "softcap")
+        self.called = {name: getattr(new, name) for name in names}
+        return new.query
 
 
 class AttentionModule(nn.Module):

@@ -19,6 +19,7 @@ from reft_core.engine.generate import Completion, generate
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.engine.kv import SlotKV
 from reft_core.native.build import load_library
+from reft_core.native.linear import NativeLinear
 from tests.factories import random_adapter, random_prompt, tiny_loaded, tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -59,6 +60,16 @@ def test_equals_transformers(
         assert one.token_ids == other.token_ids
         for left, right in zip(one.tokens, other.tokens, strict=True):
             assert left.logprob == pytest.approx(right.logprob, abs=1e-4)
+
+
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler here")
+def test_compiled_loops_between_products_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor whose matrix instructions oneDNN uses."""
+    expected = answers("qwen3", "transformers")
+    monkeypatch.setattr(NativeLinear, "serves", staticmethod(lambda *_args: False))
+    assert FusedForward(tiny_model("qwen3"))._at_once is None
+    found = answers("qwen3", "auto")
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
 
 def _forbid_transformers_after_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

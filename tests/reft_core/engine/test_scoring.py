@@ -11,15 +11,15 @@ from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.errors import InvalidRequest, PromptTooLong
 from tests.factories import Recorder
 from tests.reference.slow import reference_logits
-from tests.reft_core.engine.test_engine import (
+from tests.reft_core.engine.engines import (
     LONG,
     everywhere,
-    finish,
     make_engine,
     mild_adapter,
     reference_model,
     submit,
 )
+from tests.reft_core.engine.stepping import finish
 
 PROMPT = tuple(LONG[:9])
 COMPLETION = (3, 5, 3, 7)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reft_core.engine import varlen
-from reft_core.engine.attention import Copied, PrefillBatch, Segment
+from reft_core.engine.attention import Copied, NewTokens, PrefillBatch, Segment
 from reft_core.engine.kv import SlotKV
 from tests.factories import assert_close, tiny_description
 
@@ -145,10 +145,11 @@ def test_equals_the_loop_over_segments(
     num_rows = segments[-1].end
     query = torch.randn(1, HEADS, num_rows, WIDTH)
     key, value = torch.randn(2, 1, KEY_HEADS, num_rows, WIDTH)
-    expected = PrefillBatch(one, segments, copied).attend(0, query, key, value, 0.3, window, None)
+    new = NewTokens(0, query, key, value, 0.3, window)
+    expected = PrefillBatch(one, segments, copied).attend(new)
     monkeypatch.setattr(varlen, "serves", lambda *_args: True)
     monkeypatch.setattr(varlen, "kernel", lambda: kernel_of(function))
-    found = PrefillBatch(other, segments, copied).attend(0, query, key, value, 0.3, window, None)
+    found = PrefillBatch(other, segments, copied).attend(new)
     assert_close(found, expected)
     assert_close(other.keys[0], one.keys[0], tolerance=0)
     assert_close(other.values[0], one.values[0], tolerance=0)
@@ -257,8 +258,9 @@ def test_on_a_gpu_it_equals_the_loop_over_segments(
         to.copy_(of)
     query = torch.randn(1, HEADS, 9, WIDTH, device="cuda").bfloat16()
     key, value = torch.randn(2, 1, KEY_HEADS, 9, WIDTH, device="cuda").bfloat16()
-    found = PrefillBatch(other, SEGMENTS).attend(0, query, key, value, 0.3, window, None)
+    new = NewTokens(0, query, key, value, 0.3, window)
+    found = PrefillBatch(other, SEGMENTS).attend(new)
     monkeypatch.setattr(varlen, "serves", lambda *_args: False)
-    expected = PrefillBatch(one, SEGMENTS).attend(0, query, key, value, 0.3, window, None)
+    expected = PrefillBatch(one, SEGMENTS).attend(new)
     assert_close(found.float(), expected.float(), tolerance=0.02)
     assert_close(other.keys[0], one.keys[0], tolerance=0)
