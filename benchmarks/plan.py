@@ -65,7 +65,7 @@ FULL = Plan(
     roofline={"bfloat16": 5, "float32": 5},
     peer_tax_repeats=2,
     peer_tax_adapters=(16, 64),
-    others={"residency": (), "fanout": ("--cases", "suffix")},
+    others={"residency": (), "fanout": ("--cases", "suffix", "--dtype", "bfloat16")},
     expected_s={
         "throughput": 1900,
         "tax": 400,
