@@ -53,17 +53,16 @@ void store_keys(const PrefillArguments& a, const Segment& segment, int64_t kh) {
   }
 }
 
-// Makes the copies of one key head.
+// Makes the copies of one key head, of what is `stored`: keys, or values.
 template <typename T>
-void copy_keys(const PrefillArguments& a, int64_t kh) {
+void copy_head(const PrefillArguments& a, void* stored, int64_t kh) {
   const int64_t slot_size = a.slot_len * a.D;
-  for (const Copied* copy = a.copies; copy < a.copies + a.num_copies; ++copy)
-    for (void* const stored : {a.keys, a.values}) {
-      T* const head = static_cast<T*>(stored) + kh * slot_size;
-      const T* from = head + copy->source * a.KH * slot_size;
-      T* to = head + copy->slot * a.KH * slot_size;
-      std::copy(from + copy->first * a.D, from + copy->last * a.D, to + copy->first * a.D);
-    }
+  T* const head = static_cast<T*>(stored) + kh * slot_size;
+  for (const Copied* copy = a.copies; copy < a.copies + a.num_copies; ++copy) {
+    const T* from = head + copy->source * a.KH * slot_size;
+    T* to = head + copy->slot * a.KH * slot_size;
+    std::copy(from + copy->first * a.D, from + copy->last * a.D, to + copy->first * a.D);
+  }
 }
 
 // Queries of one task: positions first..last-1 of a segment, all heads that share a key head.
@@ -281,7 +280,8 @@ void attend_prefill(const PrefillArguments& a) {
     for (int64_t i = 0; i < a.num_segments * a.KH; ++i)
       store_keys<T>(a, a.segments[i / a.KH], i % a.KH);
 #pragma omp for schedule(static)
-    for (int64_t kh = 0; kh < a.KH; ++kh) copy_keys<T>(a, kh);
+    for (int64_t i = 0; i < 2 * a.KH; ++i)
+      copy_head<T>(a, i % 2 ? a.values : a.keys, i / 2);
     Scratch<T> scratch(most_rows, a.D);
 #pragma omp for schedule(dynamic)
     for (int64_t i = int64_t(tasks.size()) - 1; i >= 0; --i)  // the longest first
