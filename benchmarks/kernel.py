@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import reft_core.engine.fused as fused
+import reft_core.engine.layer as layer
 import reft_core.kernels as kernels
 from benchmarks.provenance import provenance, save
 from benchmarks.spreads import Spread, spread
@@ -193,7 +193,7 @@ def edit_share(loaded: LoadedModel, device: torch.device, repeats: int) -> dict[
     plain, with_edits = chunks_of(edited=False), chunks_of(edited=True)
     shares: dict[str, list[float]] = {"inside": [], "whole": []}
     try:
-        for module in (kernels, fused):
+        for module in (kernels, layer):
             module.apply_edits = clocked  # type: ignore[attr-defined]
         for repeat in range(repeats + 2):
             base = _timed(lambda: runner.prefill(plain), device)
@@ -203,7 +203,7 @@ def edit_share(loaded: LoadedModel, device: torch.device, repeats: int) -> dict[
                 shares["inside"].append(inside / edited)
                 shares["whole"].append(edited / base - 1)
     finally:
-        for module in (kernels, fused):
+        for module in (kernels, layer):
             module.apply_edits = real  # type: ignore[attr-defined]
     return {name: spread(found, 4) for name, found in shares.items()}
 
