@@ -14,7 +14,7 @@ from reft_core.batch import RowEdit
 from reft_core.native.build import FUNCTION_SUFFIXES, load_library, typed
 
 _ROW_EDIT = struct.Struct("@6P4qf4x")
-"""``RowEdit`` of kernels.cpp. Packed by hand, since this runs for every edit of every layer: an
+"""``RowEdit`` of edits.hpp. Packed by hand, since this runs for every edit of every layer: an
 object of ctypes costs several times as much."""
 
 

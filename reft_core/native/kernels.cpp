@@ -37,11 +37,6 @@ extern "C" int32_t has_matrix_instructions() {
                                   int32_t threads) {                                            \
     silu_mul(gate_up, out, N, width, threads);                                                  \
   }                                                                                             \
-  extern "C" void rotate_heads_##NAME(T* heads, const float* cosines, const float* sines,       \
-                                      int64_t N, int64_t turned, int64_t stride, int64_t D,     \
-                                      int32_t threads) {                                        \
-    rotate_heads(heads, cosines, sines, N, turned, stride, D, threads);                         \
-  }                                                                                             \
   extern "C" void attend_decode_##NAME(const DecodeArguments* arguments) {                      \
     attend_decode_by_size<T>(*arguments);                                                       \
   }                                                                                             \

@@ -23,14 +23,13 @@ MOST_HEAD_SIZE = 256
 _SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [*[c_void_p] * 3, c_int64, c_int64, c_float, c_int32],
     "silu_mul": [*[c_void_p] * 2, c_int64, c_int64, c_int32],
-    "rotate_heads": [*[c_void_p] * 3, *[c_int64] * 4, c_int32],
     "attend_decode": [c_void_p],
     "attend_prefill": [c_void_p],
 }
 
 
 class _DecodeArguments(Structure):
-    """``DecodeArguments`` of kernels.cpp."""
+    """``DecodeArguments`` of decode.hpp."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("heads", "cosines", "sines", "keys", "values")),
@@ -42,7 +41,7 @@ class _DecodeArguments(Structure):
 
 
 class _PrefillArguments(Structure):
-    """``PrefillArguments`` of kernels.cpp."""
+    """``PrefillArguments`` of prefill.hpp."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("heads", "cosines", "sines", "keys", "values")),
@@ -101,15 +100,6 @@ class NativeOperations(Operations):
             gate_up.data_ptr(), out.data_ptr(), num_rows, width, torch.get_num_threads()
         )
         return out
-
-    def rotate_(self, heads: Tensor, layout: HeadLayout, cos: Tensor, sin: Tensor) -> None:
-        """See :class:`Operations`."""
-        num_rows, num_heads, head_size = heads.shape
-        self._functions["rotate_heads"](
-            heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), num_rows,
-            layout.num_queries + layout.num_keys, num_heads * head_size, head_size,
-            torch.get_num_threads(),
-        )  # fmt: skip
 
     def attend_decode(
         self,

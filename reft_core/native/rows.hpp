@@ -44,15 +44,4 @@ inline void rotate(const T* from, U* to, const float* cosines, const float* sine
   }
 }
 
-template <typename T>
-void rotate_heads(T* heads, const float* cosines, const float* sines, int64_t N, int64_t turned,
-                  int64_t stride, int64_t D, int threads) {
-#pragma omp parallel for num_threads(threads) if (N * turned * D >= kLeastParallel)
-  for (int64_t row = 0; row < N; ++row)
-    for (int64_t head = 0; head < turned; ++head) {
-      T* at = heads + row * stride + head * D;
-      rotate(at, at, cosines + row * D, sines + row * D, D, 1.0f);
-    }
-}
-
 }  // namespace reft

@@ -83,16 +83,6 @@ def test_silu_mul(dtype: torch.dtype) -> None:
     close(native(dtype).silu_mul(gate_up), Operations().silu_mul(gate_up.float()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rotation(dtype: torch.dtype) -> None:
-    layout = HeadLayout(layer=0, num_queries=3, num_keys=2, scale=1.0, window=None)
-    heads, angles = torch.randn(5, 7, 8).to(dtype), torch.randn(5, 4).repeat(1, 2)
-    expected = heads.float()
-    Operations().rotate_(expected, layout, angles.cos(), angles.sin())
-    native(dtype).rotate_(heads, layout, angles.cos(), angles.sin())
-    close(heads, expected)
-
-
 def filled_stores(
     dtype: torch.dtype, num_keys: int, head_size: int, slot_len: int
 ) -> tuple[SlotKV, SlotKV]:
