@@ -38,10 +38,10 @@ def greedy(max_tokens: int) -> SamplingParams:
     return replace(GREEDY, max_tokens=max_tokens)
 
 
-def make_engine(*adapters: Adapter, **config: Any) -> EmbeddedEngine:
+def make_engine(*adapters: Adapter, family: str = "llama", **config: Any) -> EmbeddedEngine:
     """An engine that is not started, over four slots of 64 tokens unless told otherwise."""
     sizes: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 64} | config
-    engine = EmbeddedEngine(tiny_loaded(), EngineConfig(**sizes))
+    engine = EmbeddedEngine(tiny_loaded(family), EngineConfig(**sizes))
     for adapter in adapters:
         engine.load_adapter(adapter)
     return engine

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ import torch
 from reft_core.adapter import Adapter
 from reft_core.engine import packing as packing_module
 from reft_core.engine import scheduler as scheduler_module
-from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams, Token
 from reft_core.errors import InvalidRequest, RequestFailed
@@ -31,10 +30,10 @@ from tests.factories import (
     random_prompt,
     shift_adapter,
     tiny_description,
-    tiny_loaded,
     tiny_model,
 )
 from tests.reference.slow import reference_generate, reference_logits
+from tests.reft_core.engine import engines
 from tests.reft_core.engine.stepping import finish
 from tests.reft_core.engine.test_engine_matches_reference import mixed_adapters
 
@@ -56,12 +55,7 @@ def top_layer() -> Adapter:
     )
 
 
-def make_engine(*adapters: Adapter, family: str = "llama", **config: Any) -> EmbeddedEngine:
-    sizes: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 128} | config
-    engine = EmbeddedEngine(tiny_loaded(family), EngineConfig(**sizes))
-    for adapter in adapters:
-        engine.load_adapter(adapter)
-    return engine
+make_engine = partial(engines.make_engine, max_model_len=128)
 
 
 def submit(
