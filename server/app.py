@@ -32,6 +32,7 @@ from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
+from server.openapi import document
 from server.pins import Pins
 from server.registry import Registry
 from server.residency import Residency
@@ -78,6 +79,7 @@ def create_app(
         app.include_router(module.router)
     if settings.admin_key is not None:
         app.include_router(admin.router)
+    document(app, settings)
     return app
 
 

@@ -14,8 +14,8 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from reft_core.errors import (
     AdapterConflict,
@@ -84,6 +84,17 @@ _INTERNAL = "the server failed on this request; its log has the details under th
 _RETRY_UNAVAILABLE_S = 5
 
 
+def documented_statuses() -> dict[int, list[str]]:
+    """Every status that an error may be answered with, and the codes that go with it."""
+    found: dict[int, list[str]] = {}
+    for answer in (*ANSWERS.values(), *_HTTP_ANSWERS.values()):
+        codes = found.setdefault(answer.status, [])
+        if answer.code not in codes:
+            codes.append(answer.code)
+    del found[405]  # a route has no error for being another
+    return dict(sorted(found.items()))
+
+
 def answer_for(error: ReftError) -> Answer:
     """Status, type and code of an error: those of its nearest class in the table."""
     return next(ANSWERS[cls] for cls in type(error).__mro__ if cls in ANSWERS)
@@ -145,9 +156,21 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     if status == 404 and message == "Not Found":
         message = f"path: got {request.url.path!r}, expected one of the paths in /docs"
     elif status == 405:
-        allowed = Headers(error.headers).get("allow", "another method")
+        allowed = _methods_of(request) or "another method"
         message = f"method: got {request.method!r}, expected {allowed} for this path"
+        return JSONResponse(_body(message, answer), status, headers={"Allow": allowed})
     return JSONResponse(_body(message, answer), status, headers=error.headers)
+
+
+def _methods_of(request: Request) -> str:
+    """The methods of a path, of all its routes: the framework names those of the first."""
+    found = []
+    for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
+        scope = {**request.scope, "method": method}
+        matches = (route.matches(scope)[0] for route in request.app.router.routes)
+        if any(match is Match.FULL for match in matches):
+            found.append(method)
+    return ", ".join(found)
 
 
 def describe_validation_error(error: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from reft_core.adapter import Adapter
 from reft_core.engine.constraint import Constraint
@@ -22,6 +22,46 @@ MAX_LOGPROBS = 20
 MAX_PRIORITY = 1_000_000
 MAX_DEADLINE_S = 7 * 24 * 3600.0
 _MAX_SEED = 2**63 - 1
+
+
+class Range(NamedTuple):
+    """The numbers that a field of :class:`SamplingParams` may hold."""
+
+    low: float
+    high: float
+    whole: bool = False
+    """Integers only."""
+    open_low: bool = False
+    """``low`` itself is left out."""
+
+    def check(self, name: str, value: float) -> None:
+        """Raise :class:`InvalidRequest` unless ``value`` is one of them."""
+        # Written so that NaN fails too.
+        low, high = self.low, self.high
+        in_range = low < value <= high if self.open_low else low <= value <= high
+        if not in_range or (self.whole and not isinstance(value, int)):
+            kind = "a whole number" if self.whole else "a number"
+            start = "above" if self.open_low else "from"
+            up = "up " * self.open_low
+            raise InvalidRequest.because(name, value, f"{kind} {start} {low} {up}to {high}")
+
+
+RANGES: Mapping[str, Range] = {
+    "max_tokens": Range(0, 1_000_000, whole=True),
+    "temperature": Range(0, 2),
+    "top_p": Range(0, 1, open_low=True),
+    "top_k": Range(0, 10_000_000, whole=True),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, 10, open_low=True),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "logit_bias": Range(-100, 100),
+    "seed": Range(-_MAX_SEED, _MAX_SEED, whole=True),
+    "logprobs": Range(0, MAX_LOGPROBS, whole=True),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS, whole=True),
+}
+"""What each field may hold, in the order they are checked; of ``logit_bias``, each value."""
+PRIORITIES = Range(-MAX_PRIORITY, MAX_PRIORITY, whole=True)
 
 
 @dataclass(frozen=True)
@@ -58,48 +98,18 @@ class SamplingParams:
     computed whole: the prefix cache knows no logits."""
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 0, 1_000_000, whole=True)
-        _check("temperature", self.temperature, 0, 2)
-        _check("top_p", self.top_p, 0, 1, open_low=True)
-        _check("top_k", self.top_k, 0, 10_000_000, whole=True)
-        _check("min_p", self.min_p, 0, 1)
-        _check("repetition_penalty", self.repetition_penalty, 0, 10, open_low=True)
-        _check("presence_penalty", self.presence_penalty, -2, 2)
-        _check("frequency_penalty", self.frequency_penalty, -2, 2)
-        for token, bias in self.logit_bias.items():
-            _check(f"logit_bias[{token}]", bias, -100, 100)
-        if self.seed is not None:
-            _check("seed", self.seed, -_MAX_SEED, _MAX_SEED, whole=True)
-        if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS, whole=True)
-        if self.prompt_logprobs is not None:
-            _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, whole=True)
+        for name, bounds in RANGES.items():
+            value = getattr(self, name)
+            if name == "logit_bias":
+                for token, bias in self.logit_bias.items():
+                    bounds.check(f"logit_bias[{token}]", bias)
+            elif value is not None:
+                bounds.check(name, value)
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0
-
-
-def _check(
-    name: str,
-    value: float,
-    low: float,
-    high: float,
-    *,
-    open_low: bool = False,
-    whole: bool = False,
-) -> None:
-    """Raise :class:`InvalidRequest` unless low <= value <= high.
-
-    ``open_low`` leaves ``low`` itself out; ``whole`` takes integers only.
-    """
-    # Written so that NaN fails too.
-    in_range = low < value <= high if open_low else low <= value <= high
-    if not in_range or (whole and not isinstance(value, int)):
-        kind = "a whole number" if whole else "a number"
-        bounds = f"{kind} {'above' if open_low else 'from'} {low} {'up ' * open_low}to {high}"
-        raise InvalidRequest.because(name, value, bounds)
 
 
 @dataclass(frozen=True)
@@ -142,9 +152,9 @@ class Request:
     """Seconds from submission after which it ends with :class:`DeadlineExceeded`."""
 
     def __post_init__(self) -> None:
-        _check("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, whole=True)
+        PRIORITIES.check("priority", self.priority)
         if self.deadline_s is not None:
-            _check("deadline_s", self.deadline_s, 0, MAX_DEADLINE_S, open_low=True)
+            Range(0, MAX_DEADLINE_S, open_low=True).check("deadline_s", self.deadline_s)
         if self.completion and self.constraint is not None:
             raise InvalidRequest.because(
                 "constraint", self.constraint, "none beside a given completion"

@@ -70,6 +70,7 @@ class ChatRequest(SamplingFields):
         "verbosity",
         "web_search_options",
     )
+    ONLY: ClassVar[dict[str, Any]] = {"modalities": ["text"], "tool_choice": "none"}
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, description="default: up to the end of the context")
@@ -92,12 +93,6 @@ class ChatRequest(SamplingFields):
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
         super().check(settings)
-        for name, only in (
-            ("modalities", ["text"]),
-            ("tool_choice", "none"),
-        ):
-            if (value := getattr(self, name)) not in (None, only):
-                raise UnsupportedFeature.because(name, value, f"{only!r} or nothing")
         if self.prompt_logprobs is not None and self.reft.models is not None:
             raise InvalidRequest.because(
                 "prompt_logprobs", self.prompt_logprobs, "null beside reft.models"

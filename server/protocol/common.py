@@ -70,6 +70,8 @@ class SamplingFields(AdapterRequest):
 
     UNSUPPORTED: ClassVar[tuple[str, ...]] = ()
     """Fields known to OpenAI's API that have no meaning here, refused when used."""
+    ONLY: ClassVar[dict[str, Any]] = {}
+    """Fields that have one value here, and what it is."""
 
     reft: FanOutOptions = Field(default=FanOutOptions(), description="extension")
     stream: bool | None = False
@@ -117,6 +119,9 @@ class SamplingFields(AdapterRequest):
         for name in self.UNSUPPORTED:
             if (value := getattr(self, name)) not in (None, [], {}):
                 raise UnsupportedFeature.because(name, value, "it left out; not supported here")
+        for name, only in self.ONLY.items():
+            if (value := getattr(self, name)) not in (None, only):
+                raise UnsupportedFeature.because(name, value, f"{only!r} or nothing")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest.because(
                 "stream_options", self.stream_options.model_dump(), "null unless stream is true"

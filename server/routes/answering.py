@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from fastapi import Request, Response
 from pydantic import BaseModel
@@ -18,6 +19,29 @@ from server.services import services_of
 from server.sse import EventStream, frames
 
 Chunks = AsyncIterator[BaseModel]
+
+ANSWERED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer",
+        "headers": {
+            "x-reft-adapter": {
+                "description": "digests of the adapters that answered, or `base`; absent where "
+                "several models did",
+                "schema": {"type": "string"},
+            },
+            "x-reft-models": {
+                "description": "how many models answered, where several did",
+                "schema": {"type": "integer", "minimum": 1},
+            },
+            "x-reft-edits": {
+                "description": "edits that were applied",
+                "required": True,
+                "schema": {"type": "integer", "minimum": 0},
+            },
+        },
+    }
+}
+"""What an answer says in its headers, for the documentation of routes."""
 
 
 async def answer_whole(

@@ -27,7 +27,7 @@ from server.protocol.chat import (
 )
 from server.protocol.prompt_logprobs import prompt_logprobs_of
 from server.protocol.reports import Usage, choice_report_of, report_of
-from server.routes.answering import answer_stream, answer_whole, new_id, now
+from server.routes.answering import ANSWERED, answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
 from server.running import Delta
 from server.services import services_of
@@ -35,7 +35,9 @@ from server.services import services_of
 router = make_router(ApiRoute, tag="inference")
 
 
-@router.post("/v1/chat/completions", response_model=ScoredChatResponse | ChatResponse)
+@router.post(
+    "/v1/chat/completions", response_model=ScoredChatResponse | ChatResponse, responses=ANSWERED
+)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, with the adapter that ``model`` names and its template, or with
     several.

@@ -10,14 +10,14 @@ from server.disconnect import unless_gone
 from server.labelling import LabelJob
 from server.protocol.classify import ClassifiedText, ClassifyRequest, ClassifyResponse
 from server.protocol.reports import ReftReport, Usage
-from server.routes.answering import new_id, now, report_headers
+from server.routes.answering import ANSWERED, new_id, now, report_headers
 from server.routes.guards import ApiRoute, make_router
 from server.services import services_of
 
 router = make_router(ApiRoute, tag="inference")
 
 
-@router.post("/v1/classify", response_model=ClassifyResponse)
+@router.post("/v1/classify", response_model=ClassifyResponse, responses=ANSWERED)
 async def classify(body: ClassifyRequest, request: Request) -> Response:
     """Choose a label for each text: by an encoder's trained head, or by how likely a causal
     model finds each label as its whole answer.

@@ -23,7 +23,7 @@ from server.protocol.completions import (
 )
 from server.protocol.prompt_logprobs import prompt_logprobs_of
 from server.protocol.reports import Usage, choice_report_of, report_of
-from server.routes.answering import answer_stream, answer_whole, new_id, now
+from server.routes.answering import ANSWERED, answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
 from server.running import Delta
 from server.services import services_of
@@ -31,7 +31,7 @@ from server.services import services_of
 router = make_router(ApiRoute, tag="inference")
 
 
-@router.post("/v1/completions", response_model=CompletionResponse)
+@router.post("/v1/completions", response_model=CompletionResponse, responses=ANSWERED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or many prompts, with the adapter that ``model`` names, or with several."""
     body.check(services_of(request).settings)

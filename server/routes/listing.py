@@ -10,7 +10,9 @@ from fastapi import Query, Response
 from pydantic import BaseModel
 
 After = Annotated[str, Query(max_length=256, description="list what comes after this name")]
-Limit = Annotated[int | None, Query(ge=1, description="list at most so many; default: all")]
+Limit = Annotated[
+    int | None, Query(ge=1, le=1_000_000, description="list at most so many; default: all")
+]
 
 
 async def answer_from_thread(build: Callable[[], BaseModel]) -> Response:

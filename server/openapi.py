@@ -1,0 +1,192 @@
+"""The OpenAPI document, completed with what FastAPI cannot know: keys, errors, headers, limits.
+
+Nothing is decided here: statuses come from :mod:`server.errors`, numbers from the settings and from
+the engine's own table of ranges. The fuzzer holds every answer to this document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
+
+from reft_core.engine.interface import PRIORITIES, RANGES
+from server.errors import documented_statuses
+from server.middleware import REQUEST_ID_HEADER
+from server.protocol.chat import ChatChunk, ChatRequest
+from server.protocol.common import ErrorBody
+from server.protocol.completions import CompletionRequest, CompletionResponse
+from server.settings import Settings
+
+Json = dict[str, Any]
+
+_REF = "#/components/schemas/{model}"
+_EVENTS = {"/v1/completions": CompletionResponse, "/v1/chat/completions": ChatChunk}
+_OPEN = 503  # the only status that a route without key and parameters fails with
+_OF_BODIES = {413, 415}
+_OF_INFERENCE = {429, 504}
+
+
+def document(app: FastAPI, settings: Settings) -> None:
+    """Have ``app`` describe itself whole, at ``/openapi.json`` and to whoever asks it."""
+    build = app.openapi
+
+    def openapi() -> Json:
+        if app.openapi_schema is None:
+            _complete(build(), settings)
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it
+
+
+def _complete(found: Json, settings: Settings) -> None:
+    """Add to a document, in place."""
+    components = found["components"]
+    models = [(model, "serialization") for model in (*_EVENTS.values(), ErrorBody)]
+    _, events = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
+    for name, schema in events["$defs"].items():
+        components["schemas"].setdefault(name, schema)
+    components["securitySchemes"] = _schemes(settings)
+    for path, method, operation in _operations(found):
+        _secure(path, operation, settings)
+        _explain_errors(path, method, operation)
+        if path in _EVENTS:
+            _stream(operation, _EVENTS[path].__name__)
+        for response in operation["responses"].values():
+            response.setdefault("headers", {})[REQUEST_ID_HEADER] = _header(
+                "the request's id, in the server's log too", pattern="^[A-Za-z0-9._:-]{1,128}$"
+            )
+    _limit(components["schemas"], settings)
+
+
+def _operations(found: Json) -> Iterator[tuple[str, str, Json]]:
+    for path, methods in found["paths"].items():
+        for method, operation in methods.items():
+            yield path, method, operation
+
+
+def _schemes(settings: Settings) -> Json:
+    """The keys that this server has."""
+    schemes = {}
+    if settings.api_key is not None:
+        schemes["ApiKey"] = {"type": "http", "scheme": "bearer", "description": "key of /v1"}
+    if settings.admin_key is not None:
+        schemes["AdminKey"] = {"type": "http", "scheme": "bearer", "description": "key of /admin"}
+    return schemes
+
+
+def _secure(path: str, operation: Json, settings: Settings) -> None:
+    """Say which key an operation needs."""
+    if path.startswith("/admin"):
+        operation["security"] = [{"AdminKey": []}]
+    elif path.startswith("/v1") and settings.api_key is not None:
+        operation["security"] = [{"ApiKey": []}]
+
+
+def _explain_errors(path: str, method: str, operation: Json) -> None:
+    """Every status that an operation may fail with, in the place of families of them."""
+    responses = operation["responses"]
+    for family in ("4XX", "5XX"):
+        responses.pop(family, None)
+    is_inference = path in _EVENTS or path == "/v1/classify"
+    for status, codes in documented_statuses().items():
+        if path.startswith(("/v1", "/admin")):
+            if status == 401 and "security" not in operation:
+                continue
+            if status in _OF_BODIES and "requestBody" not in operation:
+                continue
+            if status in _OF_INFERENCE and not is_inference:
+                continue
+            if status == 409 and not path.startswith("/admin"):
+                continue
+        elif status < 500 or status == 504:
+            continue
+        responses.setdefault(str(status), _error(status, codes))
+
+
+def _error(status: int, codes: list[str]) -> Json:
+    """A response with OpenAI's error object."""
+    headers = {}
+    if status == 401:
+        headers["www-authenticate"] = _header("how to authenticate")
+    if status in (429, 503):
+        headers["retry-after"] = _header("seconds to wait", kind="integer", minimum=1)
+    return {
+        "description": f"`code` is {' or '.join(codes)}",
+        "content": {"application/json": {"schema": {"$ref": _REF.format(model="ErrorBody")}}},
+        "headers": headers,
+    }
+
+
+def _header(description: str, *, kind: str = "string", required: bool = True, **more: Any) -> Json:
+    return {
+        "description": description,
+        "required": required,
+        "schema": {"type": kind, **more},
+    }
+
+
+def _stream(operation: Json, event: str) -> None:
+    """An answer may be a stream too."""
+    operation["responses"]["200"]["content"]["text/event-stream"] = {
+        "schema": {
+            "type": "string",
+            "description": f"with `stream`: events `data: <{event}>`, then `data: [DONE]`, or in "
+            "its place an error's body as the last event",
+        },
+        "x-event-schema": {"$ref": _REF.format(model=event)},
+    }
+
+
+def _limit(schemas: Json, settings: Settings) -> None:
+    """The ranges of fields: the engine's, and those that the settings set."""
+    for body in (CompletionRequest, ChatRequest):
+        properties = schemas[body.__name__]["properties"]
+        for field in body.UNSUPPORTED:
+            properties[field] = _only(properties[field], *_nothings(properties[field]))
+        for field, value in body.ONLY.items():
+            properties[field] = _only(properties[field], None, value)
+        for field, bounds in RANGES.items():
+            for schema in _numbers(properties.get(field, {})):
+                schema["exclusiveMinimum" if bounds.open_low else "minimum"] = bounds.low
+                schema["maximum"] = bounds.high
+        properties["priority"] |= {"minimum": PRIORITIES.low, "maximum": PRIORITIES.high}
+        for schema in _numbers(properties["n"]):
+            schema["maximum"] = settings.max_n
+        for schema in properties["stop"]["anyOf"]:
+            lengths = {"minLength": 1, "maxLength": settings.max_stop_chars}
+            if schema["type"] == "string":
+                schema |= lengths
+            elif schema["type"] == "array":
+                schema["maxItems"] = settings.max_stop
+                schema["items"] |= lengths
+        for schema in properties["logit_bias"]["anyOf"]:
+            if schema["type"] == "object":
+                bounds = RANGES["logit_bias"]
+                schema["additionalProperties"] |= {"minimum": bounds.low, "maximum": bounds.high}
+                schema["propertyNames"] = {"pattern": "^[0-9]{1,9}$"}
+    for schema in schemas["FanOutOptions"]["properties"]["models"]["anyOf"]:
+        if schema["type"] == "array":
+            schema["maxItems"] = settings.max_fan_out
+
+
+def _only(schema: Json, *values: Any) -> Json:
+    """The schema of a field that has just these values."""
+    return {"enum": list(values), "description": schema["description"]}
+
+
+def _nothings(schema: Json) -> list[Any]:
+    """The values that a field of this schema may have and that ask for nothing."""
+    kinds = {each.get("type") for each in schema.get("anyOf", [])}
+    empty: list[tuple[str, Any]] = [("array", []), ("object", {})]
+    return [None, *(value for kind, value in empty if not kinds or kind in kinds)]
+
+
+def _numbers(schema: Json) -> Iterator[Json]:
+    """The alternatives of a field that are numbers."""
+    for each in schema.get("anyOf", [schema]):
+        if each.get("type") in ("integer", "number"):
+            yield each
