@@ -60,6 +60,7 @@ def _complete(found: Json, settings: Settings) -> None:
                 "the request's id, in the server's log too", pattern="^[A-Za-z0-9._:-]{1,128}$"
             )
     _limit(components["schemas"], settings)
+    _link(found["paths"])
 
 
 def _operations(found: Json) -> Iterator[tuple[str, str, Json]]:
@@ -131,13 +132,21 @@ def _header(description: str, *, kind: str = "string", required: bool = True, **
 
 def _stream(operation: Json, event: str) -> None:
     """An answer may be a stream too."""
-    operation["responses"]["200"]["content"]["text/event-stream"] = {
-        "schema": {
-            "type": "string",
-            "description": f"with `stream`: events `data: <{event}>`, then `data: [DONE]`, or in "
-            "its place an error's body as the last event",
+    ends = {"const": "[DONE]", "description": "the last event, unless it is an error"}
+    document = {
+        "contentMediaType": "application/json",
+        "contentSchema": {
+            "anyOf": [{"$ref": _REF.format(model=name)} for name in (event, "ErrorBody")]
         },
-        "x-event-schema": {"$ref": _REF.format(model=event)},
+    }
+    operation["responses"]["200"]["content"]["text/event-stream"] = {
+        # As in OpenAPI's registry of sequential media types: the schema of each event.
+        "schema": {
+            "description": "an event of the answer, with `stream`",
+            "type": "object",
+            "properties": {"data": {"type": "string", "anyOf": [ends, document]}},
+            "required": ["data"],
+        }
     }
 
 
@@ -168,6 +177,8 @@ def _limit(schemas: Json, settings: Settings) -> None:
                 bounds = RANGES["logit_bias"]
                 schema["additionalProperties"] |= {"minimum": bounds.low, "maximum": bounds.high}
                 schema["propertyNames"] = {"pattern": "^[0-9]{1,9}$"}
+        _at_least_one(properties["guided_choice"])
+    _at_least_one(schemas["StructuredOutputs"]["properties"]["choice"])
     for schema in schemas["FanOutOptions"]["properties"]["models"]["anyOf"]:
         if schema["type"] == "array":
             schema["maxItems"] = settings.max_fan_out
@@ -183,6 +194,34 @@ def _nothings(schema: Json) -> list[Any]:
     kinds = {each.get("type") for each in schema.get("anyOf", [])}
     empty: list[tuple[str, Any]] = [("array", []), ("object", {})]
     return [None, *(value for kind, value in empty if not kinds or kind in kinds)]
+
+
+def _at_least_one(schema: Json) -> None:
+    """Of a field that may be a list."""
+    for each in schema["anyOf"]:
+        if each["type"] == "array":
+            each["minItems"] = 1
+
+
+def _link(paths: Json) -> None:
+    """What an uploaded adapter can be used for."""
+    adapter = paths.get("/admin/adapters/{name}")
+    if adapter is None:
+        return
+    name = "$response.body#/name"
+    hello = {"model": name, "prompt": "Hello", "max_tokens": 2}
+    links = {
+        "inspect": _to(adapter["get"], parameters={"name": name}),
+        "delete": _to(adapter["delete"], parameters={"name": name}),
+        "find": _to(paths["/v1/models/{model_id}"]["get"], parameters={"model_id": name}),
+        "use": _to(paths["/v1/completions"]["post"], requestBody=hello),
+    }
+    for status in ("200", "201"):
+        adapter["post"]["responses"][status]["links"] = links
+
+
+def _to(operation: Json, **arguments: Any) -> Json:
+    return {"operationId": operation["operationId"], **arguments}
 
 
 def _numbers(schema: Json) -> Iterator[Json]:

@@ -14,7 +14,7 @@ from schemathesis.config import ProjectConfig, ProjectsConfig
 from schemathesis.engine import events, from_schema
 
 from benchmarks.fuzz.base import good_files
-from benchmarks.fuzz.sensible import sensible
+from benchmarks.fuzz.sensible import reachable, sensible
 from benchmarks.fuzz.serving import ADMIN_KEY, API_KEY, Target
 
 
@@ -40,8 +40,8 @@ def attack(
         "application/octet-stream", st.sampled_from([good.data for good in good_files()])
     )
 
-    def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
-        _make_sensible(case, target)
+    def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:
+        _aim(case, target)
 
     schemathesis.hook(before_call)
     report = Report()
@@ -76,12 +76,21 @@ def _config(url: str, seed: int, max_examples: int, max_time_s: int | None) -> C
     )
 
 
-def _make_sensible(case: Case, target: Target) -> None:
-    """Make most bodies that the document allows such that the server can do what they ask."""
+def _aim(case: Case[Any], target: Target) -> None:
+    """Make most bodies that the document allows such that the server can do what they ask, and
+    most that it forbids such that nothing else is wrong with them."""
     meta, body = case.meta, case.body
-    is_allowed = meta is not None and meta.generation.mode is GenerationMode.POSITIVE
-    if is_allowed and isinstance(body, dict) and "model" in body and len(repr(body)) % 4:
+    if (
+        meta is None
+        or not isinstance(body, dict)
+        or "model" not in body
+        or len(repr(body)) % 5 == 0
+    ):
+        return
+    if meta.generation.mode is GenerationMode.POSITIVE:
         case.body = sensible(body, target.models, target.vocab_size)
+    else:
+        case.body = reachable(body, target.models)
 
 
 def _note(event: events.EngineEvent, report: Report, seen: set[str]) -> None:

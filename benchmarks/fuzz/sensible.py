@@ -12,6 +12,8 @@ from typing import Any
 
 Json = dict[str, Any]
 
+MAX_NAME = 256
+MAX_TOKENS = 1_000_000
 _MOST_TOKENS = 6
 _MOST_CHARS = 20
 _SCHEMAS: list[Any] = [
@@ -56,6 +58,22 @@ def sensible(body: Json, models: Sequence[str], vocab_size: int) -> Json:
     else:
         _completion(found, draw, vocab_size)
     found["reft"] = _options(found.get("reft") or {}, draw, models, found)
+    return found
+
+
+def reachable(body: Json, models: Sequence[str]) -> Json:
+    """A body that is wrong somewhere, mended elsewhere: if it is refused, then for that."""
+    found = dict(body)
+    if isinstance(name := found.get("model"), str) and len(name) <= MAX_NAME:
+        found["model"] = models[len(repr(body)) % len(models)]
+    for name in ("prompt", "input"):
+        if found.get(name) == "":
+            found[name] = "a"
+    for name in ("max_tokens", "max_completion_tokens"):
+        if type(limit := found.get(name)) is int and 0 <= limit <= MAX_TOKENS:
+            found[name] = 2
+    if "messages" in found and found.get("max_tokens") is not None:
+        found.pop("max_completion_tokens", None)
     return found
 
 

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from server.named import Answering, NamedAdapter
 
+_NUMBERS = (int, float)
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: (_NUMBERS, "a whole number"),
+    float: (_NUMBERS, "a number"),
+}
+
 
 class RequestBody(BaseModel):
-    """A request body: an unknown key is an error, so that a typo is never ignored."""
+    """A request body: an unknown key is an error, so that a typo is never ignored.
+
+    Values have the type that the API declares; none is made of text, or of another type.
+    """
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_type(cls, value: Any, about: ValidationInfo) -> Any:
+        assert about.field_name is not None
+        declared = cls.model_fields[about.field_name].annotation
+        options = list(get_args(declared)) if get_origin(declared) is UnionType else [declared]
+        values = [value]
+        if isinstance(value, list | dict):
+            options = [get_args(each)[-1] for each in options if get_origin(each) is type(value)]
+            values = list(value.values()) if isinstance(value, dict) else value
+        numeric = [each for each in options if each in _KINDS]
+        if len(numeric) == len(options) - (NoneType in options) == 1:
+            kinds, expected = _KINDS[numeric[0]]
+            if not all(each is None or type(each) in kinds for each in values):
+                raise ValueError(expected)
+        return value
 
 
 class AdapterOptions(RequestBody):

@@ -256,5 +256,64 @@ def test_the_api_documents_itself(server):
     document = server.http.get("/openapi.json").json()
     paths = document["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/admin/adapters/{name}"} <= set(paths)
-    responses = paths["/v1/completions"]["post"]["responses"]
-    assert set(responses) == {"200", "4XX", "5XX"}
+    post = paths["/v1/completions"]["post"]
+    assert {"200", "400", "404", "413", "415", "429", "500", "503", "504"} <= set(post["responses"])
+    assert set(post["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert "retry-after" in post["responses"]["429"]["headers"]
+    for response in post["responses"].values():
+        assert "x-request-id" in response["headers"]
+    assert "401" not in post["responses"], "no key is set"
+    assert paths["/admin/adapters"]["get"]["security"] == [{"AdminKey": []}]
+    assert set(paths["/healthz"]["get"]["responses"]) == {"200", "500", "503"}
+
+
+def test_the_document_has_the_limits_of_this_server(in_process):
+    with in_process(api_key=API_KEY, max_n=3, max_stop=5, max_fan_out=7) as server:
+        document = server.http.get("/openapi.json").json()
+        fields = document["components"]["schemas"]["ChatRequest"]["properties"]
+        assert fields["n"]["anyOf"][0]["maximum"] == 3
+        assert fields["stop"]["anyOf"][1]["maxItems"] == 5
+        assert fields["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
+        assert fields["tools"]["enum"] == [None, []]
+        options = document["components"]["schemas"]["FanOutOptions"]["properties"]
+        assert options["models"]["anyOf"][0]["maxItems"] == 7
+        post = document["paths"]["/v1/chat/completions"]["post"]
+        assert post["security"] == [{"ApiKey": []}]
+        assert "www-authenticate" in post["responses"]["401"]["headers"]
+
+
+def test_a_wrong_method_is_told_all_that_a_path_takes(server):
+    answer = server.http.patch("/admin/adapters/x")
+    assert is_openai_error(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "GET, POST, DELETE"
+    assert answer.headers["allow"] in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/admin/adapters"])
+def test_a_page_longer_than_any_is_refused(server, path):
+    for limit in (0, 1_000_001, 10**30):
+        answer = server.http.get(path, params={"limit": limit}, headers=ADMIN)
+        assert is_openai_error(answer, 400, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"n": "1"}, "n"),
+        ({"n": True}, "n"),
+        ({"stream": "yes"}, "stream"),
+        ({"echo": 0}, "echo"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"stop_token_ids": ["5"]}, "stop_token_ids"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias"),
+        ({"reft": {"strength": "1"}}, "reft.strength"),
+        ({"reft": {"subspaces": {"a": "1"}}}, "reft.subspaces"),
+        ({"reft": {"source": ["1"]}}, "reft.source"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ],
+)
+def test_no_value_is_made_of_another_type(server, body, field):
+    answer = server.http.post("/v1/completions", json=ASK | body)
+    assert is_openai_error(answer, 400, "invalid_value")
+    assert answer.json()["error"]["param"] == field
+    assert server.http.post("/v1/completions", json=ASK | {"n": 1.0}).status_code == 200
