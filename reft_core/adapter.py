@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reft_core.adapter_header import check_tensors_declared, read_header, read_spec
 from reft_core.edits import Activation, Edit, activate
-from reft_core.errors import AdapterFileInvalid, AdapterMismatch, AdapterTooLarge, explain
+from reft_core.errors import AdapterFileInvalid, AdapterMismatch, AdapterTooLarge, explain, shown
 from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
 from reft_core.spec import METADATA_KEY, AdapterSpec, BaseModelSpec, tensor_name
@@ -209,7 +209,7 @@ def decode_adapter(
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
         raise AdapterFileInvalid(
-            f"body: not a valid safetensors file ({error})", field="body"
+            f"body: not a valid safetensors file ({shown(str(error))})", field="body"
         ) from None
     _check_finite(tensors)
     digest = digest or hashlib.sha256(data).hexdigest()

@@ -36,7 +36,7 @@ class ReftError(Exception):
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.field = None if field is None else _shown(field)
+        self.field = None if field is None else shown(field)
 
     def within(self, place: str) -> Self:
         """The same error, about ``place``: one of several parts of what the caller sent."""
@@ -49,16 +49,16 @@ class ReftError(Exception):
 
 def explain(field: str, value: object, allowed: str) -> str:
     """One sentence naming the field, what it held (shortened) and what it may hold."""
-    shown = repr(value)
-    if len(shown) > 120:
-        shown = shown[:117] + "..."
-    return f"{_shown(field)}: got {shown}, expected {allowed}"
+    held = repr(value)
+    if len(held) > 120:
+        held = held[:117] + "..."
+    return f"{shown(field)}: got {held}, expected {allowed}"
 
 
-def _shown(field: str) -> str:
-    """``field``, which a caller may have chosen, shortened and with no control characters."""
-    shown = field if field.isprintable() else repr(field)[1:-1]
-    return shown if len(shown) <= 120 else shown[:117] + "..."
+def shown(text: str) -> str:
+    """``text``, which a caller may have chosen, shortened and with no control characters."""
+    found = text if text.isprintable() else repr(text)[1:-1]
+    return found if len(found) <= 120 else found[:117] + "..."
 
 
 class InvalidRequest(ReftError):

@@ -135,7 +135,9 @@ class Target:
 
     def _serve(self, adapter: Adapter, index: int) -> None:
         """Two tokens of an answer, or an error of the request's own."""
-        chosen = (AdapterChoice(adapter.digest, source=self._prompt[:3] if _swaps(adapter) else ()),)
+        chosen = (
+            AdapterChoice(adapter.digest, source=self._prompt[:3] if _swaps(adapter) else ()),
+        )
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
         try:
             (completion,) = generate(

@@ -112,7 +112,9 @@ def _flipped(draw: random.Random, data: bytes) -> bytes:
 
 
 def _cut(draw: random.Random, data: bytes) -> bytes:
-    return data[: draw.choice([draw.randrange(len(data) + 1), max(0, len(data) - draw.randint(1, 16))])]
+    return data[
+        : draw.choice([draw.randrange(len(data) + 1), max(0, len(data) - draw.randint(1, 16))])
+    ]
 
 
 def _spliced(draw: random.Random, data: bytes) -> bytes:
@@ -142,6 +144,11 @@ def _crossed(draw: random.Random, data: bytes) -> bytes:
 
 _BYTE_DAMAGES: list[Callable[[random.Random, bytes], bytes]] = [
     _flipped, _cut, _spliced, _repeated, _lengthened]  # fmt: skip
+
+
+def damage_bytes(draw: random.Random, data: bytes) -> bytes:
+    """Bytes changed, cut, added or repeated, of any kind of file."""
+    return draw.choice(_BYTE_DAMAGES)(draw, data)
 
 
 # JSON -------------------------------------------------------------------------------------------
@@ -174,7 +181,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     return [*((value, key) for key in keys), *(p for key in keys for p in _places(value[key]))]
 
 
-def _damage_json(draw: random.Random, document: Any) -> None:
+def damage_json(draw: random.Random, document: Any) -> None:
     """Change, remove or add something, in place."""
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
         places = _places(document)
@@ -196,14 +203,14 @@ def _damage_json(draw: random.Random, document: Any) -> None:
 
 def _spec_damaged(draw: random.Random, data: bytes) -> bytes:
     header, spec, _ = take_apart(data)
-    _damage_json(draw, spec)
+    damage_json(draw, spec)
     return put_together(header, spec, _body(data))
 
 
 def _header_damaged(draw: random.Random, data: bytes) -> bytes:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    _damage_json(draw, header)
+    damage_json(draw, header)
     return frame(json.dumps(header).encode(), _body(data))
 
 

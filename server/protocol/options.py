@@ -42,12 +42,25 @@ class RequestBody(BaseModel):
         if isinstance(value, list | dict):
             options = [get_args(each)[-1] for each in options if get_origin(each) is type(value)]
             values = list(value.values()) if isinstance(value, dict) else value
+        for each in values:
+            # Half of a character, which JSON can spell and no tokenizer can read.
+            if isinstance(each, str) and not each.isascii() and not _is_whole(each):
+                raise ValueError("text of whole characters, without lone surrogates")
         numeric = [each for each in options if each in _KINDS]
         if len(numeric) == len(options) - (NoneType in options) == 1:
             kinds, expected = _KINDS[numeric[0]]
             if not all(each is None or type(each) in kinds for each in values):
                 raise ValueError(expected)
         return value
+
+
+def _is_whole(text: str) -> bool:
+    """Whether all of ``text`` can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class AdapterOptions(RequestBody):

@@ -97,6 +97,23 @@ def test_request_ids(server):
     assert error.headers["x-request-id"] == "kept"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b'"prompt": "\\ud800"',
+        b'"prompt": ["a", "\\udfff"]',
+        b'"prompt": "a", "reft": {"source": "\\ud800"}',
+        b'"prompt": "a", "stop": ["\\ud800"]',
+    ],
+)
+def test_half_a_character_is_refused_wherever_it_stands(server, fields):
+    kind = {"content-type": "application/json"}
+    body = b'{"model": "tiny-base", ' + fields + b"}"
+    answer = server.http.post("/v1/completions", content=body, headers=kind)
+    assert is_openai_error(answer, 400, "invalid_value")
+    assert "surrogates" in answer.json()["error"]["message"]
+
+
 # Keys ---------------------------------------------------------------------------------------
 
 V1 = [("GET", "/v1/models"), ("GET", "/v1/models/x"), ("POST", "/v1/completions"),
