@@ -30,6 +30,9 @@ from copy import copy
 from typing import Self
 
 
+_LONGEST_ALLOWED = 1000
+
+
 class ReftError(Exception):
     """Base class. ``field`` names the offending input, when there is one."""
 
@@ -52,6 +55,8 @@ def explain(field: str, value: object, allowed: str) -> str:
     held = repr(value)
     if len(held) > 120:
         held = held[:117] + "..."
+    if len(allowed) > _LONGEST_ALLOWED:  # some name what a file or a request holds
+        allowed = allowed[: _LONGEST_ALLOWED - 3] + "..."
     return f"{shown(field)}: got {held}, expected {allowed}"
 
 

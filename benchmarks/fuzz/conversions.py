@@ -73,9 +73,7 @@ def attack(*, seed: int, count: int) -> Report:
                 report.converted[kind] += 1
             except ReftError as refusal:
                 if len(refusal.message) > _LONGEST_REFUSAL:
-                    report.problems.append(
-                        f"{name}: a refusal of {len(refusal.message)} characters"
-                    )
+                    report.problems.append(f"{name}: endless, {refusal.message:.150}")
             except Exception as error:
                 report.problems.append(f"{name}: {type(error).__name__}: {error!s:.300}")
             if canary.exists():

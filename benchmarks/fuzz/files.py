@@ -82,7 +82,7 @@ class Target:
         self.engine.stop()
 
     def attack(self, index: int, made: Mutant, tally: Tally) -> None:
-        """One file: refused as it should be, or accepted and good. What is not goes to the tally."""
+        """One file: refused as it should be, or accepted and good; else a problem of the tally."""
         tally.files += 1
         trace = index % _TRACE_EVERY == 0
         if trace:

@@ -24,8 +24,8 @@ _TEXTS = ["", "a", "A" * 300, "x" * 9000, "\0", "\n", "../../etc/passwd", "é", 
           "\U0001f600", "{content}", "{content}{content}", "{{ 7*7 }}", "{% raw %}", "f1+l1", "l1",
           "f0", "f4096", "f4097", "prompt", "1,-1", "1,1", " f1 + l1 ", "-0", "float32", "F32",
           "F64", "I8", "block_output", "mlp_output", "heads", "linear:self_attn.q_proj",
-          "linear:..", "kv", "embedding", "all", "first", "classification", "loreft", "__metadata__",
-          "name\n", "True", "1", "1e400"]  # fmt: skip
+          "linear:..", "kv", "embedding", "all", "first", "classification", "loreft",
+          "__metadata__", "name\n", "True", "1", "1e400"]  # fmt: skip
 
 
 class Mutant(NamedTuple):
@@ -282,7 +282,8 @@ def _entry_damaged(draw: random.Random, data: bytes) -> bytes:
         begin, end = entry["data_offsets"]
         moved = draw.choice([-4, -1, 1, 4, 2**63, -begin])
         entry["data_offsets"] = draw.choice([[begin + moved, end], [begin, end + moved],
-                                             [begin + moved, end + moved], [end, begin]])  # fmt: skip
+                                             [begin + moved, end + moved],
+                                             [end, begin]])  # fmt: skip
     else:
         entry[draw.choice(["note", "", "Shape"])] = 1
     return put_together(header, spec, _body(data))
@@ -312,7 +313,6 @@ def _retensored(draw: random.Random, data: bytes) -> bytes:
 
 def _revalued(draw: random.Random, data: bytes) -> bytes:
     """Other numbers, some of which are none."""
-    _, _, tensors = take_apart(data)
     size = len(data) - len(_body(data))
     dtype_size = 4 if len(_body(data)) % 4 == 0 else 2
     found = bytearray(data)

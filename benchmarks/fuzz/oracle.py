@@ -89,7 +89,7 @@ def _spec(metadata: Any) -> Json:
 
 def _library_agrees(data: bytes, header: Json) -> None:
     """The format's own library reads the same tensors."""
-    read = dict(safetensors.deserialize(data))
+    read = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
     _need(set(read) == set(header), "the library finds other tensors")
     for name, entry in read.items():
         _need(list(entry["shape"]) == header[name]["shape"], f"the library: {name}")
@@ -230,7 +230,8 @@ def _head_shapes(spec: Json, hidden: int) -> dict[str, list[int]]:
     _need((head is not None) == (task.get("kind") == "classification"), "head and task")
     if head is None:
         return {}
-    _need(labels is not None, "a head without labels")
+    if labels is None:
+        raise Bad("a head without labels")
     inner = head.get("hidden")
     shapes = {"head.out.weight": [inner or hidden, len(labels)], "head.out.bias": [len(labels)]}
     if inner is not None:
