@@ -160,7 +160,8 @@ def _limit(schemas: Json, settings: Settings) -> None:
             properties[field] = _only(properties[field], None, value)
         for field, bounds in RANGES.items():
             for schema in _numbers(properties.get(field, {})):
-                schema["exclusiveMinimum" if bounds.open_low else "minimum"] = bounds.low
+                # A field may take more than the engine, as top_k does with -1.
+                schema.setdefault("exclusiveMinimum" if bounds.open_low else "minimum", bounds.low)
                 schema["maximum"] = bounds.high
         properties["priority"] |= {"minimum": PRIORITIES.low, "maximum": PRIORITIES.high}
         for schema in _numbers(properties["n"]):

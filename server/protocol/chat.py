@@ -19,7 +19,7 @@ from server.settings import Settings
 class TextPart(RequestBody):
     """A part of a message's content."""
 
-    type: Literal["text"] = "text"
+    type: Literal["text"]
     text: str
 
 
@@ -34,7 +34,7 @@ def _check_content(value: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise UnsupportedFeature.because("messages.content.type", kind, "'text' parts only")
-        if kind is None or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise ValueError('parts of the form {"type": "text", "text": "..."}')
         texts.append(part["text"])
     return "".join(texts)

@@ -201,3 +201,12 @@ def test_bad_chat_requests_name_the_field(server, engine, changes, param):
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
     assert not engine.submitted
+
+
+@pytest.mark.parametrize("kind", [{}, [], 5, None, True])
+def test_a_part_without_a_proper_type_is_refused(server, kind):
+    content = [{"type": kind, "text": "hi"}]
+    body = {"model": MODEL.name, "messages": [{"role": "user", "content": content}]}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages.0.content"
