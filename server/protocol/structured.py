@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from reft_core.errors import InvalidRequest
 from reft_core.grammar import GrammarSpec
+from server.protocol.options import RequestBody
 
 _ANY_OBJECT = '{"type": "object"}'
 
 
-class JsonSchemaFormat(BaseModel):
+class JsonSchemaFormat(RequestBody):
     """OpenAI's named schema."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field("", max_length=256, description="accepted, without effect")
     description: str | None = Field(None, description="accepted, without effect")
@@ -26,19 +25,15 @@ class JsonSchemaFormat(BaseModel):
     )
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(RequestBody):
     """OpenAI's ``response_format``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(RequestBody):
     """vLLM's ``structured_outputs``; exactly one of its fields is set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     json_: dict[str, Any] | str | None = Field(
         None, alias="json", description="a JSON schema, which is enforced whole"

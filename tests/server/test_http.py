@@ -327,6 +327,7 @@ def test_a_page_longer_than_any_is_refused(server, path):
         ({"reft": {"subspaces": {"a": "1"}}}, "reft.subspaces"),
         ({"reft": {"source": ["1"]}}, "reft.source"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object"),
     ],
 )
 def test_no_value_is_made_of_another_type(server, body, field):
