@@ -24,6 +24,7 @@ from reft_core.errors import (
     AdapterMismatch,
     AdapterNotFound,
     AdapterTooLarge,
+    DatabaseUnavailable,
     DeadlineExceeded,
     EngineError,
     EngineOverloaded,
@@ -63,6 +64,7 @@ ANSWERS: dict[type[ReftError], Answer] = {
     AdapterMismatch: Answer(400, _BAD_REQUEST, "adapter_mismatch"),
     AdapterNotFound: Answer(404, _BAD_REQUEST, "model_not_found"),
     AdapterConflict: Answer(409, _BAD_REQUEST, "adapter_conflict"),
+    DatabaseUnavailable: Answer(503, _SERVER_FAULT, "database_unavailable"),
     UnsupportedModel: Answer(500, _SERVER_FAULT, "unsupported_model"),
     EngineError: Answer(500, _SERVER_FAULT, "engine_error"),
     EngineOverloaded: Answer(429, "rate_limit_error", "engine_overloaded"),
@@ -103,7 +105,7 @@ def error_response(error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, EngineOverloaded):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif isinstance(error, EngineUnavailable):
+    elif isinstance(error, EngineUnavailable | DatabaseUnavailable):
         headers["Retry-After"] = str(_RETRY_UNAVAILABLE_S)
     return JSONResponse(error_body(error), status, headers=headers)
 
