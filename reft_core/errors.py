@@ -13,6 +13,7 @@
     │   ├── AdapterNotFound       no adapter of that name, version or digest
     │   └── AdapterConflict       the operation contradicts what is stored
     ├── DatabaseUnavailable       the server's database does not answer
+    ├── StorageUnavailable        the server's store of adapter files does not answer, or is full
     ├── UnsupportedModel          the base model lacks a structure we need
     ├── EngineError
     │   ├── EngineOverloaded      the queue is full; try again later
@@ -110,6 +111,10 @@ class AdapterConflict(AdapterError):
 
 class DatabaseUnavailable(ReftError):
     """The server's database does not answer."""
+
+
+class StorageUnavailable(ReftError):
+    """The server's store of adapter files does not answer, or is full."""
 
 
 class UnsupportedModel(ReftError):
