@@ -12,6 +12,7 @@ from rich.panel import Panel
 from server.cli_adapters import adapters_app
 from server.cli_errors import console, one_line_errors
 from server.cli_methods import methods
+from server.cli_registry import registry_app
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapters_app, name="adapter")
+app.add_typer(registry_app, name="registry")
 app.command()(methods)
 
 
