@@ -64,7 +64,7 @@ class Ledger:
 
     def lost(self, found: State) -> int:
         """How many acknowledged versions are missing from what was found."""
-        kept = self.state.versions.items()
+        kept = set(self.state.versions.items())
         if self.doubtful is not None:  # it may have been a delete
-            kept = kept & self.doubtful.versions.items()
+            kept &= self.doubtful.versions.items()
         return len(kept - found.versions.items())

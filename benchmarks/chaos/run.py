@@ -38,7 +38,7 @@ class Options:
     seed: int = 0
     backend: str = "sqlite"
     clients: int = 3
-    longest_s: float = 0.5
+    longest_s: float = 1.5
     """A server lives between nothing and so long from its first request on."""
 
 

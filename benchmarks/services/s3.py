@@ -24,7 +24,7 @@ class S3:
         self.options: dict[str, Any] = {
             "key": "test-key",
             "secret": "test-secret",
-            "client_kwargs": {"endpoint_url": url, "region_name": "us-east-1"},
+            "endpoint_url": url,
         }
         """What fsspec needs to be told to open a bucket."""
         self._count = itertools.count()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.services.postgres import Postgres, find_binaries, run_postgres
+from benchmarks.services.s3 import S3, run_s3
 from server.database import sqlite_url
 
 
@@ -26,3 +27,10 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return sqlite_url(tmp_path / "catalog.sqlite")
     return request.getfixturevalue("postgres").new_database()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    with run_s3() as server:
+        yield server

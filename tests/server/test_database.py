@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from sqlalchemy.exc import DBAPIError
 
 import server.registry.tables  # noqa: F401  # its tables are in the metadata
 from benchmarks.services.ports import free_port
+from reft_core.adapter import decode_adapter
 from reft_core.errors import DatabaseUnavailable, InvalidRequest
 from server.database import lock, metadata, open_database, reading, sqlite_url, writing
+from server.registry import Catalog, Filter, Version
+from tests.server.fakes import make_adapter
 
 
 def revision(url: str) -> str:
@@ -154,3 +159,34 @@ def test_sqlite_writes_through_to_the_disk(tmp_path: Path):
     engine.dispose()
     expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10000}
     assert pragma == expected
+
+
+def test_a_catalog_from_before_migrations_is_upgraded_without_loss(tmp_path: Path):
+    spec = decode_adapter(make_adapter(1)).spec
+    with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as old:
+        old.executescript(
+            """
+            CREATE TABLE names (name VARCHAR(96) NOT NULL PRIMARY KEY, current INTEGER,
+                last_number INTEGER NOT NULL);
+            CREATE TABLE versions (name VARCHAR(96) NOT NULL, number INTEGER NOT NULL,
+                digest VARCHAR(64) NOT NULL, num_bytes INTEGER NOT NULL,
+                created_at INTEGER NOT NULL, spec TEXT NOT NULL, PRIMARY KEY (name, number),
+                FOREIGN KEY(name) REFERENCES names (name), UNIQUE (name, digest));
+            CREATE INDEX ix_versions_digest ON versions (digest);
+            INSERT INTO names VALUES ('gone', NULL, 4), ('tone', 1, 2);
+            """
+        )
+        rows = [("tone", n, str(n) * 64, 100 + n, 1000 + n, spec.to_json()) for n in (1, 2)]
+        old.executemany("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", rows)
+        old.commit()
+    catalog = Catalog.at(sqlite_url(tmp_path / "catalog.sqlite"))
+    try:
+        first, second = catalog.versions("tone")
+        assert catalog.current("tone") == first
+        assert first == Version("tone", 1, "1" * 64, 101, 1001, spec)
+        assert (second.number, second.digest) == (2, "2" * 64)
+        assert catalog.page(Filter(method=spec.method, base=spec.base.name)) == [first]
+        with catalog.changing("", "gone", "test") as change:
+            assert change.add("a" * 64, 1, spec)[0].number == 5
+    finally:
+        catalog.close()
