@@ -35,7 +35,7 @@ from server.middleware import RequestContext
 from server.pins import Pins
 from server.registry import Registry
 from server.residency import Residency
-from server.routes import admin, chat, classify, completions, models, ops
+from server.routes import admin, chat, classify, completions, docs, keys, models, ops
 from server.services import Services
 from server.settings import Settings
 
@@ -67,6 +67,9 @@ def create_app(
             services.grammars.close()
 
     app = FastAPI(
+        docs_url=None,  # our own routes, which need a key where the API does
+        redoc_url=None,
+        openapi_url=None,
         title="reft-serve",
         version=__version__,
         description="OpenAI-compatible text generation; adapters are chosen by `model`.",
@@ -74,10 +77,8 @@ def create_app(
     )
     app.add_middleware(RequestContext, metrics=metrics)
     install_handlers(app)
-    for module in (completions, chat, classify, models, ops):
+    for module in (completions, chat, classify, models, ops, docs, admin, keys):
         app.include_router(module.router)
-    if settings.admin_key is not None:
-        app.include_router(admin.router)
     return app
 
 

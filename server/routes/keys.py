@@ -1,0 +1,67 @@
+"""``/admin/keys``: create, list and revoke keys.
+
+An admin key of a tenant sees and changes that tenant's keys alone, and makes keys of it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import structlog
+from fastapi import HTTPException, Query, Request, Response
+
+from reft_core.errors import explain
+from server.keys import NewKey, Principal
+from server.keys.key import TENANT_PATTERN
+from server.protocol.keys import CreatedKey, KeyCard, KeyList
+from server.routes.guards import AdminRoute, caller_of, make_router
+from server.services import services_of
+
+log = structlog.get_logger(__name__)
+
+router = make_router(AdminRoute, tag="keys")
+
+AskedTenant = Annotated[
+    str | None,
+    Query(pattern=TENANT_PATTERN, description="of this tenant; default: all that the key may see"),
+]
+
+
+@router.post("/admin/keys", status_code=201)
+async def create_key(body: NewKey, request: Request, response: Response) -> CreatedKey:
+    """Make a key. The answer holds the key itself, which cannot be read again."""
+    principal = caller_of(request).principal
+    principal.acting_for(body.tenant)
+    text, key = await asyncio.to_thread(services_of(request).key_store.create, body)
+    log.info("key created", created=key.id, of_tenant=key.tenant, kind=key.kind)
+    response.headers["Cache-Control"] = "no-store"
+    return CreatedKey.of(key, key=text)
+
+
+@router.get("/admin/keys")
+async def list_keys(request: Request, tenant: AskedTenant = None) -> KeyList:
+    """Every key, also those that were revoked, oldest first."""
+    asked = _scope(caller_of(request).principal, tenant)
+    keys = await asyncio.to_thread(services_of(request).key_store.all, asked)
+    return KeyList(data=[KeyCard.of(key) for key in keys])
+
+
+@router.delete("/admin/keys/{key_id}")
+async def revoke_key(key_id: str, request: Request) -> KeyCard:
+    """Revoke a key for good: at once in this process, within seconds in others."""
+    services = services_of(request)
+    asked = _scope(caller_of(request).principal, None)
+    key = await asyncio.to_thread(services.key_store.revoke, key_id, asked)
+    if key is None:
+        raise HTTPException(404, explain("key_id", key_id, "the id of a key, as in the list"))
+    services.door.forget(key.id)
+    log.info("key revoked", revoked=key.id, of_tenant=key.tenant)
+    return KeyCard.of(key)
+
+
+def _scope(principal: Principal, tenant: str | None) -> str | None:
+    """The tenant whose keys are meant, None for all."""
+    if tenant is None and principal.is_operator:
+        return None
+    return principal.acting_for(tenant)
