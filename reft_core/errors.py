@@ -14,6 +14,7 @@
     │   └── AdapterConflict       the operation contradicts what is stored
     ├── PermissionDenied          the caller's key does not reach so far
     ├── RateLimited               the caller's key has used up its rate; try again later
+    ├── DatabaseUnavailable       the server's database does not answer
     ├── UnsupportedModel          the base model lacks a structure we need
     ├── EngineError
     │   ├── EngineOverloaded      the queue is full; try again later
@@ -121,6 +122,10 @@ class RateLimited(ReftError):
     ) -> None:
         super().__init__(message, field=field)
         self.retry_after_s = retry_after_s
+
+
+class DatabaseUnavailable(ReftError):
+    """The server's database does not answer."""
 
 
 class UnsupportedModel(ReftError):

@@ -25,9 +25,13 @@ from reft_core.loading import (
     model_kind,
     read_config,
 )
+from server.database import open_database, sqlite_url
 from server.errors import install_handlers
 from server.generator import Generator
 from server.grammars import Grammars
+from server.keys import Door, KeyStore, Rates
+from server.keys.door import check_exposure
+from server.keys.usage import Usage
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -110,11 +114,14 @@ def _build_services(
     loaded = loaded or load_base_model(settings)
     engine = engine or build_engine(settings, loaded)
     registry = Registry.open(settings.data_dir, engine.model, settings.max_adapter_bytes)
+    key_store = KeyStore(open_database(sqlite_url(settings.data_dir / "keys.sqlite")))
     try:
+        check_exposure(settings, key_store)
         register_files(registry, settings.adapters, settings.max_adapter_bytes)
     except BaseException:
         registry.close()
         raise
+    usage = Usage()
     compiler = GrammarCompiler(loaded, settings.grammar_limits())
     grammars = Grammars(compiler, most=settings.max_grammars, timeout_s=settings.grammar_timeout_s)
     residency = Residency(
@@ -143,6 +150,10 @@ def _build_services(
         grammars=grammars,
         metrics=metrics,
         lifecycle=Lifecycle(engine, settings.drain_timeout_s),
+        key_store=key_store,
+        door=Door(settings, key_store),
+        rates=Rates(usage),
+        usage=usage,
     )
 
 

@@ -11,6 +11,7 @@ from rich.panel import Panel
 
 from server.cli_adapters import adapters_app
 from server.cli_errors import console, one_line_errors
+from server.cli_keys import keys_app
 from server.cli_methods import methods
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapters_app, name="adapter")
+app.add_typer(keys_app, name="key")
 app.command()(methods)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from reft_core.errors import ReftError, explain
-from server.cli_adapters import reason_of
 from server.cli_errors import console, one_line_errors
+from server.cli_http import call
 from server.cli_text import safe
 
 if TYPE_CHECKING:
@@ -39,7 +36,6 @@ DataDir = Annotated[
     Path | None, typer.Option(help="Where the server keeps its database; as for reft serve")
 ]
 _DAY_S = 86400
-_TIMEOUT_S = 60
 
 
 @keys_app.command()
@@ -194,22 +190,7 @@ def _shown_time(seconds: int | None) -> str:
 
 
 def _call(url: str, key: str | None, method: str, path: str, body: str | None = None) -> Any:
-    """The JSON answer of ``/admin/keys``. Raises :class:`ReftError` with the server's reason."""
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise ReftError(f"url: got {url!r}, expected one that begins with http:// or https://")
+    """The answer of ``/admin/keys``. Raises :class:`ReftError`."""
     if key is None:
         raise ReftError("key: missing, but --url needs an admin key; set REFT_ADMIN_KEY")
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/admin/keys{path}",
-        data=None if body is None else body.encode(),
-        method=method,
-        headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise ReftError(reason_of(error)) from None
-    except urllib.error.URLError as error:
-        raise ReftError(f"{url}: {error.reason}") from None
+    return call(url, key, method, f"/admin/keys{path}", body)

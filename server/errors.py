@@ -24,6 +24,7 @@ from reft_core.errors import (
     AdapterMismatch,
     AdapterNotFound,
     AdapterTooLarge,
+    DatabaseUnavailable,
     DeadlineExceeded,
     EngineError,
     EngineOverloaded,
@@ -67,6 +68,7 @@ ANSWERS: dict[type[ReftError], Answer] = {
     AdapterConflict: Answer(409, _BAD_REQUEST, "adapter_conflict"),
     PermissionDenied: Answer(403, "insufficient_permissions", "insufficient_permissions"),
     RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded"),
+    DatabaseUnavailable: Answer(503, _SERVER_FAULT, "database_unavailable"),
     UnsupportedModel: Answer(500, _SERVER_FAULT, "unsupported_model"),
     EngineError: Answer(500, _SERVER_FAULT, "engine_error"),
     EngineOverloaded: Answer(429, "rate_limit_error", "engine_overloaded"),
@@ -107,7 +109,7 @@ def error_response(error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, EngineOverloaded | RateLimited):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif isinstance(error, EngineUnavailable):
+    elif isinstance(error, EngineUnavailable | DatabaseUnavailable):
         headers["Retry-After"] = str(_RETRY_UNAVAILABLE_S)
     return JSONResponse(error_body(error), status, headers=headers)
 

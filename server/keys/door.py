@@ -16,9 +16,8 @@ from typing import Literal
 import structlog
 from fastapi import HTTPException
 from pydantic import SecretStr
-from sqlalchemy.exc import SQLAlchemyError
 
-from reft_core.errors import InvalidRequest, PermissionDenied
+from reft_core.errors import DatabaseUnavailable, InvalidRequest, PermissionDenied
 from server.keys import secret
 from server.keys.buckets import Clock
 from server.keys.key import Key
@@ -198,7 +197,7 @@ class Door:
     async def _touch(self, key_id: str, now: float) -> None:
         try:
             await asyncio.to_thread(self._store.touch, key_id, now)
-        except SQLAlchemyError as error:  # of no consequence to the request
+        except DatabaseUnavailable as error:  # of no consequence to the request
             log.warning("the use of a key could not be recorded", key=key_id, error=str(error))
 
     def _principal_of(self, key: Key) -> Principal:

@@ -11,7 +11,6 @@ from sqlalchemy import (
     Boolean,
     Column,
     Engine,
-    MetaData,
     Row,
     String,
     Table,
@@ -21,10 +20,9 @@ from sqlalchemy import (
     update,
 )
 
+from server.database import metadata, reading, writing
 from server.keys import secret
 from server.keys.key import Key, NewKey
-
-metadata = MetaData()
 
 _keys = Table(
     "keys",
@@ -47,7 +45,10 @@ _keys = Table(
 
 
 class KeyStore:
-    """Keys by id. Thread-safe; blocks on the database. Rows stay when a key is revoked."""
+    """Keys by id. Thread-safe; blocks on the database. Rows stay when a key is revoked.
+
+    Every method may raise :class:`DatabaseUnavailable`.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -64,7 +65,7 @@ class KeyStore:
             created_at=now,
             expires_at=None if life_s is None else now + life_s,
         )
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 insert(_keys).values(
                     **fields | {"models": json.dumps(key.models)},
@@ -77,7 +78,7 @@ class KeyStore:
 
     def find(self, key_id: str) -> Key | None:
         """The key with this id, also if it has expired or was revoked."""
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(select(_keys).where(_keys.c.id == key_id)).one_or_none()
         return None if row is None else _to_key(row)
 
@@ -86,7 +87,7 @@ class KeyStore:
         query = select(_keys).order_by(_keys.c.created_at, _keys.c.id)
         if tenant is not None:
             query = query.where(_keys.c.tenant == tenant)
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             return [_to_key(row) for row in connection.execute(query)]
 
     def revoke(self, key_id: str, tenant: str | None = None) -> Key | None:
@@ -97,7 +98,7 @@ class KeyStore:
         mine = [_keys.c.id == key_id]
         if tenant is not None:
             mine.append(_keys.c.tenant == tenant)
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 update(_keys)
                 .where(*mine, _keys.c.revoked_at.is_(None))
@@ -108,7 +109,7 @@ class KeyStore:
 
     def touch(self, key_id: str, now: float) -> None:
         """Note that a key was used."""
-        with self._engine.begin() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 update(_keys).where(_keys.c.id == key_id).values(last_used_at=int(now))
             )
@@ -118,7 +119,7 @@ class KeyStore:
         query = select(_keys.c.id).limit(1)
         if kind is not None:
             query = query.where(_keys.c.kind == kind)
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             return connection.scalar(query) is not None
 
     def any_active(self) -> bool:
@@ -126,7 +127,7 @@ class KeyStore:
         now = int(time.time())
         unexpired = _keys.c.expires_at.is_(None) | (_keys.c.expires_at > now)
         query = select(_keys.c.id).where(_keys.c.revoked_at.is_(None), unexpired).limit(1)
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             return connection.scalar(query) is not None
 
 

@@ -120,11 +120,11 @@ class Registry:
             raise self._not_found(name)
         return version
 
-    def all_current(self, after: str = "", limit: int | None = None) -> list[Version]:
+    def all_current(self, after: str = "", limit: int | None = None, *, tenant: str = "") -> list[Version]:
         """The current version of every name, by name: of those ``after`` one, up to ``limit``."""
         return self._catalog.all_current(after, limit)
 
-    def resolve(self, model: str) -> Version | None:
+    def resolve(self, model: str, *, tenant: str = "") -> Version | None:
         """What a request's ``model`` means: an adapter version, or None for the base model.
 
         Understands ``name``, ``name@3`` and ``name@sha256:<12 to 64 hex digits>``. Raises

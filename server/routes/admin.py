@@ -15,11 +15,11 @@ from server.protocol.models import (
     UploadAnswer,
     VersionCard,
 )
-from server.routes.guards import AdminRoute, make_router
+from server.routes.guards import AdaptersRoute, make_router
 from server.routes.listing import After, Limit, answer_from_thread
 from server.services import Services, services_of
 
-router = make_router(AdminRoute, tag="admin")
+router = make_router(AdaptersRoute, tag="admin")
 
 _BINARY_BODY: dict[str, Any] = {
     "requestBody": {
