@@ -68,9 +68,7 @@ class Generator:
         models: list[AnsweringModel] = []
         rendered: dict[TemplateSpec | None, list[list[int]]] = {}
         for place, resolved in enumerate(
-            resolve_all(
-                job.answering, self._registry, self._tokenizer, job.caller.principal
-            )
+            resolve_all(job.answering, self._registry, self._tokenizer, job.caller.principal)
         ):
             template = resolved.versions[0].spec.template if resolved.leads else None
             if template not in rendered:

@@ -149,7 +149,7 @@ class Door:
         if presented is None:
             return None
         key = await self._find(presented.id)
-        if not secret.is_right(presented, key and key.digest):
+        if not secret.is_right(presented, None if key is None else key.digest):
             return None
         assert key is not None, "only a stored secret is right"
         now = time.time()
@@ -205,9 +205,7 @@ class Door:
         own = (key.requests_per_minute, key.tokens_per_minute, key.max_concurrency)
         given = zip(own, astuple(self._defaults), strict=True)
         limits = Limits(*(default if value is None else value for value, default in given))
-        return Principal(
-            key.id, key.name, key.tenant, key.kind, key.models, key.may_upload, limits
-        )
+        return Principal(key.id, key.name, key.tenant, key.kind, key.models, key.may_upload, limits)
 
 
 def check_exposure(settings: Settings, store: KeyStore) -> None:
@@ -228,9 +226,7 @@ def check_exposure(settings: Settings, store: KeyStore) -> None:
 
 def unauthorised(problem: str) -> HTTPException:
     """The 401 for ``problem``."""
-    return HTTPException(
-        401, f"authorization: {problem}", headers={"WWW-Authenticate": "Bearer"}
-    )
+    return HTTPException(401, f"authorization: {problem}", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _bearer(authorization: str) -> str | None:

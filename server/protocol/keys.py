@@ -31,7 +31,7 @@ class KeyCard(BaseModel):
     last_used_at: int | None = Field(description="to within a minute")
 
     @classmethod
-    def of(cls, key: Key, **more: str) -> Self:
+    def of(cls, key: Key, /, **more: str) -> Self:
         """The card of a key."""
         fields = asdict(key)
         del fields["digest"]

@@ -120,7 +120,9 @@ class Registry:
             raise self._not_found(name)
         return version
 
-    def all_current(self, after: str = "", limit: int | None = None, *, tenant: str = "") -> list[Version]:
+    def all_current(
+        self, after: str = "", limit: int | None = None, *, tenant: str = ""
+    ) -> list[Version]:
         """The current version of every name, by name: of those ``after`` one, up to ``limit``."""
         return self._catalog.all_current(after, limit)
 

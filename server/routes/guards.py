@@ -25,7 +25,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class KeyedRoute(APIRoute):
-    """A route that needs a key, and takes a request of the key's rate until its response is sent."""
+    """A route that needs a key, and counts against its rates until the response is sent."""
 
     need: ClassVar[Need] = "any"
 
@@ -33,9 +33,7 @@ class KeyedRoute(APIRoute):
         """Let the request in, as somebody, or refuse it."""
         request = Request(scope)
         services = services_of(request)
-        principal = await services.door.admit(
-            request.headers.get("authorization", ""), self.need
-        )
+        principal = await services.door.admit(request.headers.get("authorization", ""), self.need)
         caller = services.rates.caller(principal)
         request.state.caller = caller
         if principal.id:
