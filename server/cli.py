@@ -127,9 +127,13 @@ def _serve(settings: Settings, on_ready: Callable[[str, str], None] | None = Non
 
     ``on_ready`` is told the base model's name and the server's address.
     """
+    from server.keys.door import check_exposure
+    from server.keys.store import open_store
     from server.logs import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
+    with open_store(settings) as store:  # before the model loads, which takes a while
+        check_exposure(settings, store)
     with console.status(f"Loading {settings.model} …"):
         from server.app import build_engine, create_app, load_base_model, register_files
         from server.registry import Registry

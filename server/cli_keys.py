@@ -163,16 +163,12 @@ def _cards(
 @contextmanager
 def _store(data_dir: Path | None) -> Iterator[KeyStore]:
     """The table of keys of the settings' database."""
-    from server.database import open_database
-    from server.keys import KeyStore
+    from server.keys.store import open_store
     from server.settings import Settings
 
     settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
-    engine = open_database(settings.database)
-    try:
-        yield KeyStore(engine)
-    finally:
-        engine.dispose()
+    with open_store(settings) as store:
+        yield store
 
 
 def _checked_id(key_id: str) -> str:

@@ -60,7 +60,8 @@ class Settings(BaseSettings):
         default=False, description="need a key on loopback too, also before the first user key"
     )
     metrics_public: bool | None = Field(
-        default=None, description="/metrics without a key; None: on loopback only"
+        default=None,
+        description="/metrics without a key; None: on loopback, unless keys are required there",
     )
     key_cache_s: float = Field(
         default=5.0, ge=0, le=60, description="a revoked key may work for so long"
@@ -181,7 +182,9 @@ class Settings(BaseSettings):
     @property
     def shows_metrics(self) -> bool:
         """Whether ``/metrics`` needs no key."""
-        return is_loopback(self.host) if self.metrics_public is None else self.metrics_public
+        if self.metrics_public is not None:
+            return self.metrics_public
+        return is_loopback(self.host) and not self.require_keys
 
     def resolve_device(self) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
         """Device and dtype with ``auto`` decided. Asks torch what there is."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
@@ -20,9 +22,10 @@ from sqlalchemy import (
     update,
 )
 
-from server.database import metadata, reading, writing
+from server.database import metadata, open_database, reading, writing
 from server.keys import secret
 from server.keys.key import Key, NewKey
+from server.settings import Settings
 
 _keys = Table(
     "keys",
@@ -42,6 +45,16 @@ _keys = Table(
     Column("revoked_at", BigInteger),
     Column("last_used_at", BigInteger),
 )
+
+
+@contextmanager
+def open_store(settings: Settings) -> Iterator[KeyStore]:
+    """The keys of the database that the settings name, for a command that needs nothing else."""
+    engine = open_database(settings.database)
+    try:
+        yield KeyStore(engine)
+    finally:
+        engine.dispose()
 
 
 class KeyStore:
