@@ -131,8 +131,9 @@ class Door:
         return self._needs_key
 
     def forget(self, key_id: str) -> None:
-        """Read a key anew, since it was changed here."""
+        """Read a key anew, since it was made or changed here."""
         self._read.pop(key_id, None)
+        self._looked_at = float("-inf")
 
     def _static_principal(self, text: str) -> Principal | None:
         """Whom a key of the settings makes the request. Compares with each, always."""

@@ -31,10 +31,12 @@ AskedTenant = Annotated[
 @router.post("/admin/keys", status_code=201)
 async def create_key(body: NewKey, request: Request, response: Response) -> CreatedKey:
     """Make a key. The answer holds the key itself, which cannot be read again."""
+    services = services_of(request)
     principal = caller_of(request).principal
     principal.acting_for(body.tenant)
-    text, key = await asyncio.to_thread(services_of(request).key_store.create, body)
-    log.info("key created", created=key.id, of_tenant=key.tenant, kind=key.kind)
+    text, key = await asyncio.to_thread(services.key_store.create, body)
+    services.door.forget(key.id)
+    log.info("key created", key_id=key.id, of_tenant=key.tenant, kind=key.kind)
     response.headers["Cache-Control"] = "no-store"
     return CreatedKey.of(key, key=text)
 
@@ -56,7 +58,7 @@ async def revoke_key(key_id: str, request: Request) -> KeyCard:
     if key is None:
         raise HTTPException(404, explain("key_id", key_id, "the id of a key, as in the list"))
     services.door.forget(key.id)
-    log.info("key revoked", revoked=key.id, of_tenant=key.tenant)
+    log.info("key revoked", key_id=key.id, of_tenant=key.tenant)
     return KeyCard.of(key)
 
 
