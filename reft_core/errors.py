@@ -15,6 +15,7 @@
     ├── PermissionDenied          the caller's key does not reach so far
     ├── RateLimited               the caller's key has used up its rate; try again later
     ├── DatabaseUnavailable       the server's database does not answer
+    ├── StorageUnavailable        the server's store of adapter files does not answer, or is full
     ├── UnsupportedModel          the base model lacks a structure we need
     ├── EngineError
     │   ├── EngineOverloaded      the queue is full; try again later
@@ -126,6 +127,10 @@ class RateLimited(ReftError):
 
 class DatabaseUnavailable(ReftError):
     """The server's database does not answer."""
+
+
+class StorageUnavailable(ReftError):
+    """The server's store of adapter files does not answer, or is full."""
 
 
 class UnsupportedModel(ReftError):

@@ -25,7 +25,6 @@ from reft_core.loading import (
     model_kind,
     read_config,
 )
-from server.database import open_database, sqlite_url
 from server.errors import install_handlers
 from server.generator import Generator
 from server.grammars import Grammars
@@ -37,11 +36,23 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.pins import Pins
-from server.registry import Registry
+from server.registry import Registry, open_registry
 from server.residency import Residency
-from server.routes import admin, chat, classify, completions, docs, keys, models, ops
+from server.routes import (
+    admin,
+    audit,
+    chat,
+    classify,
+    completions,
+    docs,
+    keys,
+    models,
+    ops,
+    versions,
+)
 from server.services import Services
 from server.settings import Settings
+from server.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
 
@@ -63,9 +74,11 @@ def create_app(
         services.lifecycle.start()
         try:
             await services.pins.load()
+            services.upkeep.start()
             log.info("ready", model=services.engine.model.name)
             yield
         finally:
+            await services.upkeep.stop()
             await services.lifecycle.drain()
             services.registry.close()
             services.grammars.close()
@@ -81,7 +94,7 @@ def create_app(
     )
     app.add_middleware(RequestContext, metrics=metrics)
     install_handlers(app)
-    for module in (completions, chat, classify, models, ops, docs, admin, keys):
+    for module in (completions, chat, classify, models, ops, docs, admin, versions, audit, keys):
         app.include_router(module.router)
     return app
 
@@ -113,8 +126,8 @@ def _build_services(
     """Every part of the server, connected. Blocks while the model loads."""
     loaded = loaded or load_base_model(settings)
     engine = engine or build_engine(settings, loaded)
-    registry = Registry.open(settings.data_dir, engine.model, settings.max_adapter_bytes)
-    key_store = KeyStore(open_database(sqlite_url(settings.data_dir / "keys.sqlite")))
+    registry = open_registry(settings, engine.model)
+    key_store = KeyStore(registry.engine)
     try:
         check_exposure(settings, key_store)
         register_files(registry, settings.adapters, settings.max_adapter_bytes)
@@ -138,13 +151,16 @@ def _build_services(
         causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
         generator = Generator(causal, registry, residency, tokenizer, metrics, grammars, timeout_s)
     classifier = classifier_on(engine, tokenizer)
+    pins = Pins(settings.pinned_adapters, registry, residency)
+    poll_s, grace_s = settings.registry_poll_s, settings.delete_grace_s
     return Services(
         settings=settings,
         loaded=loaded,
         engine=engine,
         registry=registry,
         residency=residency,
-        pins=Pins(settings.pinned_adapters, registry, residency),
+        pins=pins,
+        upkeep=Upkeep(registry, residency, pins, poll_s, grace_s),
         text_generator=generator,
         labeller=Labeller(classifier, registry, residency, tokenizer, metrics, timeout_s),
         grammars=grammars,

@@ -35,6 +35,7 @@ from reft_core.errors import (
     RateLimited,
     ReftError,
     RequestFailed,
+    StorageUnavailable,
     TrainingError,
     UnsupportedFeature,
     UnsupportedModel,
@@ -69,6 +70,7 @@ ANSWERS: dict[type[ReftError], Answer] = {
     PermissionDenied: Answer(403, "insufficient_permissions", "insufficient_permissions"),
     RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded"),
     DatabaseUnavailable: Answer(503, _SERVER_FAULT, "database_unavailable"),
+    StorageUnavailable: Answer(503, _SERVER_FAULT, "storage_unavailable"),
     UnsupportedModel: Answer(500, _SERVER_FAULT, "unsupported_model"),
     EngineError: Answer(500, _SERVER_FAULT, "engine_error"),
     EngineOverloaded: Answer(429, "rate_limit_error", "engine_overloaded"),
@@ -88,6 +90,7 @@ _HTTP_ANSWERS = {
 
 _INTERNAL = "the server failed on this request; its log has the details under the request id"
 _RETRY_UNAVAILABLE_S = 5
+_UNAVAILABLE = (EngineUnavailable, DatabaseUnavailable, StorageUnavailable)
 
 
 def answer_for(error: ReftError) -> Answer:
@@ -109,7 +112,7 @@ def error_response(error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, EngineOverloaded | RateLimited):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif isinstance(error, EngineUnavailable | DatabaseUnavailable):
+    elif isinstance(error, _UNAVAILABLE):
         headers["Retry-After"] = str(_RETRY_UNAVAILABLE_S)
     return JSONResponse(error_body(error), status, headers=headers)
 

@@ -60,9 +60,9 @@ def run_postgres(binaries: Path) -> Iterator[Postgres]:
         if user is not None:
             account = pwd.getpwnam(user)
             os.chown(folder, account.pw_uid, account.pw_gid)
-        initdb = [binaries / "initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust"]
+        initdb = [str(binaries / "initdb"), "-D", str(folder / "data"), "-U", "postgres"]
         subprocess.run(
-            [*initdb, "--no-sync", "-E", "UTF8", "--locale", "C.UTF-8"],
+            [*initdb, "-A", "trust", "--no-sync", "-E", "UTF8", "--locale", "C.UTF-8"],
             user=user,
             cwd=folder,
             check=True,

@@ -17,7 +17,7 @@ import structlog
 from fastapi import HTTPException
 from pydantic import SecretStr
 
-from reft_core.errors import DatabaseUnavailable, InvalidRequest, PermissionDenied
+from reft_core.errors import DatabaseUnavailable, InvalidRequest
 from server.keys import secret
 from server.keys.buckets import Clock
 from server.keys.key import Key
@@ -93,10 +93,7 @@ class Door:
         if need in ("user", "any") and not await self.is_closed():
             return ANYONE  # clients of an open server send whatever they like
         if principal is not None and need == "operator" and principal.kind == "admin":
-            raise PermissionDenied(
-                f"authorization: got an admin key of tenant {principal.tenant!r}, expected an "
-                "admin key of no tenant"
-            )
+            principal.check_is_operator()
         if principal is not None:
             raise unauthorised(f"a {principal.kind} key, expected {_EXPECTED[need]}")
         given = _bearer(authorization)

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from server.registry.versions import TENANT_PATTERN
+
 Kind = Literal["user", "admin"]
 
-TENANT_PATTERN = r"^([a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?)?$"
 _MODEL_PATTERN = re.compile(r"[^\s@?\[\]]{1,256}")
 _MAX_RATE = 1_000_000_000
 
@@ -27,8 +28,7 @@ class NewKey(BaseModel):
     )
     tenant: Tenant = Field(
         "",
-        description="whose adapters its requests see beside the shared ones: lower-case letters, "
-        "digits and hyphens; empty: the shared ones alone",
+        description="whose adapters it sees beside the shared ones; empty: the shared alone",
     )
     kind: Kind = Field(
         "user",

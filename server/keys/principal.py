@@ -57,6 +57,15 @@ class Principal:
             allowed = f"one that this key's scope includes: {', '.join(self.models)}"
             raise PermissionDenied(explain("model", name, allowed), field="model")
 
+    def check_is_operator(self) -> None:
+        """Raise :class:`PermissionDenied` unless :attr:`is_operator`."""
+        if not self.is_operator:
+            of = f"of tenant {self.tenant!r}" if self.tenant else "of no tenant"
+            raise PermissionDenied(
+                f"authorization: got a key of kind {self.kind} {of}, expected an admin key of no "
+                "tenant"
+            )
+
     def acting_for(self, tenant: str | None) -> str:
         """The tenant that it acts for if it asks for ``tenant``; None means its own.
 

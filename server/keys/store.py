@@ -12,6 +12,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Connection,
     Engine,
     Row,
     String,
@@ -25,6 +26,7 @@ from sqlalchemy import (
 from server.database import metadata, open_database, reading, writing
 from server.keys import secret
 from server.keys.key import Key, NewKey
+from server.registry.audit import record
 from server.settings import Settings
 
 _keys = Table(
@@ -33,7 +35,7 @@ _keys = Table(
     Column("id", String(16), primary_key=True),
     Column("digest", String(64), nullable=False),
     Column("name", String(96), nullable=False),
-    Column("tenant", String(64), nullable=False, index=True),
+    Column("tenant", String(96), nullable=False, index=True),
     Column("kind", String(8), nullable=False),
     Column("models", Text, nullable=False),  # a JSON list
     Column("may_upload", Boolean, nullable=False),
@@ -66,8 +68,8 @@ class KeyStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def create(self, wanted: NewKey) -> tuple[str, Key]:
-        """Make a key. Its text is returned here and never again."""
+    def create(self, wanted: NewKey, *, actor: str = "") -> tuple[str, Key]:
+        """Make a key for ``actor``. Its text is returned here and never again."""
         text, presented = secret.generate()
         now = int(time.time())
         fields = wanted.model_dump(exclude={"expires_in_s"})
@@ -87,6 +89,7 @@ class KeyStore:
                     expires_at=key.expires_at,
                 )
             )
+            _record(connection, "create key", key, actor)
         return text, key
 
     def find(self, key_id: str) -> Key | None:
@@ -103,7 +106,7 @@ class KeyStore:
         with reading(self._engine) as connection:
             return [_to_key(row) for row in connection.execute(query)]
 
-    def revoke(self, key_id: str, tenant: str | None = None) -> Key | None:
+    def revoke(self, key_id: str, tenant: str | None = None, *, actor: str = "") -> Key | None:
         """Revoke a key for good, and return it; None if there is none (of this tenant).
 
         A key that was revoked before stays as it is.
@@ -112,13 +115,16 @@ class KeyStore:
         if tenant is not None:
             mine.append(_keys.c.tenant == tenant)
         with writing(self._engine) as connection:
-            connection.execute(
+            changed = connection.execute(
                 update(_keys)
                 .where(*mine, _keys.c.revoked_at.is_(None))
                 .values(revoked_at=int(time.time()))
             )
             row = connection.execute(select(_keys).where(*mine)).one_or_none()
-        return None if row is None else _to_key(row)
+            key = None if row is None else _to_key(row)
+            if key is not None and changed.rowcount:
+                _record(connection, "revoke key", key, actor)
+        return key
 
     def touch(self, key_id: str, now: float) -> None:
         """Note that a key was used."""
@@ -142,6 +148,11 @@ class KeyStore:
         query = select(_keys.c.id).where(_keys.c.revoked_at.is_(None), unexpired).limit(1)
         with reading(self._engine) as connection:
             return connection.scalar(query) is not None
+
+
+def _record(connection: Connection, action: str, key: Key, actor: str) -> None:
+    """Note in the audit log what a transaction does to a key."""
+    record(connection, action, actor=actor, tenant=key.tenant, name=key.id, detail=key.name)
 
 
 def _to_key(row: Row[Any]) -> Key:

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
 from server.body import capped, check_declared_length, require_json
-from server.keys import Caller
+from server.keys import Caller, Principal
 from server.keys.door import Need
 from server.protocol.common import ErrorBody
 from server.services import services_of
@@ -34,12 +34,16 @@ class KeyedRoute(APIRoute):
         request = Request(scope)
         services = services_of(request)
         principal = await services.door.admit(request.headers.get("authorization", ""), self.need)
+        self.check(principal, scope)
         caller = services.rates.caller(principal)
         request.state.caller = caller
         if principal.id:
             structlog.contextvars.bind_contextvars(key=principal.id, tenant=principal.tenant)
         with caller.open():
             await super().handle(scope, receive, send)
+
+    def check(self, principal: Principal, scope: Scope) -> None:
+        """Raise :class:`PermissionDenied` for a key that may not ask for this."""
 
 
 class JsonRoute(KeyedRoute):
@@ -76,6 +80,12 @@ class AdaptersRoute(KeyedRoute):
     """A route of ``/admin/adapters``: needs a key that manages adapters, its tenant's at least."""
 
     need = "adapters"
+
+    def check(self, principal: Principal, scope: Scope) -> None:
+        """Refuse an adapter's name that is not in the key's scope."""
+        name = scope["path_params"].get("name")
+        if name is not None:
+            principal.check_may_use(name.partition("@")[0])
 
 
 def caller_of(request: Request) -> Caller:

@@ -18,7 +18,7 @@ def upgrade() -> None:
         sa.Column("id", sa.String(16), nullable=False),
         sa.Column("digest", sa.String(64), nullable=False),
         sa.Column("name", sa.String(96), nullable=False),
-        sa.Column("tenant", sa.String(64), nullable=False),
+        sa.Column("tenant", sa.String(96), nullable=False),
         sa.Column("kind", sa.String(8), nullable=False),
         sa.Column("models", sa.Text, nullable=False),
         sa.Column("may_upload", sa.Boolean, nullable=False),
