@@ -62,7 +62,8 @@ def serve(
     """Serve a base model and its adapters over HTTP.
 
     Every setting can also come from a REFT_<NAME> variable; the keys REFT_API_KEY and
-    REFT_ADMIN_KEY, which stand beside those of reft key, only from there, since a command line is visible to other users.
+    REFT_ADMIN_KEY, which stand beside those of reft key, only from there, since a command line is
+    visible to other users.
     """
     given: dict[str, Any] = {
         "model": model,

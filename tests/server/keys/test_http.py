@@ -320,6 +320,8 @@ def test_a_key_made_over_http_works_until_it_is_revoked(server):
     assert (card["tenant"], card["kind"], card["state"]) == ("acme", "user", "active")
     mine = {"Authorization": f"Bearer {card.pop('key')}"}
     assert server.http.get("/v1/models", headers=mine).status_code == 200
+    find = server.services.key_store.find
+    wait_until(lambda: find(card["id"]).last_used_at is not None, "its use to be noted")
     listed = server.http.get("/admin/keys", headers=ADMIN).json()["data"]
     assert [entry["id"] for entry in listed] == [card["id"]]
     assert listed[0]["last_used_at"] is not None
