@@ -13,6 +13,7 @@ from server.cli_adapters import adapters_app
 from server.cli_errors import console, one_line_errors
 from server.cli_keys import keys_app
 from server.cli_methods import methods
+from server.cli_registry import registry_app
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(adapters_app, name="adapter")
 app.add_typer(keys_app, name="key")
+app.add_typer(registry_app, name="registry")
 app.command()(methods)
 
 

@@ -41,6 +41,9 @@ class BlobStore(Protocol):
         damaged, :class:`StorageUnavailable` if the store does not answer.
         """
 
+    def get_stored(self, digest: str) -> bytes:
+        """:meth:`get` past any cache."""
+
     def holds(self, digest: str, num_bytes: int) -> bool:
         """Whether ``digest`` seems to be stored whole, as far as can be told cheaply."""
 
@@ -87,6 +90,10 @@ class FolderBlobs:
         except FileNotFoundError:
             raise gone(digest) from None
         return verified(data, digest)
+
+    def get_stored(self, digest: str) -> bytes:
+        """See :class:`BlobStore`."""
+        return self.get(digest)
 
     def holds(self, digest: str, num_bytes: int) -> bool:
         """See :class:`BlobStore`. A local file is read: that costs less than a damaged one."""

@@ -11,12 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import Engine, Select, and_, delete, exists, or_, select
 
-from server.database import open_database, reading, sqlite_url, writing
+from server.database import open_database, reading, writing
 from server.registry import versions as of
 from server.registry.changes import NameChange, hold_files, refers_to
 from server.registry.tables import names, trash, versions
@@ -51,9 +50,9 @@ class Catalog:
         self.engine = engine
 
     @classmethod
-    def in_file(cls, path: Path) -> Catalog:
-        """The catalog in an SQLite file, made if new."""
-        return cls(open_database(sqlite_url(path)))
+    def at(cls, url: str) -> Catalog:
+        """The catalog in the database at ``url``, made if new; see :func:`open_database`."""
+        return cls(open_database(url))
 
     def close(self) -> None:
         """Close every connection. The catalog cannot be used afterwards."""
@@ -179,6 +178,12 @@ class Catalog:
         due = select(trash.c.digest).where(trash.c.since <= time.time() - older_than_s)
         with reading(self.engine) as connection:
             return list(connection.scalars(due))
+
+    def knows(self, digest: str) -> bool:
+        """Whether some version has a file, or the trash."""
+        marked = select(exists().where(trash.c.digest == digest))
+        with reading(self.engine) as connection:
+            return refers_to(connection, digest) or bool(connection.scalar(marked))
 
     @contextmanager
     def removing(self, digest: str) -> Iterator[bool]:

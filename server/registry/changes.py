@@ -164,6 +164,18 @@ class NameChange:
         self._record("delete", version)
         return Deleted([version], self._discard([version.digest]))
 
+    def step_down(self, number: int) -> None:
+        """If version ``number`` is current, make another so: what was before, or the newest."""
+        held = self._row()
+        if held is None or held.current != number:
+            return
+        others = [v for v in find_all(self._connection, self._versions()) if v.number != number]
+        if others:
+            before = (version for version in others if version.number == held.previous)
+            version = next(before, others[-1])
+            self._set_current(version.number, None)
+            self._record("promote", version)
+
     def _discard(self, digests: Iterable[str]) -> list[str]:
         """Mark files for removal that no version has any more, and return their digests."""
         candidates = sorted(set(digests))

@@ -27,7 +27,7 @@ from reft_core.errors import (
 )
 from reft_core.sites import ModelDescription
 from reft_core.threads import run_in_own_thread
-from server.database import open_database, sqlite_url
+from server.database import sqlite_url
 from server.registry.audit import AuditEntry, read_audit
 from server.registry.blobs import BlobStore, FolderBlobs, sweep_temporary
 from server.registry.catalog import Catalog, Filter
@@ -85,7 +85,7 @@ class Registry:
 
         Made if new, cleared of what uploads left whose process died.
         """
-        catalog = Catalog(open_database(database or sqlite_url(folder / "catalog.sqlite")))
+        catalog = Catalog.at(database or sqlite_url(folder / "catalog.sqlite"))
         try:
             blobs = blobs or FolderBlobs(folder / "blobs")
             sweep_temporary(blobs)

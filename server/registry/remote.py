@@ -63,13 +63,18 @@ class RemoteBlobs:
         data = self._cache.get(digest)
         if data is not None:
             return data
+        data = self.get_stored(digest)
+        self._cache.put(digest, data)
+        return data
+
+    def get_stored(self, digest: str) -> bytes:
+        """See ``BlobStore``."""
         with _storage_errors():
             try:
                 data = bytes(self._fs.cat_file(self._path(digest)))
             except FileNotFoundError:
                 raise gone(digest) from None
-        self._cache.put(digest, verified(data, digest))
-        return data
+        return verified(data, digest)
 
     def holds(self, digest: str, num_bytes: int) -> bool:
         """See ``BlobStore``. Asks for the size only: an object is stored whole or not at all."""
