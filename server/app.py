@@ -28,6 +28,9 @@ from reft_core.loading import (
 from server.errors import install_handlers
 from server.generator import Generator
 from server.grammars import Grammars
+from server.keys import Door, KeyStore, Rates
+from server.keys.door import check_exposure
+from server.keys.usage import Usage
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -35,7 +38,18 @@ from server.middleware import RequestContext
 from server.pins import Pins
 from server.registry import Registry, open_registry
 from server.residency import Residency
-from server.routes import admin, audit, chat, classify, completions, models, ops, versions
+from server.routes import (
+    admin,
+    audit,
+    chat,
+    classify,
+    completions,
+    docs,
+    keys,
+    models,
+    ops,
+    versions,
+)
 from server.services import Services
 from server.settings import Settings
 from server.upkeep import Upkeep
@@ -70,6 +84,9 @@ def create_app(
             services.grammars.close()
 
     app = FastAPI(
+        docs_url=None,  # our own routes, which need a key where the API does
+        redoc_url=None,
+        openapi_url=None,
         title="reft-serve",
         version=__version__,
         description="OpenAI-compatible text generation; adapters are chosen by `model`.",
@@ -77,11 +94,8 @@ def create_app(
     )
     app.add_middleware(RequestContext, metrics=metrics)
     install_handlers(app)
-    for module in (completions, chat, classify, models, ops):
+    for module in (completions, chat, classify, models, ops, docs, admin, versions, audit, keys):
         app.include_router(module.router)
-    if settings.admin_key is not None:
-        for module in (admin, versions, audit):
-            app.include_router(module.router)
     return app
 
 
@@ -113,11 +127,14 @@ def _build_services(
     loaded = loaded or load_base_model(settings)
     engine = engine or build_engine(settings, loaded)
     registry = open_registry(settings, engine.model)
+    key_store = KeyStore(registry.engine)
     try:
+        check_exposure(settings, key_store)
         register_files(registry, settings.adapters, settings.max_adapter_bytes)
     except BaseException:
         registry.close()
         raise
+    usage = Usage()
     compiler = GrammarCompiler(loaded, settings.grammar_limits())
     grammars = Grammars(compiler, most=settings.max_grammars, timeout_s=settings.grammar_timeout_s)
     residency = Residency(
@@ -149,6 +166,10 @@ def _build_services(
         grammars=grammars,
         metrics=metrics,
         lifecycle=Lifecycle(engine, settings.drain_timeout_s),
+        key_store=key_store,
+        door=Door(settings, key_store),
+        rates=Rates(usage),
+        usage=usage,
     )
 
 

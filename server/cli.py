@@ -11,6 +11,7 @@ from rich.panel import Panel
 
 from server.cli_adapters import adapters_app
 from server.cli_errors import console, one_line_errors
+from server.cli_keys import keys_app
 from server.cli_methods import methods
 from server.cli_registry import registry_app
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapters_app, name="adapter")
+app.add_typer(keys_app, name="key")
 app.add_typer(registry_app, name="registry")
 app.command()(methods)
 
@@ -62,7 +64,8 @@ def serve(
     """Serve a base model and its adapters over HTTP.
 
     Every setting can also come from a REFT_<NAME> variable; the keys REFT_API_KEY and
-    REFT_ADMIN_KEY only from there, since a command line is visible to other users.
+    REFT_ADMIN_KEY, which stand beside those of reft key, only from there, since a command line is
+    visible to other users.
     """
     given: dict[str, Any] = {
         "model": model,
@@ -127,9 +130,13 @@ def _serve(settings: Settings, on_ready: Callable[[str, str], None] | None = Non
 
     ``on_ready`` is told the base model's name and the server's address.
     """
+    from server.keys.door import check_exposure
+    from server.keys.store import open_store
     from server.logs import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
+    with open_store(settings) as store:  # before the model loads, which takes a while
+        check_exposure(settings, store)
     with console.status(f"Loading {settings.model} …"):
         from server.app import build_engine, create_app, load_base_model, register_files
         from server.registry import open_registry

@@ -13,6 +13,8 @@ from reft_core.errors import UnsupportedFeature
 from reft_core.loading import LoadedModel
 from server.generator import Generator
 from server.grammars import Grammars
+from server.keys import Door, KeyStore, Rates
+from server.keys.usage import Usage
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -40,6 +42,10 @@ class Services:
     grammars: Grammars
     metrics: Metrics
     lifecycle: Lifecycle
+    key_store: KeyStore
+    door: Door
+    rates: Rates
+    usage: Usage
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property

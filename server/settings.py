@@ -51,10 +51,29 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
     api_key: SecretStr | None = Field(
-        default=None, min_length=8, description="bearer key of /v1; needed off loopback"
+        default=None, min_length=8, description="a user key beside those of the table of keys"
     )
     admin_key: SecretStr | None = Field(
-        default=None, min_length=16, description="bearer key of /admin; None: no such routes"
+        default=None, min_length=16, description="an admin key beside those of the table"
+    )
+    require_keys: bool = Field(
+        default=False, description="need a key on loopback too, also before the first user key"
+    )
+    metrics_public: bool | None = Field(
+        default=None,
+        description="/metrics without a key; None: on loopback, unless keys are required there",
+    )
+    key_cache_s: float = Field(
+        default=5.0, ge=0, le=60, description="a revoked key may work for so long"
+    )
+    key_requests_per_minute: int = Field(
+        default=6000, ge=0, description="of a key that says nothing else; 0: no limit"
+    )
+    key_tokens_per_minute: int = Field(
+        default=6_000_000, ge=0, description="prompts and answers, likewise; 0: no limit"
+    )
+    key_max_concurrency: int = Field(
+        default=1024, ge=0, description="requests at once, likewise; 0: no limit"
     )
 
     data_dir: Path = Field(default=Path("data"), description="catalog and adapter files")
@@ -152,11 +171,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.api_key is None and not is_loopback(self.host):
-            raise ValueError(
-                f"host: got {self.host!r}, expected a loopback address such as 127.0.0.1 while "
-                "no api_key is set; set REFT_API_KEY to listen on other addresses"
-            )
         if 2 * self.max_adapter_bytes > self.adapter_memory_bytes:
             raise ValueError(
                 f"max_adapter_bytes: got {self.max_adapter_bytes}, expected at most half of "
@@ -164,6 +178,13 @@ class Settings(BaseSettings):
                 "takes twice its size in memory"
             )
         return self
+
+    @property
+    def shows_metrics(self) -> bool:
+        """Whether ``/metrics`` needs no key."""
+        if self.metrics_public is not None:
+            return self.metrics_public
+        return is_loopback(self.host) and not self.require_keys
 
     def resolve_device(self) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
         """Device and dtype with ``auto`` decided. Asks torch what there is."""

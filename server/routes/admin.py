@@ -19,12 +19,12 @@ from server.protocol.models import (
 )
 from server.registry import Deleted, Filter
 from server.registry.versions import TENANT_PATTERN
-from server.routes.acting import SHARED, Tenant, actor_of
-from server.routes.guards import AdminRoute, make_router
+from server.routes.acting import AnyTenant, Tenant, actor_of
+from server.routes.guards import AdaptersRoute, make_router
 from server.routes.listing import NO_NUL, After, Limit, answer_from_thread
 from server.services import Services, services_of
 
-router = make_router(AdminRoute, tag="admin")
+router = make_router(AdaptersRoute, tag="admin")
 
 _BINARY_BODY: dict[str, Any] = {
     "requestBody": {
@@ -34,9 +34,6 @@ _BINARY_BODY: dict[str, Any] = {
     }
 }
 _Words = Annotated[str | None, Query(max_length=256, pattern=NO_NUL)]
-_AnyTenant = Annotated[
-    str | None, Query(pattern=TENANT_PATTERN, description="names of this tenant; default: of all")
-]
 _AfterTenant = Annotated[
     str | None,
     Query(pattern=TENANT_PATTERN, description="with `after`: whose name that was, if several are"),
@@ -61,7 +58,7 @@ async def upload_adapter(
     name: str,
     request: Request,
     response: Response,
-    tenant: Tenant = SHARED,
+    tenant: Tenant,
     expected: _ExpectedDigest = None,
 ) -> UploadAnswer:
     """Store the adapter file in the body and make it what ``name`` means.
@@ -90,13 +87,13 @@ async def upload_adapter(
 @router.get("/admin/adapters", response_model=AdapterList)
 async def list_adapters(
     request: Request,
+    tenant: AnyTenant,
     after: After = "",
     after_tenant: _AfterTenant = None,
     limit: Limit = None,
     prefix: Annotated[str, Query(max_length=256, pattern=NO_NUL)] = "",
     method: _Words = None,
     base: _Words = None,
-    tenant: _AnyTenant = None,
 ) -> Response:
     """The current version of every adapter, by name and then tenant."""
     services = services_of(request)
@@ -114,7 +111,7 @@ async def list_adapters(
 
 
 @router.get("/admin/adapters/{name}")
-async def get_adapter(name: str, request: Request, tenant: Tenant = SHARED) -> AdapterDetail:
+async def get_adapter(name: str, request: Request, tenant: Tenant) -> AdapterDetail:
     """All versions of one adapter, and the spec of the one that is named: `name`, `name@3`."""
     services = services_of(request)
     found = await asyncio.to_thread(services.registry.inspect, name, tenant)
@@ -133,7 +130,7 @@ async def get_adapter(name: str, request: Request, tenant: Tenant = SHARED) -> A
 
 
 @router.delete("/admin/adapters/{name}")
-async def delete_adapter(name: str, request: Request, tenant: Tenant = SHARED) -> DeleteAnswer:
+async def delete_adapter(name: str, request: Request, tenant: Tenant) -> DeleteAnswer:
     """Delete an adapter with all its versions. Requests that use it finish undisturbed."""
     services = services_of(request)
     delete = partial(services.registry.delete, name, tenant=tenant, actor=actor_of(request))

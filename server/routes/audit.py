@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import Query, Request
 
 from server.protocol.models import AuditCard, AuditList
-from server.registry.versions import TENANT_PATTERN
+from server.routes.acting import AnyTenant
 from server.routes.guards import AdminRoute, make_router
 from server.routes.listing import NO_NUL
 from server.services import services_of
@@ -22,11 +22,11 @@ _DEFAULT_LIMIT = 100
 @router.get("/admin/audit")
 async def list_audit(
     request: Request,
+    tenant: AnyTenant,
     before: Annotated[
         int | None, Query(ge=1, le=2**62, description="of those before an id")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = _DEFAULT_LIMIT,
-    tenant: Annotated[str | None, Query(pattern=TENANT_PATTERN)] = None,
     name: Annotated[str | None, Query(max_length=256, pattern=NO_NUL)] = None,
 ) -> AuditList:
     """Changes of adapters and keys, newest first. The next page is that before the last id."""

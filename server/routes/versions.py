@@ -11,19 +11,19 @@ from fastapi import Path, Request, Response
 
 from server.protocol.models import DeleteAnswer, VersionCard
 from server.registry import Version
-from server.routes.acting import SHARED, Tenant, actor_of
+from server.routes.acting import Tenant, actor_of
 from server.routes.admin import answer_delete
-from server.routes.guards import AdminRoute, make_router
+from server.routes.guards import AdaptersRoute, caller_of, make_router
 from server.services import services_of
 
-router = make_router(AdminRoute, tag="admin")
+router = make_router(AdaptersRoute, tag="admin")
 
 _Number = Annotated[int, Path(ge=1, le=999_999_999)]
 
 
 @router.post("/admin/adapters/{name}/versions/{number}/promote")
 async def promote_version(
-    name: str, number: _Number, request: Request, tenant: Tenant = SHARED
+    name: str, number: _Number, request: Request, tenant: Tenant
 ) -> VersionCard:
     """Make one version what ``name`` means."""
     registry = services_of(request).registry
@@ -32,7 +32,7 @@ async def promote_version(
 
 
 @router.post("/admin/adapters/{name}/rollback")
-async def roll_back(name: str, request: Request, tenant: Tenant = SHARED) -> VersionCard:
+async def roll_back(name: str, request: Request, tenant: Tenant) -> VersionCard:
     """Make current again what was before. To roll back twice is to come back."""
     registry = services_of(request).registry
     undo = partial(registry.roll_back, name, tenant=tenant, actor=actor_of(request))
@@ -40,23 +40,24 @@ async def roll_back(name: str, request: Request, tenant: Tenant = SHARED) -> Ver
 
 
 @router.put("/admin/adapters/{name}/pin")
-async def pin_adapter(name: str, request: Request, tenant: Tenant = SHARED) -> VersionCard:
+async def pin_adapter(name: str, request: Request, tenant: Tenant) -> VersionCard:
     """Keep what ``name`` means loaded, on every server, whatever else is asked for.
 
-    Other servers follow within seconds. Where memory has no room it is only logged.
+    Other servers follow within seconds. Where memory has no room it is only logged. Memory is
+    everybody's, so this takes an admin key of no tenant.
     """
     return await _pin(name, request, tenant, pinned=True)
 
 
 @router.delete("/admin/adapters/{name}/pin")
-async def unpin_adapter(name: str, request: Request, tenant: Tenant = SHARED) -> VersionCard:
+async def unpin_adapter(name: str, request: Request, tenant: Tenant) -> VersionCard:
     """Keep it loaded no longer than others. What the server's settings pin stays."""
     return await _pin(name, request, tenant, pinned=False)
 
 
 @router.delete("/admin/adapters/{name}/versions/{number}")
 async def delete_version(
-    name: str, number: _Number, request: Request, tenant: Tenant = SHARED
+    name: str, number: _Number, request: Request, tenant: Tenant
 ) -> DeleteAnswer:
     """Delete one version, and with the last one the name. Requests that use it finish."""
     services = services_of(request)
@@ -78,7 +79,7 @@ async def delete_version(
         304: {"description": "The caller has it: `If-None-Match` names it"},
     },
 )
-async def download_file(name: str, request: Request, tenant: Tenant = SHARED) -> Response:
+async def download_file(name: str, request: Request, tenant: Tenant) -> Response:
     """The exact bytes that were uploaded, of `name`, `name@3` or `name@sha256:…`."""
     registry = services_of(request).registry
     version = await asyncio.to_thread(registry.stored, name, tenant)
@@ -99,6 +100,7 @@ async def download_file(name: str, request: Request, tenant: Tenant = SHARED) ->
 
 async def _pin(name: str, request: Request, tenant: str, *, pinned: bool) -> VersionCard:
     """Change whether a name is pinned."""
+    caller_of(request).principal.check_is_operator()
     registry = services_of(request).registry
     change = partial(registry.pin, name, pinned, tenant=tenant, actor=actor_of(request))
     return await _answer(request, await asyncio.to_thread(change))

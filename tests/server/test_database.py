@@ -12,6 +12,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+import server.keys.store
 import server.registry.tables  # noqa: F401  # its tables are in the metadata
 from benchmarks.services.ports import free_port
 from reft_core.adapter import decode_adapter
