@@ -17,6 +17,8 @@ from server.cli_errors import console, one_line_errors
 from server.cli_settings import load_with_flags, with_settings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from server.settings import Settings
 
 
@@ -54,11 +56,30 @@ def run_server(settings: Settings, on_ready: Callable[[str, str], None] | None =
     from server.logs import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
+    app, base, names = load_app(settings)
+
+    def announce(url: str) -> None:
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+        lines = [
+            f"[bold]{url}[/]  (API under /v1, reference under /docs)",
+            f"model     {base}",
+            f"adapters  {shown or 'none yet'}",
+        ]
+        console.print(Panel("\n".join(lines), title="reft-serve is ready", expand=False))
+        if on_ready is not None:
+            on_ready(base, url)
+
+    from server.run import DrainingServer
+
+    DrainingServer(app, settings, announce).run()
+
+
+def load_app(settings: Settings) -> tuple[FastAPI, str, list[str]]:
+    """The application with its model loaded, the base model's name, and those of its adapters."""
     check_place(settings)
     with console.status(f"Loading {settings.model} …"):
         from server.app import build_engine, create_app, load_base_model, register_files
         from server.registry import Registry
-        from server.run import DrainingServer
 
         loaded = load_base_model(settings)
         engine = build_engine(settings, loaded)
@@ -69,20 +90,8 @@ def run_server(settings: Settings, on_ready: Callable[[str, str], None] | None =
             names = [version.name for version in registry.all_current()]
         finally:
             registry.close()
-
-    def announce(url: str) -> None:
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
-        lines = [
-            f"[bold]{url}[/]  (API under /v1, reference under /docs)",
-            f"model     {loaded.description.name}",
-            f"adapters  {shown or 'none yet'}",
-        ]
-        console.print(Panel("\n".join(lines), title="reft-serve is ready", expand=False))
-        if on_ready is not None:
-            on_ready(loaded.description.name, url)
-
     app = create_app(settings.model_copy(update={"adapters": ()}), engine, loaded)
-    DrainingServer(app, settings, announce).run()
+    return app, loaded.description.name, names
 
 
 def check_place(settings: Settings) -> None:
