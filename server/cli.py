@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from server.cli_adapters import adapters_app
+from server.cli_bench import bench
 from server.cli_chat import chat
 from server.cli_config import config_app
 from server.cli_errors import OneLineGroup, one_line_errors
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(demo)
 app.command()(chat)
+app.command()(bench)
 app.add_typer(adapters_app, name="adapter")
 app.add_typer(config_app, name="config")
 app.command()(methods)
