@@ -8,7 +8,7 @@ PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -76,6 +76,12 @@ bench-residency:  ## thousands of registered adapters against ten, and the time 
 soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
 	@scripts/install test
 	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
+
+docs:  ## write the pages that come from the code: the API, the settings, the methods
+	@scripts/install test
+	@$(BIN)/python -m server.api_reference docs/api.md
+	@$(BIN)/python -m server.settings_reference docs/settings.md
+	@$(BIN)/reft methods --markdown > docs/methods.md
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -5,6 +5,7 @@ All of it is read off :class:`Settings`, so a new field needs no line here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -54,7 +55,7 @@ class Field:
             return "set (hidden)"
         if isinstance(value, tuple | list):
             return ", ".join(map(str, value))
-        return str(value).lower() if isinstance(value, bool) else str(value)
+        return str(value).lower() if isinstance(value, bool) else without_password(str(value))
 
     def plain(self, value: Any) -> Any:
         """``value`` as JSON, YAML or TOML can hold it; a secret only as whether it is set."""
@@ -62,7 +63,14 @@ class Field:
             return None if value is None else "set (hidden)"
         if isinstance(value, tuple | list):
             return [self.plain(item) for item in value]
+        if isinstance(value, str):
+            return without_password(value)
         return str(value) if isinstance(value, Path) else value
+
+
+def without_password(text: str) -> str:
+    """``text``, without the password if it is a URL that has one."""
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]+@", r"\1…@", text)
 
 
 @cache

@@ -12,8 +12,8 @@ _HEADING = """\
 # Settings
 
 Written from the settings' class by `make docs`. Each is a flag of `reft serve`, an environment
-variable, or a line of the file that `--config` (or `REFT_CONFIG`) names, in this order of precedence;
-those without a flag are secrets, which a command line would show to other users.
+variable, or a line of the file that `--config` (or `REFT_CONFIG`) names, in this order of
+precedence; those without a flag are secrets, which a command line would show to other users.
 
 ```yaml
 # reft.yaml

@@ -174,6 +174,13 @@ def test_every_setting_is_a_flag_but_secrets():
     assert "--api-key" not in shown
 
 
+def test_passwords_in_urls_are_not_shown():
+    field = all_fields()["model"]
+    for shown in (field.shown, field.plain):
+        assert shown("postgresql://me:secret@db:5432/x") == "postgresql://me:…@db:5432/x"
+        assert shown("http://db:5432/x@y") == "http://db:5432/x@y"
+
+
 def test_switches_and_lists_are_flags_too():
     args = ["--no-cuda-graphs", "-a", "x", "--adapter", "y"]
     shown = json.loads(run("config", "show", "--json", *args).output)
