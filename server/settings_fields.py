@@ -70,7 +70,7 @@ class Field:
 
 def without_password(text: str) -> str:
     """``text``, without the password if it is a URL that has one."""
-    return re.sub(r"(://[^:/@\s]*:)[^@\s]+@", r"\1…@", text)
+    return re.sub(r"(://[^:/@\s]*:)[^/@\s]+@", r"\1…@", text)
 
 
 @cache

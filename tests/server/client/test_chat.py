@@ -310,7 +310,9 @@ def test_one_message_as_json(server):
         (["-m", "x", "--base", "/no/model", "--data-dir", "/dev/null/x"], "data_dir"),
     ],
 )
-def test_mistakes_are_one_line(args, mention):
+def test_mistakes_are_one_line(args, mention, monkeypatch):
+    # Logs would go to a stream that ends with the command, and stay there for later tests.
+    monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
     result = run(*args)
     assert result.exit_code == 1
     assert mention in result.stderr
