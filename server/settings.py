@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
     from reft_core.engine.config import EngineConfig
     from reft_core.grammar import GrammarLimits
 
 MIB = 1024 * 1024
+CLIENT_VARIABLES = frozenset({"REFT_URL", "REFT_CONFIG", "REFT_TENANT", "REFT_DATA"})
+"""What commands and benchmarks read beside the settings."""
 
 
 class Settings(BaseSettings):
     """Settings of one server process; immutable. An unknown argument is refused.
 
     Precedence: constructor arguments, then ``REFT_<FIELD>`` variables, then the defaults.
+    :mod:`server.settings_sources` puts a file below the variables.
     """
 
     model_config = SettingsConfigDict(
@@ -48,7 +51,7 @@ class Settings(BaseSettings):
     num_threads: int | None = Field(default=None, ge=1, description="None: torch's choice")
     cache_dir: Path | None = Field(default=None, description="derived files; None: ~/.cache")
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
     api_key: SecretStr | None = Field(
         default=None, min_length=8, description="a user key beside those of the table of keys"
@@ -141,9 +144,13 @@ class Settings(BaseSettings):
         default=5.0, gt=0, le=60, description="a grammar that takes longer to compile: 400"
     )
 
-    drain_timeout_s: float = Field(default=30.0, ge=0, le=3600)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["console", "json"] = "console"
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, le=3600, description="time for open requests at the end"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="what is logged: this and worse"
+    )
+    log_format: Literal["console", "json"] = Field(default="console", description="form of logs")
 
     @field_validator("adapters", mode="before")
     @classmethod
@@ -232,6 +239,14 @@ class Settings(BaseSettings):
             cuda_graphs=self.cuda_graphs,
             num_threads=self.num_threads,
         )
+
+
+def environment() -> tuple[dict[str, Any], list[str]]:
+    """The settings that ``REFT_*`` variables give, and the names of variables that are none."""
+    prefix = "REFT_"
+    known = {f"{prefix}{name}".upper() for name in Settings.model_fields} | CLIENT_VARIABLES
+    strange = [name for name in os.environ if name.upper().startswith(prefix)]
+    return EnvSettingsSource(Settings)(), sorted(n for n in strange if n.upper() not in known)
 
 
 def is_loopback(host: str) -> bool:
