@@ -2,13 +2,15 @@
 BIN := .venv/bin
 MODEL ?= demo
 SOAK_SECONDS ?= 600
+CHAOS_KILLS ?= 200
+CHAOS_BACKEND ?= sqlite
 # Two processes of one thread each are faster than one of two, as most tests are small.
 TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak fuzz clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak fuzz chaos docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -80,6 +82,16 @@ soak:  ## ten minutes of random traffic on a real server, then a count of everyt
 fuzz:  ## attacks on the server and on the reader of adapter files (FUZZ="--num-files 1000" for fewer)
 	@scripts/install test
 	@$(PYTEST_ENV) $(BIN)/python -m benchmarks.fuzz $(FUZZ)
+
+chaos:  ## kill -9 a real server 200 times while adapters change (CHAOS_KILLS=20 CHAOS_BACKEND=postgresql-s3)
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.chaos --kills $(CHAOS_KILLS) --backend $(CHAOS_BACKEND)
+
+docs:  ## write the pages that come from the code: the API, the settings, the methods
+	@scripts/install test
+	@$(BIN)/python -m server.api_reference docs/api.md
+	@$(BIN)/python -m server.settings_reference docs/settings.md
+	@$(BIN)/reft methods --markdown > docs/methods.md
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info

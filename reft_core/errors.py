@@ -12,6 +12,10 @@
     │   ├── AdapterMismatch       a good file, made for another base model
     │   ├── AdapterNotFound       no adapter of that name, version or digest
     │   └── AdapterConflict       the operation contradicts what is stored
+    ├── PermissionDenied          the caller's key does not reach so far
+    ├── RateLimited               the caller's key has used up its rate; try again later
+    ├── DatabaseUnavailable       the server's database does not answer
+    ├── StorageUnavailable        the server's store of adapter files does not answer, or is full
     ├── UnsupportedModel          the base model lacks a structure we need
     ├── EngineError
     │   ├── EngineOverloaded      the queue is full; try again later
@@ -28,7 +32,6 @@ from __future__ import annotations
 
 from copy import copy
 from typing import Self
-
 
 _LONGEST_ALLOWED = 1000
 
@@ -110,6 +113,28 @@ class AdapterNotFound(AdapterError):
 
 class AdapterConflict(AdapterError):
     """The operation contradicts what is stored."""
+
+
+class PermissionDenied(ReftError):
+    """The caller is known, and their key does not allow this."""
+
+
+class RateLimited(ReftError):
+    """The caller's key has used up its rate. Retry after ``retry_after_s`` seconds."""
+
+    def __init__(
+        self, message: str, *, field: str | None = None, retry_after_s: float = 1.0
+    ) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
+
+
+class DatabaseUnavailable(ReftError):
+    """The server's database does not answer."""
+
+
+class StorageUnavailable(ReftError):
+    """The server's store of adapter files does not answer, or is full."""
 
 
 class UnsupportedModel(ReftError):

@@ -28,17 +28,32 @@ from reft_core.loading import (
 from server.errors import install_handlers
 from server.generator import Generator
 from server.grammars import Grammars
+from server.keys import Door, KeyStore, Rates
+from server.keys.door import check_exposure
+from server.keys.usage import Usage
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.openapi import document
 from server.pins import Pins
-from server.registry import Registry
+from server.registry import Registry, open_registry
 from server.residency import Residency
-from server.routes import admin, chat, classify, completions, models, ops
+from server.routes import (
+    admin,
+    audit,
+    chat,
+    classify,
+    completions,
+    docs,
+    keys,
+    models,
+    ops,
+    versions,
+)
 from server.services import Services
 from server.settings import Settings
+from server.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
 
@@ -60,14 +75,19 @@ def create_app(
         services.lifecycle.start()
         try:
             await services.pins.load()
+            services.upkeep.start()
             log.info("ready", model=services.engine.model.name)
             yield
         finally:
+            await services.upkeep.stop()
             await services.lifecycle.drain()
             services.registry.close()
             services.grammars.close()
 
     app = FastAPI(
+        docs_url=None,  # our own routes, which need a key where the API does
+        redoc_url=None,
+        openapi_url=None,
         title="reft-serve",
         version=__version__,
         description="OpenAI-compatible text generation; adapters are chosen by `model`.",
@@ -75,10 +95,8 @@ def create_app(
     )
     app.add_middleware(RequestContext, metrics=metrics)
     install_handlers(app)
-    for module in (completions, chat, classify, models, ops):
+    for module in (completions, chat, classify, models, ops, docs, admin, versions, audit, keys):
         app.include_router(module.router)
-    if settings.admin_key is not None:
-        app.include_router(admin.router)
     document(app, settings)
     return app
 
@@ -110,12 +128,15 @@ def _build_services(
     """Every part of the server, connected. Blocks while the model loads."""
     loaded = loaded or load_base_model(settings)
     engine = engine or build_engine(settings, loaded)
-    registry = Registry.open(settings.data_dir, engine.model, settings.max_adapter_bytes)
+    registry = open_registry(settings, engine.model)
+    key_store = KeyStore(registry.engine)
     try:
+        check_exposure(settings, key_store)
         register_files(registry, settings.adapters, settings.max_adapter_bytes)
     except BaseException:
         registry.close()
         raise
+    usage = Usage()
     compiler = GrammarCompiler(loaded, settings.grammar_limits())
     grammars = Grammars(compiler, most=settings.max_grammars, timeout_s=settings.grammar_timeout_s)
     residency = Residency(
@@ -132,18 +153,25 @@ def _build_services(
         causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
         generator = Generator(causal, registry, residency, tokenizer, metrics, grammars, timeout_s)
     classifier = classifier_on(engine, tokenizer)
+    pins = Pins(settings.pinned_adapters, registry, residency)
+    poll_s, grace_s = settings.registry_poll_s, settings.delete_grace_s
     return Services(
         settings=settings,
         loaded=loaded,
         engine=engine,
         registry=registry,
         residency=residency,
-        pins=Pins(settings.pinned_adapters, registry, residency),
+        pins=pins,
+        upkeep=Upkeep(registry, residency, pins, poll_s, grace_s),
         text_generator=generator,
         labeller=Labeller(classifier, registry, residency, tokenizer, metrics, timeout_s),
         grammars=grammars,
         metrics=metrics,
         lifecycle=Lifecycle(engine, settings.drain_timeout_s),
+        key_store=key_store,
+        door=Door(settings, key_store),
+        rates=Rates(usage),
+        usage=usage,
     )
 
 

@@ -24,14 +24,18 @@ from reft_core.errors import (
     AdapterMismatch,
     AdapterNotFound,
     AdapterTooLarge,
+    DatabaseUnavailable,
     DeadlineExceeded,
     EngineError,
     EngineOverloaded,
     EngineUnavailable,
     InvalidRequest,
+    PermissionDenied,
     PromptTooLong,
+    RateLimited,
     ReftError,
     RequestFailed,
+    StorageUnavailable,
     TrainingError,
     UnsupportedFeature,
     UnsupportedModel,
@@ -63,6 +67,10 @@ ANSWERS: dict[type[ReftError], Answer] = {
     AdapterMismatch: Answer(400, _BAD_REQUEST, "adapter_mismatch"),
     AdapterNotFound: Answer(404, _BAD_REQUEST, "model_not_found"),
     AdapterConflict: Answer(409, _BAD_REQUEST, "adapter_conflict"),
+    PermissionDenied: Answer(403, "insufficient_permissions", "insufficient_permissions"),
+    RateLimited: Answer(429, "rate_limit_error", "rate_limit_exceeded"),
+    DatabaseUnavailable: Answer(503, _SERVER_FAULT, "database_unavailable"),
+    StorageUnavailable: Answer(503, _SERVER_FAULT, "storage_unavailable"),
     UnsupportedModel: Answer(500, _SERVER_FAULT, "unsupported_model"),
     EngineError: Answer(500, _SERVER_FAULT, "engine_error"),
     EngineOverloaded: Answer(429, "rate_limit_error", "engine_overloaded"),
@@ -82,6 +90,7 @@ _HTTP_ANSWERS = {
 
 _INTERNAL = "the server failed on this request; its log has the details under the request id"
 _RETRY_UNAVAILABLE_S = 5
+_UNAVAILABLE = (EngineUnavailable, DatabaseUnavailable, StorageUnavailable)
 
 
 def documented_statuses() -> dict[int, list[str]]:
@@ -112,9 +121,9 @@ def error_response(error: Exception) -> JSONResponse:
     """The whole response for an exception that no response has been started for."""
     status = answer_for(error).status if isinstance(error, ReftError) else 500
     headers = {}
-    if isinstance(error, EngineOverloaded):
+    if isinstance(error, EngineOverloaded | RateLimited):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif isinstance(error, EngineUnavailable):
+    elif isinstance(error, _UNAVAILABLE):
         headers["Retry-After"] = str(_RETRY_UNAVAILABLE_S)
     return JSONResponse(error_body(error), status, headers=headers)
 

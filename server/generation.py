@@ -170,6 +170,7 @@ class Generation:
             model.resolved.choices,
             constraint=None if grammar is None else grammar.start(),
             priority=job.priority,
+            tenant=job.caller.tenant,
             deadline_s=backend.timeout_s,
         )
         ticket = backend.engine.submit(request, self._sink(choice))
@@ -250,6 +251,8 @@ class Generation:
         """Queue an output if it is still wanted."""
         choice.observe(output)
         if not choice.ended:
+            if output.token is not None:
+                self._job.caller.charge(0, 1)
             self._outputs.put_nowait((choice, output))
 
     def _advance(self, choice: RunningChoice, output: Output) -> Delta | None:

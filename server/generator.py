@@ -48,12 +48,16 @@ class Generator:
         models, echoes = await asyncio.to_thread(self._prepare, job)
         grammar = await self._grammars.get(job.grammar) if job.grammar else None
         generation = Generation(self._backend, job, models, echoes, arrived_at)
+        num_tokens = generation.num_prompt_tokens
+        job.caller.reserve(num_tokens)
         try:
             await generation.hold()
             generation.submit(grammar)
         except BaseException:
+            job.caller.give_back(num_tokens)
             generation.close()
             raise
+        job.caller.charge(num_tokens, 0, reserved=True)
         return generation
 
     def _prepare(self, job: Job) -> tuple[list[AnsweringModel], list[Echo]]:
@@ -64,7 +68,7 @@ class Generator:
         models: list[AnsweringModel] = []
         rendered: dict[TemplateSpec | None, list[list[int]]] = {}
         for place, resolved in enumerate(
-            resolve_all(job.answering, self._registry, self._tokenizer)
+            resolve_all(job.answering, self._registry, self._tokenizer, job.caller.principal)
         ):
             template = resolved.versions[0].spec.template if resolved.leads else None
             if template not in rendered:

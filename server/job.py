@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.engine.interface import SamplingParams
 from reft_core.grammar import GrammarSpec
 from reft_core.spec import TemplateSpec
+from server.keys import FREE, Caller
 from server.named import Answering
 
 Encode = Callable[[PreTrainedTokenizerBase, TemplateSpec | None], list[list[int]]]
@@ -36,3 +37,5 @@ class Job:
     """The prompts' texts, None for tokens, if answers are to begin with them."""
     with_stop_token: bool = False
     """Report log-probabilities also of a token that ends an answer."""
+    caller: Caller = FREE
+    """Whose names they are, and who pays."""

@@ -26,6 +26,7 @@ from reft_core.classification.interface import (
 from reft_core.errors import ReftError
 from reft_core.templates import encode_text
 from server.holding import Held
+from server.keys import FREE, Caller, Principal
 from server.metrics import Metrics
 from server.named import NamedAdapter, Resolved, resolve
 from server.registry import Registry, Version
@@ -42,6 +43,8 @@ class LabelJob:
     named: tuple[NamedAdapter, ...]
     texts: tuple[str, ...]
     choose_labels: ChooseLabels
+    caller: Caller = FREE
+    """Whose names they are, and who pays."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,20 @@ class Labeller:
     async def run(self, job: LabelJob) -> Labelled:
         """The whole outcome. Raises what makes the request, or any of its texts, fail."""
         arrived_at = time.perf_counter()
-        resolved = await asyncio.to_thread(self._resolve, job.named)
+        job.caller.check_tokens(1)  # how many there are is known once they are submitted
+        resolved = await asyncio.to_thread(self._resolve, job.named, job.caller.principal)
         requests = self._requests(job, resolved)
         held = Held(self._residency)
         try:
             await held.take((version, nullcontext()) for version in resolved.versions)
-            return await self._ask(requests, resolved, arrived_at)
+            return await self._ask(requests, resolved, job.caller, arrived_at)
         finally:
             held.release()
 
-    def _resolve(self, named: Sequence[NamedAdapter]) -> Resolved:
+    def _resolve(self, named: Sequence[NamedAdapter], principal: Principal) -> Resolved:
         """What the names mean. Blocks on the catalog and tokenizer."""
-        return resolve(named, self._registry, partial(encode_text, self._tokenizer))
+        encode = partial(encode_text, self._tokenizer)
+        return resolve(named, self._registry, encode, principal)
 
     def _requests(self, job: LabelJob, resolved: Resolved) -> list[TextRequest]:
         """What each text is asked."""
@@ -101,13 +106,14 @@ class Labeller:
                 resolved.choices,
                 None if labels is None else tuple(labels),
                 base_template=not resolved.leads,
+                tenant=job.caller.tenant,
                 deadline_s=self._timeout_s,
             )
             for text in job.texts
         ]
 
     async def _ask(
-        self, requests: list[TextRequest], resolved: Resolved, arrived_at: float
+        self, requests: list[TextRequest], resolved: Resolved, caller: Caller, arrived_at: float
     ) -> Labelled:
         """Submit every text and wait for all of them, or for the first that fails."""
         outcomes: asyncio.Queue[tuple[str, Classification | ReftError]] = asyncio.Queue()
@@ -129,6 +135,10 @@ class Labeller:
 
         try:
             tickets = await asyncio.to_thread(submit)
+            caller.charge(
+                sum(ticket.num_prompt_tokens for ticket in tickets),
+                sum(ticket.num_label_tokens for ticket in tickets),
+            )
             while len(found) < len(requests):
                 request_id, outcome = await outcomes.get()
                 if isinstance(outcome, ReftError):

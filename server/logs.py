@@ -49,6 +49,9 @@ def configure_logging(level: str, style: Literal["console", "json"]) -> None:
             },
             "root": {"handlers": ["stderr"], "level": level.upper()},
             # One line a request comes from our own middleware.
-            "loggers": {"uvicorn.access": {"level": "WARNING"}},
+            "loggers": {
+                "uvicorn.access": {"level": "WARNING"},
+                "alembic": {"level": "WARNING"},  # it tells of its own steps at every start
+            },
         }
     )

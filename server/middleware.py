@@ -55,7 +55,10 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                caller = scope.get("state", {}).get("caller")  # of a request that was let in
+                headers.update(caller.headers() if caller else {})
             elif status == _TOO_LARGE and not is_read and not message.get("more_body"):
                 await send({**message, "more_body": True})
                 await discard(receive)

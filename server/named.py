@@ -10,8 +10,9 @@ from functools import cache, partial
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import AdapterChoice
-from reft_core.errors import AdapterError, InvalidRequest, RequestFailed
+from reft_core.errors import AdapterError, InvalidRequest, PermissionDenied, RequestFailed
 from reft_core.templates import encode_text
+from server.keys import Principal
 from server.registry import Registry, Version
 
 
@@ -61,18 +62,23 @@ class Resolved:
 
 
 def resolve(
-    named: Sequence[NamedAdapter], registry: Registry, encode: Callable[[str], Sequence[int]]
+    named: Sequence[NamedAdapter],
+    registry: Registry,
+    encode: Callable[[str], Sequence[int]],
+    principal: Principal,
 ) -> Resolved:
     """What ``model`` means, perhaps the base model, and the adapters stacked on it.
 
     Blocks on the catalog, and on ``encode``, which tokenises a source's text. The base model has
-    no options and cannot be stacked on something; raises :class:`InvalidRequest` then, and
-    :class:`AdapterNotFound`.
+    no options and cannot be stacked on something; raises :class:`InvalidRequest` then,
+    :class:`AdapterNotFound`, and :class:`PermissionDenied` for what the principal can see but not
+    use.
     """
     versions: list[Version] = []
     choices: list[AdapterChoice] = []
     for place, each in enumerate(named):
-        version = registry.resolve(each.model)
+        version = registry.resolve(each.model, tenant=principal.tenant)
+        principal.check_may_use(each.model if version is None else version.name)
         if version is None:
             _check_base(each, place)
             continue
@@ -84,7 +90,10 @@ def resolve(
 
 
 def resolve_all(
-    answering: Answering, registry: Registry, tokenizer: PreTrainedTokenizerBase
+    answering: Answering,
+    registry: Registry,
+    tokenizer: PreTrainedTokenizerBase,
+    principal: Principal,
 ) -> list[Resolved]:
     """What every model that answers means; see :func:`resolve`.
 
@@ -94,9 +103,11 @@ def resolve_all(
     encode = cache(partial(encode_text, tokenizer))  # many models may share one long source
     for place, named in enumerate(answering.named):
         with answering.about(place):
-            found.append(resolve(named, registry, encode))
+            found.append(resolve(named, registry, encode, principal))
     beside, names = answering.beside, [named[0].model for named in answering.named]
-    if beside is not None and beside not in names and registry.resolve(beside) is not None:
+    if beside is None or beside in names:
+        return found
+    if registry.resolve(beside, tenant=principal.tenant) is not None:
         raise InvalidRequest.because("model", beside, "the base model, or one of reft.models")
     return found
 
@@ -105,7 +116,7 @@ def resolve_all(
 def _about(place: str) -> Iterator[None]:
     try:
         yield
-    except (InvalidRequest, AdapterError, RequestFailed) as error:
+    except (InvalidRequest, AdapterError, PermissionDenied, RequestFailed) as error:
         raise error.within(place) from error
 
 

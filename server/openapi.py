@@ -24,9 +24,8 @@ Json = dict[str, Any]
 
 _REF = "#/components/schemas/{model}"
 _EVENTS = {"/v1/completions": CompletionResponse, "/v1/chat/completions": ChatChunk}
-_OPEN = 503  # the only status that a route without key and parameters fails with
+_OF_KEYS = {401, 403}
 _OF_BODIES = {413, 415}
-_OF_INFERENCE = {429, 504}
 
 
 def document(app: FastAPI, settings: Settings) -> None:
@@ -49,7 +48,7 @@ def _complete(found: Json, settings: Settings) -> None:
     _, events = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
     for name, schema in events["$defs"].items():
         components["schemas"].setdefault(name, schema)
-    components["securitySchemes"] = _schemes(settings)
+    components["securitySchemes"] = _schemes()
     for path, method, operation in _operations(found):
         _secure(path, operation, settings)
         _explain_errors(path, method, operation)
@@ -69,22 +68,21 @@ def _operations(found: Json) -> Iterator[tuple[str, str, Json]]:
             yield path, method, operation
 
 
-def _schemes(settings: Settings) -> Json:
-    """The keys that this server has."""
-    schemes = {}
-    if settings.api_key is not None:
-        schemes["ApiKey"] = {"type": "http", "scheme": "bearer", "description": "key of /v1"}
-    if settings.admin_key is not None:
-        schemes["AdminKey"] = {"type": "http", "scheme": "bearer", "description": "key of /admin"}
-    return schemes
+def _schemes() -> Json:
+    """The kinds of keys."""
+    return {
+        "ApiKey": {"type": "http", "scheme": "bearer", "description": "a user key"},
+        "AdminKey": {"type": "http", "scheme": "bearer", "description": "an admin key"},
+    }
 
 
 def _secure(path: str, operation: Json, settings: Settings) -> None:
-    """Say which key an operation needs."""
-    if path.startswith("/admin"):
+    """Say which key an operation needs. An open server may close with the first key it gets."""
+    if path.startswith("/admin") or (path == "/metrics" and not settings.shows_metrics):
         operation["security"] = [{"AdminKey": []}]
-    elif path.startswith("/v1") and settings.api_key is not None:
-        operation["security"] = [{"ApiKey": []}]
+    elif path.startswith("/v1"):
+        is_open = settings.api_key is None and not settings.require_keys
+        operation["security"] = [*([{}] if is_open else []), {"ApiKey": []}]
 
 
 def _explain_errors(path: str, method: str, operation: Json) -> None:
@@ -95,15 +93,15 @@ def _explain_errors(path: str, method: str, operation: Json) -> None:
     is_inference = path in _EVENTS or path == "/v1/classify"
     for status, codes in documented_statuses().items():
         if path.startswith(("/v1", "/admin")):
-            if status == 401 and "security" not in operation:
-                continue
             if status in _OF_BODIES and "requestBody" not in operation:
                 continue
-            if status in _OF_INFERENCE and not is_inference:
+            if status == 504 and not is_inference:
                 continue
             if status == 409 and not path.startswith("/admin"):
                 continue
-        elif status < 500 or status == 504:
+        elif status == 504 or (
+            status < 500 and not ("security" in operation and status in _OF_KEYS)
+        ):
             continue
         responses.setdefault(str(status), _error(status, codes))
 

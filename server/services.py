@@ -13,6 +13,8 @@ from reft_core.errors import UnsupportedFeature
 from reft_core.loading import LoadedModel
 from server.generator import Generator
 from server.grammars import Grammars
+from server.keys import Door, KeyStore, Rates
+from server.keys.usage import Usage
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -20,6 +22,7 @@ from server.pins import Pins
 from server.registry import Registry
 from server.residency import Residency
 from server.settings import Settings
+from server.upkeep import Upkeep
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,17 @@ class Services:
     registry: Registry
     residency: Residency
     pins: Pins
+    upkeep: Upkeep
     text_generator: Generator | None
     """None on an encoder, which generates nothing."""
     labeller: Labeller
     grammars: Grammars
     metrics: Metrics
     lifecycle: Lifecycle
+    key_store: KeyStore
+    door: Door
+    rates: Rates
+    usage: Usage
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property

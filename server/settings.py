@@ -7,24 +7,28 @@ command line stays quick; both are imported where a method needs them.
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
     from reft_core.engine.config import EngineConfig
     from reft_core.grammar import GrammarLimits
 
 MIB = 1024 * 1024
+CLIENT_VARIABLES = frozenset({"REFT_URL", "REFT_CONFIG", "REFT_TENANT", "REFT_DATA"})
+"""What commands and benchmarks read beside the settings."""
 
 
 class Settings(BaseSettings):
     """Settings of one server process; immutable. An unknown argument is refused.
 
     Precedence: constructor arguments, then ``REFT_<FIELD>`` variables, then the defaults.
+    :mod:`server.settings_sources` puts a file below the variables.
     """
 
     model_config = SettingsConfigDict(
@@ -47,16 +51,54 @@ class Settings(BaseSettings):
     num_threads: int | None = Field(default=None, ge=1, description="None: torch's choice")
     cache_dir: Path | None = Field(default=None, description="derived files; None: ~/.cache")
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
     api_key: SecretStr | None = Field(
-        default=None, min_length=8, description="bearer key of /v1; needed off loopback"
+        default=None, min_length=8, description="a user key beside those of the table of keys"
     )
     admin_key: SecretStr | None = Field(
-        default=None, min_length=16, description="bearer key of /admin; None: no such routes"
+        default=None, min_length=16, description="an admin key beside those of the table"
+    )
+    require_keys: bool = Field(
+        default=False, description="need a key on loopback too, also before the first user key"
+    )
+    metrics_public: bool | None = Field(
+        default=None,
+        description="/metrics without a key; None: on loopback, unless keys are required there",
+    )
+    key_cache_s: float = Field(
+        default=5.0, ge=0, le=60, description="a revoked key may work for so long"
+    )
+    key_requests_per_minute: int = Field(
+        default=6000, ge=0, description="of a key that says nothing else; 0: no limit"
+    )
+    key_tokens_per_minute: int = Field(
+        default=6_000_000, ge=0, description="prompts and answers, likewise; 0: no limit"
+    )
+    key_max_concurrency: int = Field(
+        default=1024, ge=0, description="requests at once, likewise; 0: no limit"
     )
 
     data_dir: Path = Field(default=Path("data"), description="catalog and adapter files")
+    database_url: SecretStr | None = Field(
+        default=None, description="postgresql://… or sqlite:///…; None: SQLite in data_dir"
+    )
+    blob_url: str | None = Field(
+        default=None, description="adapter files, such as s3://bucket/prefix; None: in data_dir"
+    )
+    blob_options: SecretStr = Field(
+        default=SecretStr("{}"),
+        description='JSON object of the store\'s options, such as {"endpoint_url": "https://…"}',
+    )
+    blob_cache_bytes: int = Field(
+        default=4096 * MIB, ge=0, description="files of a remote store kept in data_dir"
+    )
+    delete_grace_s: float = Field(
+        default=30.0, ge=0, le=86400, description="a deleted adapter's file is kept for so long"
+    )
+    registry_poll_s: float = Field(
+        default=2.0, gt=0, le=60, description="what other servers changed is noticed within it"
+    )
     adapters: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(),
         description="adapter files, or folders of them, registered at start under the name "
@@ -102,9 +144,13 @@ class Settings(BaseSettings):
         default=5.0, gt=0, le=60, description="a grammar that takes longer to compile: 400"
     )
 
-    drain_timeout_s: float = Field(default=30.0, ge=0, le=3600)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["console", "json"] = "console"
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, le=3600, description="time for open requests at the end"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="what is logged: this and worse"
+    )
+    log_format: Literal["console", "json"] = Field(default="console", description="form of logs")
 
     @field_validator("adapters", mode="before")
     @classmethod
@@ -120,13 +166,18 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("blob_options")
+    @classmethod
+    def _is_object(cls, value: SecretStr) -> SecretStr:
+        try:
+            if isinstance(json.loads(value.get_secret_value()), dict):
+                return value
+        except ValueError:
+            pass
+        raise ValueError("expected a JSON object")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.api_key is None and not is_loopback(self.host):
-            raise ValueError(
-                f"host: got {self.host!r}, expected a loopback address such as 127.0.0.1 while "
-                "no api_key is set; set REFT_API_KEY to listen on other addresses"
-            )
         if 2 * self.max_adapter_bytes > self.adapter_memory_bytes:
             raise ValueError(
                 f"max_adapter_bytes: got {self.max_adapter_bytes}, expected at most half of "
@@ -134,6 +185,13 @@ class Settings(BaseSettings):
                 "takes twice its size in memory"
             )
         return self
+
+    @property
+    def shows_metrics(self) -> bool:
+        """Whether ``/metrics`` needs no key."""
+        if self.metrics_public is not None:
+            return self.metrics_public
+        return is_loopback(self.host) and not self.require_keys
 
     def resolve_device(self) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
         """Device and dtype with ``auto`` decided. Asks torch what there is."""
@@ -145,6 +203,15 @@ class Settings(BaseSettings):
         if self.dtype == "auto":
             return device, "float32" if device == "cpu" else "bfloat16"
         return device, self.dtype
+
+    @property
+    def database(self) -> str:
+        """URL of the database, password included."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        from server.database import sqlite_url
+
+        return sqlite_url(self.data_dir / "catalog.sqlite")
 
     @property
     def max_open(self) -> int:
@@ -172,6 +239,14 @@ class Settings(BaseSettings):
             cuda_graphs=self.cuda_graphs,
             num_threads=self.num_threads,
         )
+
+
+def environment() -> tuple[dict[str, Any], list[str]]:
+    """The settings that ``REFT_*`` variables give, and the names of variables that are none."""
+    prefix = "REFT_"
+    known = {f"{prefix}{name}".upper() for name in Settings.model_fields} | CLIENT_VARIABLES
+    strange = [name for name in os.environ if name.upper().startswith(prefix)]
+    return EnvSettingsSource(Settings)(), sorted(n for n in strange if n.upper() not in known)
 
 
 def is_loopback(host: str) -> bool:

@@ -26,6 +26,8 @@ class TextRequest:
     base_template: bool = False
     """Have a causal model read the text in its own chat template, whatever the first adapter
     brings. Encoders have no templates."""
+    tenant: str = ""
+    """See :class:`engine.interface.Request`; an encoder keeps nothing of a text."""
     deadline_s: float | None = None
     """Seconds from submission after which it ends with :class:`DeadlineExceeded`."""
 

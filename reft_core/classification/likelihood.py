@@ -62,6 +62,7 @@ class LikelihoodClassifier:
                     _SCORE,
                     request.adapters,
                     answer,
+                    tenant=request.tenant,
                     deadline_s=request.deadline_s,
                 )
                 num_edits += self.engine.submit(scored, scoring.sink_of(place)).num_edits

@@ -154,10 +154,10 @@ class PrefillBatch:
         num_rows = segment.end - segment.start
         name = (segment.first_position, num_rows, window)
         if name not in self._masks:
-            device = self.kv.keys[0].device
+            device = self.kv.device
             q_pos = segment.first_position + torch.arange(num_rows, device=device).unsqueeze(1)
             k_pos = torch.arange(segment.first_position + num_rows, device=device)
-            self._masks[name] = _additive(k_pos, q_pos, window, self.kv.keys[0].dtype)
+            self._masks[name] = _additive(k_pos, q_pos, window, self.kv.all.dtype)
         return self._masks[name]
 
 
@@ -191,7 +191,7 @@ class DecodeBatch:
         """Additive mask (B, 1, 1, L)."""
         if window not in self._masks:
             k_pos = torch.arange(self.num_keys, device=self.positions.device)
-            mask = _additive(k_pos, self.positions.unsqueeze(1), window, self.kv.keys[0].dtype)
+            mask = _additive(k_pos, self.positions.unsqueeze(1), window, self.kv.all.dtype)
             self._masks[window] = mask[:, None, None]
         return self._masks[window]
 

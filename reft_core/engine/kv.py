@@ -15,7 +15,8 @@ class SlotKV:
     """A fixed number of slots, each with room for ``slot_len`` tokens at every layer.
 
     Slots are rows of one tensor a layer, so decode attends over a *view* of the first rows
-    and nothing is gathered. Memory is zeroed: attention multiplies masked values by zero,
+    and nothing is gathered; layers are parts of one tensor, so a slot is moved or cleared at once.
+    Memory is zeroed: attention multiplies masked values by zero,
     and zero times an uninitialised NaN would be NaN.
 
     With ``spare``, every slot has one more position behind its ``slot_len``. Nobody reads it, so
@@ -32,21 +33,22 @@ class SlotKV:
         device: torch.device | str,
         spare: bool = False,
     ) -> None:
-        shape = (num_slots, model.num_kv_heads, slot_len + spare, model.head_dim)
+        slot = (model.num_kv_heads, slot_len + spare, model.head_dim)
         self._model = model
         self.num_slots = num_slots
         self.slot_len = slot_len
         self.has_spare = spare
         self.num_layers = model.num_layers
-        self.keys = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)
-        ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        shape = (2, model.num_layers, num_slots, *slot)
+        self.all = torch.zeros(shape, dtype=dtype, device=device)
+        """Keys, then values: (2, layers, slots, KH, slot_len, D)."""
+        self.keys, self.values = (list(part.unbind()) for part in self.all)
+        """Of each layer, (slots, KH, slot_len, D)."""
 
     @property
     def device(self) -> torch.device:
         """Where the keys and values are."""
-        return self.keys[0].device
+        return self.all.device
 
     @cached_property
     def addresses(self) -> tuple[array[int], array[int]]:
@@ -56,13 +58,13 @@ class SlotKV:
 
     def bytes_of(self, num_tokens: int) -> int:
         """Bytes that the keys and values of this many tokens take."""
-        per_layer = self._model.num_kv_heads * self._model.head_dim * self.keys[0].itemsize
+        per_layer = self._model.num_kv_heads * self._model.head_dim * self.all.itemsize
         return 2 * self.num_layers * per_layer * num_tokens
 
     def like(self, num_slots: int, slot_len: int) -> SlotKV:
         """Another store for the same model, with slots of another number and length."""
-        dtype, device = self.keys[0].dtype, self.device
-        return SlotKV(self._model, num_slots, slot_len, dtype=dtype, device=device)
+        dtype = self.all.dtype
+        return SlotKV(self._model, num_slots, slot_len, dtype=dtype, device=self.device)
 
     def append(self, layer: int, slot: int, start: int, key: Tensor, value: Tensor) -> None:
         """Store key and value (KH, n, D) at positions start..start+n-1 of a slot."""
@@ -94,8 +96,7 @@ class SlotKV:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of one slot over another."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+        self.all[:, :, target, :, :length] = self.all[:, :, source, :, :length]
 
     def clear(self, slot: int, length: int) -> None:
         """Zero the first ``length`` tokens of a slot.
@@ -103,10 +104,8 @@ class SlotKV:
         What one request leaves must not reach the next: not as values, and not as a NaN that
         survives being masked.
         """
-        for tensor in (*self.keys, *self.values):
-            tensor[slot, :, :length] = 0
+        self.all[:, :, slot, :, :length] = 0
 
     def clear_position(self, num_slots: int, position: int) -> None:
         """Zero one position of the first ``num_slots`` slots."""
-        for tensor in (*self.keys, *self.values):
-            tensor[:num_slots, :, position] = 0
+        self.all[:, :, :num_slots, :, position] = 0

@@ -12,7 +12,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.provenance import BLOCK_TOKENS, Item, Provenance, name_of, num_common
@@ -74,11 +73,9 @@ class PrefixCache:
         if length < max(LEAST_MATCH, sequence.num_virtual + 1, beyond + 1):
             return 0
         rows = torch.tensor([block.row for block, _ in path], device=self._pool.device)
-        for layer in range(self._kv.num_layers):
-            for pool, slots in self._pairs(layer):
-                blocks = pool.index_select(0, rows)  # (n, KH, BLOCK, D)
-                joined = blocks.transpose(0, 1).flatten(1, 2)  # (KH, n·BLOCK, D)
-                slots[sequence.slot, :, :length] = joined[:, :length]
+        blocks = self._pool.all.index_select(2, rows)  # (2, layers, n, KH, BLOCK, D)
+        joined = blocks.transpose(2, 3).flatten(3, 4)  # (2, layers, KH, n·BLOCK, D)
+        self._kv.all[:, :, sequence.slot, :, :length] = joined[..., :length, :]
         self._touch([block for block, _ in path])
         return length
 
@@ -164,18 +161,9 @@ class PrefixCache:
         starts = indices * BLOCK_TOKENS
         at = starts.unsqueeze(1) + torch.arange(BLOCK_TOKENS, device=device)  # (n, BLOCK)
         at = at.clamp(max=sequence.num_computed - 1).flatten()
-        for layer in range(self._kv.num_layers):
-            for pool, slots in self._pairs(layer):
-                tokens = slots[sequence.slot].index_select(1, at)  # (KH, n·BLOCK, D)
-                blocks = tokens.unflatten(1, (len(fresh), BLOCK_TOKENS)).transpose(0, 1)
-                pool.index_copy_(0, rows, blocks)
-
-    def _pairs(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """The pool's and the slots' keys, then values, of one layer."""
-        return [
-            (self._pool.keys[layer], self._kv.keys[layer]),
-            (self._pool.values[layer], self._kv.values[layer]),
-        ]
+        tokens = self._kv.all[:, :, sequence.slot].index_select(3, at)
+        blocks = tokens.unflatten(3, (len(fresh), BLOCK_TOKENS)).transpose(2, 3)
+        self._pool.all.index_copy_(2, rows, blocks)  # (2, layers, n, KH, BLOCK, D)
 
     def _touch(self, path: Seq[_Block]) -> None:
         """Mark blocks as used now, a prompt's first ones last, so that those stay longest."""

@@ -71,7 +71,7 @@ class ModelRunner:
         self._model = loaded.model
         self._layers = find_layers(loaded.model)
         self._kv = kv
-        self._device = kv.keys[0].device
+        self._device = kv.device
         self._vocab_size = loaded.description.vocab_size
         self.num_edits_applied = 0
         self._fused: FusedForward | None = None
@@ -81,7 +81,7 @@ class ModelRunner:
         grouped_kernel(self._device)  # compiled now, not in the first request that needs it
         self.graphs: DecodeGraphs | None = None
         if record is not None:
-            tolerance = _CHECK_TOLERANCE[kv.keys[0].dtype]
+            tolerance = _CHECK_TOLERANCE[kv.all.dtype]
             self.graphs = DecodeGraphs(self._decode_plain, kv, record, tolerance=tolerance)
             self.graphs.warm_up()
 
@@ -350,7 +350,7 @@ class ModelRunner:
         self._kv.clear(0, count)
 
         error = (torch.cat(found) - expected).abs().max() / expected.abs().max()
-        tolerance = _CHECK_TOLERANCE[self._kv.keys[0].dtype]
+        tolerance = _CHECK_TOLERANCE[self._kv.all.dtype]
         if not error <= tolerance:
             raise UnsupportedModel(
                 f"{type(model).__name__}: the engine's logits differ from the model's own by "

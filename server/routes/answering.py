@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -14,6 +15,7 @@ from server.disconnect import unless_gone
 from server.generation import FinishedChoice, Generation
 from server.job import Job
 from server.registry import Version
+from server.routes.guards import caller_of
 from server.running import Delta
 from server.services import services_of
 from server.sse import EventStream, frames
@@ -51,6 +53,7 @@ async def answer_whole(
 ) -> Response:
     """The whole response, made by ``build``. Cancelled if the client goes away."""
     generator = services_of(request).generator
+    job = replace(job, caller=caller_of(request))
 
     async def work() -> Response:
         generation = await generator.start(job)
@@ -75,6 +78,7 @@ async def answer_stream(
     in its prefill, gets a status and not an event.
     """
     generator = services_of(request).generator
+    job = replace(job, caller=caller_of(request))
 
     async def begin() -> tuple[Generation, AsyncIterator[Delta]]:
         generation = await generator.start(job)

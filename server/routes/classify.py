@@ -11,7 +11,7 @@ from server.labelling import LabelJob
 from server.protocol.classify import ClassifiedText, ClassifyRequest, ClassifyResponse
 from server.protocol.reports import ReftReport, Usage
 from server.routes.answering import ANSWERED, new_id, now, report_headers
-from server.routes.guards import ApiRoute, make_router
+from server.routes.guards import ApiRoute, caller_of, make_router
 from server.services import services_of
 
 router = make_router(ApiRoute, tag="inference")
@@ -28,7 +28,7 @@ async def classify(body: ClassifyRequest, request: Request) -> Response:
     scores = services.text_generator is not None
     by_likelihood = partial(body.choose_labels, services.settings.max_open)
     choose = by_likelihood if scores else lambda _versions: body.labels
-    job = LabelJob(body.named, tuple(body.input), choose)
+    job = LabelJob(body.named, tuple(body.input), choose, caller_of(request))
     labelled = await unless_gone(request.receive, services.labeller.run(job))
     answer = ClassifyResponse(
         id=new_id("classify"),

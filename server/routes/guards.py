@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, ClassVar
 
+import structlog
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 
-from server.auth import require_key
 from server.body import capped, check_declared_length, require_json
+from server.keys import Caller, Principal
+from server.keys.door import Need
 from server.protocol.common import ErrorBody
 from server.services import services_of
 
@@ -21,40 +24,75 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class ApiRoute(APIRoute):
-    """A route of ``/v1``: needs the API key if one is set; bodies are JSON within the cap."""
+class KeyedRoute(APIRoute):
+    """A route that needs a key, and counts against its rates until the response is sent."""
+
+    need: ClassVar[Need] = "any"
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request in, as somebody, or refuse it."""
+        request = Request(scope)
+        services = services_of(request)
+        principal = await services.door.admit(request.headers.get("authorization", ""), self.need)
+        self.check(principal, scope)
+        caller = services.rates.caller(principal)
+        request.state.caller = caller
+        if principal.id:
+            structlog.contextvars.bind_contextvars(key=principal.id, tenant=principal.tenant)
+        with caller.open():
+            await super().handle(scope, receive, send)
+
+    def check(self, principal: Principal, scope: Scope) -> None:
+        """Raise :class:`PermissionDenied` for a key that may not ask for this."""
+
+
+class JsonRoute(KeyedRoute):
+    """One whose bodies are JSON within the cap."""
 
     def get_route_handler(self) -> Handler:
         """The route's handler behind the checks."""
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            settings = services_of(request).settings
-            require_key(request, settings.api_key)
             if request.method == "POST":
+                max_bytes = services_of(request).settings.max_body_bytes
                 require_json(request)
-                check_declared_length(request, settings.max_body_bytes)
-                receive = capped(request.receive, settings.max_body_bytes)
-                request = Request(request.scope, receive)
+                check_declared_length(request, max_bytes)
+                request = Request(request.scope, capped(request.receive, max_bytes))
             return await handle(request)
 
         return guarded
 
 
-class AdminRoute(APIRoute):
-    """A route of ``/admin``: needs the admin key. Exists only where one is set."""
+class ApiRoute(JsonRoute):
+    """A route of ``/v1``: needs a user key where the server needs keys."""
 
-    def get_route_handler(self) -> Handler:
-        """The route's handler behind the check."""
-        handle = super().get_route_handler()
+    need = "user"
 
-        async def guarded(request: Request) -> Response:
-            admin_key = services_of(request).settings.admin_key
-            assert admin_key is not None, "admin routes exist only with an admin key"
-            require_key(request, admin_key)
-            return await handle(request)
 
-        return guarded
+class AdminRoute(JsonRoute):
+    """A route of ``/admin``: needs an admin key, of some tenant or of none."""
+
+    need = "admin"
+
+
+class AdaptersRoute(KeyedRoute):
+    """A route of ``/admin/adapters``: needs a key that manages adapters, its tenant's at least."""
+
+    need = "adapters"
+
+    def check(self, principal: Principal, scope: Scope) -> None:
+        """Refuse an adapter's name that is not in the key's scope."""
+        name = scope["path_params"].get("name")
+        if name is not None:
+            principal.check_may_use(name.partition("@")[0])
+
+
+def caller_of(request: Request) -> Caller:
+    """Who makes a request that a :class:`KeyedRoute` has let in."""
+    caller = request.state.caller
+    assert isinstance(caller, Caller), "only a keyed route knows its caller"
+    return caller
 
 
 def make_router(route_class: type[APIRoute] = APIRoute, *, tag: str) -> APIRouter:

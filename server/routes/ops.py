@@ -1,12 +1,19 @@
-"""``/healthz``, ``/readyz`` and ``/metrics``: for orchestrators and Prometheus; no key."""
+"""``/healthz``, ``/readyz`` and ``/metrics``: for orchestrators and Prometheus.
+
+The first two need no key, ever; the third needs an operator's unless the settings show it to all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
 from server.routes.guards import make_router
@@ -52,8 +59,25 @@ _EXPOSITION = {
     responses={200: {"content": _EXPOSITION}},
 )
 async def metrics(request: Request) -> Response:
-    """Prometheus metrics."""
+    """Prometheus metrics. What tells tenants and adapters apart is for operators alone."""
+    services = services_of(request)
+    authorization = request.headers.get("authorization", "")
+    if not services.settings.shows_metrics:
+        await services.door.admit(authorization, "operator")
+    registries = [services.metrics.registry]
+    if await services.door.shows_all(authorization):
+        registries.append(services.usage.registry)
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(
-        encode(services_of(request).metrics.registry), headers={"Content-Type": content_type}
-    )
+    return Response(encode(_Together(registries)), headers={"Content-Type": content_type})
+
+
+class _Together(Collector):
+    """Several registries as one."""
+
+    def __init__(self, registries: list[CollectorRegistry]) -> None:
+        self._registries = registries
+
+    def collect(self) -> Iterator[Metric]:
+        """What all of them collect."""
+        for registry in self._registries:
+            yield from registry.collect()

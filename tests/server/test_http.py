@@ -156,10 +156,11 @@ def test_admin_needs_the_admin_key(in_process, method, path):
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
-def test_without_an_admin_key_there_are_no_admin_routes(in_process, method, path):
+def test_without_an_admin_key_nobody_is_an_admin(in_process, method, path):
     with in_process(admin_key=None) as server:
-        answer = server.http.request(method, path, headers=ADMIN)
-        assert is_openai_error(answer, 404, "not_found")
+        for headers in ({}, ADMIN):
+            answer = server.http.request(method, path, headers=headers)
+            assert is_openai_error(answer, 401, "invalid_api_key")
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/admin/adapters/x"])
@@ -279,14 +280,14 @@ def test_the_api_documents_itself(server):
     assert "retry-after" in post["responses"]["429"]["headers"]
     for response in post["responses"].values():
         assert "x-request-id" in response["headers"]
-    assert "401" not in post["responses"], "no key is set"
+    assert post["security"] == [{}, {"ApiKey": []}], "no key is set"
     assert paths["/admin/adapters"]["get"]["security"] == [{"AdminKey": []}]
     assert set(paths["/healthz"]["get"]["responses"]) == {"200", "500", "503"}
 
 
 def test_the_document_has_the_limits_of_this_server(in_process):
     with in_process(api_key=API_KEY, max_n=3, max_stop=5, max_fan_out=7) as server:
-        document = server.http.get("/openapi.json").json()
+        document = server.http.get("/openapi.json", headers=ADMIN).json()
         fields = document["components"]["schemas"]["ChatRequest"]["properties"]
         assert fields["n"]["anyOf"][0]["maximum"] == 3
         assert fields["stop"]["anyOf"][1]["maxItems"] == 5
@@ -300,7 +301,7 @@ def test_the_document_has_the_limits_of_this_server(in_process):
 
 
 def test_a_wrong_method_is_told_all_that_a_path_takes(server):
-    answer = server.http.patch("/admin/adapters/x")
+    answer = server.http.patch("/admin/adapters/x", headers=ADMIN)
     assert is_openai_error(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "GET, POST, DELETE"
     assert answer.headers["allow"] in answer.json()["error"]["message"]

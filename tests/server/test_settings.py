@@ -23,10 +23,18 @@ def test_an_unknown_argument_is_refused():
         Settings(prot=1)  # type: ignore[call-arg]
 
 
-def test_a_public_host_needs_a_key():
-    with pytest.raises(ValidationError, match="REFT_API_KEY"):
-        Settings(host="0.0.0.0")
-    assert Settings(host="0.0.0.0", api_key="long-enough").host == "0.0.0.0"
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, True),
+        ({"require_keys": True}, False),
+        ({"host": "0.0.0.0"}, False),
+        ({"metrics_public": False}, False),
+        ({"host": "0.0.0.0", "metrics_public": True}, True),
+    ],
+)
+def test_who_sees_metrics(changes, shown):
+    assert Settings(**changes).shows_metrics is shown
 
 
 @pytest.mark.parametrize(
