@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,14 +126,18 @@ def _serve(settings: Settings, on_ready: Callable[[str, str], None] | None = Non
 
     ``on_ready`` is told the base model's name and the server's address.
     """
-    from server.logs import configure_logging
+    from server.logs import adopt_library_loggers, configure_logging, hide_progress_bars
 
+    is_json = settings.log_format == "json"
     configure_logging(settings.log_level, settings.log_format)
-    with console.status(f"Loading {settings.model} …"):
+    with nullcontext() if is_json else console.status(f"Loading {settings.model} …"):
         from server.app import build_engine, create_app, load_base_model, register_files
         from server.registry import Registry
         from server.run import DrainingServer
 
+        if is_json:  # nothing but records is written
+            adopt_library_loggers()
+            hide_progress_bars()
         loaded = load_base_model(settings)
         engine = build_engine(settings, loaded)
         # Here and not at the application's start, so that a bad file is one clear line.
@@ -150,7 +155,12 @@ def _serve(settings: Settings, on_ready: Callable[[str, str], None] | None = Non
             f"model     {loaded.description.name}",
             f"adapters  {shown or 'none yet'}",
         ]
-        console.print(Panel("\n".join(lines), title="reft-serve is ready", expand=False))
+        if is_json:
+            import structlog
+
+            structlog.get_logger(__name__).info("listening", url=url, adapters=len(names))
+        else:
+            console.print(Panel("\n".join(lines), title="reft-serve is ready", expand=False))
         if on_ready is not None:
             on_ready(loaded.description.name, url)
 

@@ -17,6 +17,7 @@ from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.pins import Pins
+from server.readiness import Readiness
 from server.registry import Registry
 from server.residency import Residency
 from server.settings import Settings
@@ -38,6 +39,7 @@ class Services:
     grammars: Grammars
     metrics: Metrics
     lifecycle: Lifecycle
+    readiness: Readiness
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -91,6 +91,7 @@ async def delete_adapter(name: str, request: Request) -> DeleteAnswer:
     services = services_of(request)
     deleted = await asyncio.to_thread(services.registry.delete, name)
     await services.pins.drop(name)
+    services.metrics.adapters.forget(name)
     for digest in deleted.orphaned:
         services.residency.forget(digest)
     return DeleteAnswer(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from server.routes.guards import make_router
 from server.services import services_of
@@ -23,16 +28,27 @@ async def health(request: Request) -> Response:
 @router.get("/readyz")
 async def readiness(request: Request) -> Response:
     """200 while new requests are welcome; 503 when starting, draining or broken."""
-    lifecycle = services_of(request).lifecycle
-    if lifecycle.ready:
-        return JSONResponse({"status": "ready"})
-    return JSONResponse({"status": "draining" if lifecycle.draining else "not ready"}, 503)
+    state = await services_of(request).readiness.check()
+    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
+    services = services_of(request)
+    await services.readiness.check()
+    registries = [services.metrics.registry, services.metrics.by_adapter]
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(
-        encode(services_of(request).metrics.registry), headers={"Content-Type": content_type}
-    )
+    return Response(encode(_Together(registries)), headers={"Content-Type": content_type})
+
+
+class _Together(Collector):
+    """Several registries as one."""
+
+    def __init__(self, registries: list[CollectorRegistry]) -> None:
+        self._registries = registries
+
+    def collect(self) -> Iterator[Metric]:
+        """What all of them collect."""
+        for registry in self._registries:
+            yield from registry.collect()

@@ -279,6 +279,9 @@ class FakeEngine:
             preemptions_total=1,
             free_cached_blocks=3,
             max_cached_blocks=5,
+            foreign_tokens_total=5,
+            kv_token_bytes=64,
+            block_tokens=16,
         )
 
     def start(self) -> None:
