@@ -81,5 +81,6 @@ def _as(family: Metric, prefix: str, labels: Mapping[str, str]) -> Metric:
             name=prefix + sample.name.removeprefix(_PREFIX), labels={**sample.labels, **labels}
         )
         for sample in family.samples
+        if not sample.name.endswith("_created")  # times of creation, which nothing reads
     ]
     return renamed
