@@ -223,5 +223,3 @@ def _refusal(url: str) -> httpx.Response:
             return answer
         time.sleep(0.01)
     raise AssertionError("never refused")
-
-
