@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -93,7 +92,7 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> Iterator[list[dict]]:
+def told(tmp_path_factory) -> list[dict]:
     """The log of one process, after successes, refusals and crashes."""
     server = Process(tmp_path_factory.mktemp("logs"), "--port", "0", log_level="debug")
     ask = {"model": "tiny", "prompt": CANARY, "max_tokens": 4, "stop": ["canary stop"]}
@@ -132,7 +131,7 @@ def told(tmp_path_factory) -> Iterator[list[dict]]:
         server.process.kill()
         server.process.wait()
     assert status == 0
-    yield server.records()
+    return server.records()
 
 
 def test_every_line_is_a_record_with_the_same_keys(told):
