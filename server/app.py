@@ -36,6 +36,7 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.pins import Pins
+from server.readiness import Readiness
 from server.registry import Registry, open_registry
 from server.residency import Residency
 from server.routes import (
@@ -52,6 +53,7 @@ from server.routes import (
 )
 from server.services import Services
 from server.settings import Settings
+from server.tracing.telemetry import telemetry_for
 from server.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
@@ -65,7 +67,8 @@ def create_app(
     An ``engine`` that is given must not have been started, and needs its ``loaded`` model.
     """
     assert loaded is not None or engine is None, "an engine comes with its model"
-    metrics = Metrics()
+    metrics = Metrics(settings.metrics_compat, settings.metrics_adapters)
+    telemetry = telemetry_for(settings.otlp_endpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -82,6 +85,7 @@ def create_app(
             await services.lifecycle.drain()
             services.registry.close()
             services.grammars.close()
+            await asyncio.to_thread(telemetry.close)
 
     app = FastAPI(
         docs_url=None,  # our own routes, which need a key where the API does
@@ -92,7 +96,7 @@ def create_app(
         description="OpenAI-compatible text generation; adapters are chosen by `model`.",
         lifespan=lifespan,
     )
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, telemetry=telemetry)
     install_handlers(app)
     for module in (completions, chat, classify, models, ops, docs, admin, versions, audit, keys):
         app.include_router(module.router)
@@ -145,6 +149,8 @@ def _build_services(
         settings.adapter_wait_s,
     )
     metrics.watch(engine, residency)
+    lifecycle = Lifecycle(engine, settings.drain_timeout_s)
+    readiness = Readiness(lifecycle, registry, metrics)
     tokenizer, timeout_s = loaded.tokenizer, settings.request_timeout_s
     generator = None
     if not isinstance(engine, EncoderEngine):
@@ -165,7 +171,8 @@ def _build_services(
         labeller=Labeller(classifier, registry, residency, tokenizer, metrics, timeout_s),
         grammars=grammars,
         metrics=metrics,
-        lifecycle=Lifecycle(engine, settings.drain_timeout_s),
+        lifecycle=lifecycle,
+        readiness=readiness,
         key_store=key_store,
         door=Door(settings, key_store),
         rates=Rates(usage),

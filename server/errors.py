@@ -41,6 +41,7 @@ from reft_core.errors import (
     UnsupportedModel,
     explain,
 )
+from server.record import current_record
 
 log = structlog.get_logger(__name__)
 
@@ -127,6 +128,7 @@ def install_handlers(app: FastAPI) -> None:
 async def _on_reft_error(request: Request, error: Exception) -> JSONResponse:
     """Answer an error raised on purpose."""
     response = error_response(error)
+    current_record().error = type(error).__name__
     if response.status_code >= 500:
         log.warning("request failed", error=str(error), kind=type(error).__name__)
     return response

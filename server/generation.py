@@ -8,18 +8,21 @@ given back, once.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from reft_core.engine.interface import Engine, Output, Request, SamplingParams
 from reft_core.errors import ReftError
 from reft_core.grammar import Grammar
+from server.adapter_usage import Key, keys_of
 from server.choice import ChoiceText, TokenText
 from server.echo import Echo, ScoredPrompt
 from server.holding import Held
 from server.job import Job
 from server.metrics import Metrics
 from server.named import Resolved
+from server.record import current_record
 from server.residency import Residency
 from server.running import AnswerEnd, Delta, RunningChoice
 from server.vocabulary import Vocabulary
@@ -91,6 +94,12 @@ class Generation:
         self._outputs: asyncio.Queue[tuple[RunningChoice, Output]] = asyncio.Queue()
         self._failed = False
         self._closed = False
+        self._counted: list[tuple[Key, ...]] = []
+        self._record = current_record()
+        versions = [version for model in models for version in model.resolved.versions]
+        self._record.model = job.answering.beside or models[0].name
+        self._record.note_adapters(versions)
+        self._record.params, self._record.num_choices = job.params, self.num_choices
 
     @property
     def num_choices(self) -> int:
@@ -133,11 +142,13 @@ class Generation:
     async def hold(self) -> None:
         """Have the adapters of all models resident until :meth:`close`."""
         about = self._job.answering.about
+        began_at = time.perf_counter()
         await self._held.take(
             (version, about(model.place))
             for model in self.models
             for version in model.resolved.versions
         )
+        self._record.held = (began_at, time.perf_counter())
 
     def submit(self, grammar: Grammar | None) -> None:
         """Submit every choice of every prompt, to begin together; choice i of prompt p has index
@@ -152,6 +163,9 @@ class Generation:
         except ReftError:
             self._failed = True
             raise
+        for model in self.models:
+            self._counted.append(keys_of(model.resolved.versions))
+            self._backend.metrics.adapters.begin(self._counted[-1])
 
     def _submit(
         self, model: AnsweringModel, prompt: list[int], i: int, grammar: Grammar | None
@@ -163,10 +177,12 @@ class Generation:
         choice = RunningChoice(
             len(self._choices), text, backend.engine, backend.metrics, self._arrived_at
         )
+        params = self._params(model.resolved.num_virtual_tokens + len(prompt), i)
+        choice.num_prompt_tokens, choice.max_tokens = len(prompt), params.max_tokens
         request = Request(
             choice.request_id,
             tuple(prompt),
-            self._params(model.resolved.num_virtual_tokens + len(prompt), i),
+            params,
             model.resolved.choices,
             constraint=None if grammar is None else grammar.start(),
             priority=job.priority,
@@ -176,6 +192,7 @@ class Generation:
         ticket = backend.engine.submit(request, self._sink(choice))
         choice.num_edits = ticket.num_edits
         self._choices.append(choice)
+        self._record.choices.append(choice.record)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Deltas of all choices as they come. Raises what ended a choice early."""
@@ -216,6 +233,12 @@ class Generation:
         for choice in self._choices:
             choice.drop("error" if self._failed else "abort")
         self._held.release()
+        for keys in self._counted:
+            self._backend.metrics.adapters.end(keys)
+        self._record.num_prompt_tokens = self.num_prompt_tokens
+        self._record.num_cached_tokens = self.num_cached_tokens
+        self._record.num_completion_tokens = self.num_completion_tokens
+        self._record.num_edits = self.num_edits
 
     def _describe(self, prompt: int, output: Output) -> ScoredPrompt:
         """A prompt's log-probabilities for people. Slow for a long prompt."""
@@ -260,6 +283,7 @@ class Generation:
         try:
             with self._job.answering.about(self.model_of(choice.index).place):
                 return choice.advance(output)
-        except ReftError:
+        except ReftError as error:
             self._failed = True
+            self._record.error = type(error).__name__
             raise

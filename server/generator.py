@@ -15,6 +15,7 @@ from server.grammars import Grammars
 from server.job import Job
 from server.metrics import Metrics
 from server.named import resolve_all
+from server.record import current_record
 from server.registry import Registry
 from server.residency import Residency
 from server.vocabulary import Vocabulary
@@ -47,6 +48,7 @@ class Generator:
         arrived_at = time.perf_counter()
         models, echoes = await asyncio.to_thread(self._prepare, job)
         grammar = await self._grammars.get(job.grammar) if job.grammar else None
+        current_record().resolved = (arrived_at, time.perf_counter())
         generation = Generation(self._backend, job, models, echoes, arrived_at)
         num_tokens = generation.num_prompt_tokens
         job.caller.reserve(num_tokens)

@@ -38,6 +38,8 @@ class _Resident:
     has_room: bool = False
     """Whether its bytes count against the budget. Until then it waits in the queue."""
     is_loaded: bool = False
+    swapped: bool = False
+    """Another one had to leave for it."""
     forgotten: bool = False
     """Deleted from the registry: leaves with its last user."""
     turn: asyncio.Future[None] | None = None
@@ -57,7 +59,7 @@ class Residency:
         engine: AdapterHost,
         read: ReadBlob,
         budget_bytes: int,
-        on_load: Callable[[float], None] = lambda seconds: None,
+        on_load: Callable[[float, bool], None] = lambda seconds, swapped: None,
         wait_s: float = 0.0,
     ) -> None:
         self._engine = engine
@@ -172,7 +174,7 @@ class Residency:
             self._drop(resident)
             self._admit()
             raise
-        self._on_load(time.perf_counter() - began_at)
+        self._on_load(time.perf_counter() - began_at, resident.swapped)
         resident.is_loaded = True
         if not resident.num_users:
             self._rest(resident)
@@ -210,6 +212,7 @@ class Residency:
                 return
             while self.num_bytes + resident.num_bytes > self._budget_bytes:
                 self._evict(next(iter(self._unused.values())))
+                resident.swapped = True
             self._queue.popleft()
             self.num_bytes += resident.num_bytes
             resident.has_room = True

@@ -66,6 +66,9 @@ class DrainingServer(uvicorn.Server):
         now = time.monotonic()
         if self._end_requested_at is None:
             self._end_requested_at = now
+            services = getattr(self._app.state, "services", None)
+            if services is not None:  # else it has not started, and has nothing to refuse
+                services.lifecycle.refuse()
         elif now - self._end_requested_at > _SAME_SIGNAL_S:
             self.should_exit = self.force_exit = True
 

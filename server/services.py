@@ -19,6 +19,7 @@ from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.pins import Pins
+from server.readiness import Readiness
 from server.registry import Registry
 from server.residency import Residency
 from server.settings import Settings
@@ -42,6 +43,7 @@ class Services:
     grammars: Grammars
     metrics: Metrics
     lifecycle: Lifecycle
+    readiness: Readiness
     key_store: KeyStore
     door: Door
     rates: Rates

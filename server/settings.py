@@ -144,6 +144,19 @@ class Settings(BaseSettings):
         default=5.0, gt=0, le=60, description="a grammar that takes longer to compile: 400"
     )
 
+    metrics_compat: Literal["none", "vllm"] = Field(
+        default="none", description="vllm: /metrics also has vLLM's names"
+    )
+    metrics_adapters: int = Field(
+        default=50, ge=0, le=500, description="adapters counted by name; the rest as (other)"
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="OTLP over HTTP for traces and gen_ai metrics, such as "
+        "http://localhost:4318; None: no export",
+    )
+
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="time for open requests at the end"
     )

@@ -38,7 +38,7 @@ from reft_core.engine.interface import (
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.logprobs import finite_rows, with_logprobs
 from reft_core.engine.prefix_cache import PrefixCache
-from reft_core.engine.provenance import Provenance
+from reft_core.engine.provenance import BLOCK_TOKENS, Provenance
 from reft_core.engine.runner import ModelRunner
 from reft_core.engine.sampler import NOT_FINITE, sample
 from reft_core.engine.scheduler import Scheduler
@@ -184,6 +184,9 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
             warm_up_s=graphs.warm_up_s if graphs is not None else 0.0,
             free_cached_blocks=self._cache.num_free,
             max_cached_blocks=self._cache.num_rows,
+            foreign_tokens_total=self._scheduler.num_foreign_tokens,
+            kv_token_bytes=self._kv.bytes_of(1),
+            block_tokens=BLOCK_TOKENS,
         )
 
     def _check_tokens(self, request: Request) -> None:

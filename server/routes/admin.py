@@ -134,7 +134,9 @@ async def delete_adapter(name: str, request: Request, tenant: Tenant) -> DeleteA
     """Delete an adapter with all its versions. Requests that use it finish undisturbed."""
     services = services_of(request)
     delete = partial(services.registry.delete, name, tenant=tenant, actor=actor_of(request))
-    return await answer_delete(services, name, await asyncio.to_thread(delete))
+    deleted = await asyncio.to_thread(delete)
+    services.metrics.adapters.forget(name, tenant)
+    return await answer_delete(services, name, deleted)
 
 
 async def answer_delete(services: Services, name: str, deleted: Deleted) -> DeleteAnswer:

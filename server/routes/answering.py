@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from server.disconnect import unless_gone
 from server.generation import FinishedChoice, Generation
 from server.job import Job
+from server.record import current_record
 from server.registry import Version
 from server.routes.guards import caller_of
 from server.running import Delta
@@ -55,6 +56,7 @@ async def answer_stream(
     """
     generator = services_of(request).generator
     job = replace(job, caller=caller_of(request))
+    current_record().is_stream = True
 
     async def begin() -> tuple[Generation, AsyncIterator[Delta]]:
         generation = await generator.start(job)
@@ -93,8 +95,10 @@ def report_headers(versions: Sequence[Version], num_edits: int) -> dict[str, str
 
 
 def new_id(prefix: str) -> str:
-    """A fresh response id."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """A fresh response id, noted in the request's record."""
+    record = current_record()
+    record.response_id = f"{prefix}-{uuid.uuid4().hex}"
+    return record.response_id
 
 
 def now() -> int:
