@@ -28,6 +28,7 @@ from reft_core.loading import (
 from server.errors import install_handlers
 from server.generator import Generator
 from server.grammars import Grammars
+from server.inline import InlineReader
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -35,7 +36,7 @@ from server.middleware import RequestContext
 from server.pins import Pins
 from server.registry import Registry
 from server.residency import Residency
-from server.routes import admin, chat, classify, completions, models, ops
+from server.routes import admin, chat, classify, completions, loading, models, ops
 from server.services import Services
 from server.settings import Settings
 
@@ -78,6 +79,7 @@ def create_app(
         app.include_router(module.router)
     if settings.admin_key is not None:
         app.include_router(admin.router)
+        app.include_router(loading.router)
     return app
 
 
@@ -125,10 +127,15 @@ def _build_services(
     )
     metrics.watch(engine, residency)
     tokenizer, timeout_s = loaded.tokenizer, settings.request_timeout_s
+    inline = InlineReader(
+        engine.model, settings.max_inline_adapter_bytes if settings.allow_inline_adapters else None
+    )
     generator = None
     if not isinstance(engine, EncoderEngine):
         causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
-        generator = Generator(causal, registry, residency, tokenizer, metrics, grammars, timeout_s)
+        generator = Generator(
+            causal, registry, residency, tokenizer, metrics, grammars, inline, timeout_s
+        )
     classifier = classifier_on(engine, tokenizer)
     return Services(
         settings=settings,
@@ -138,7 +145,7 @@ def _build_services(
         residency=residency,
         pins=Pins(settings.pinned_adapters, registry, residency),
         text_generator=generator,
-        labeller=Labeller(classifier, registry, residency, tokenizer, metrics, timeout_s),
+        labeller=Labeller(classifier, registry, residency, tokenizer, metrics, inline, timeout_s),
         grammars=grammars,
         metrics=metrics,
         lifecycle=Lifecycle(engine, settings.drain_timeout_s),

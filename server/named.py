@@ -12,7 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.engine.interface import AdapterChoice
 from reft_core.errors import AdapterError, InvalidRequest, RequestFailed
 from reft_core.templates import encode_text
+from server.inline import InlineAdapter, InlineReader
 from server.registry import Registry, Version
+
+UsedAdapter = Version | InlineAdapter
+"""An adapter that takes part in an answer: registered, or brought by the request."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class NamedAdapter:
     strength: float | None = None
     subspaces: Mapping[str, float] = field(default_factory=dict)
     source: str | Sequence[int] | None = None
+    inline: str | None = None
+    """The adapter itself, as base64 of its file, where ``model`` is the base model."""
     inherits: bool = False
     """Whether its options are meant for all models of a fan-out; the base model goes without."""
 
@@ -45,7 +51,7 @@ class Answering:
 class Resolved:
     """The adapters of one request, as the registry and the engine know them, in order."""
 
-    versions: tuple[Version, ...]
+    versions: tuple[UsedAdapter, ...]
     choices: tuple[AdapterChoice, ...]
     leads: bool
     """Whether the request's ``model`` names the first of them, and not the base model."""
@@ -61,18 +67,23 @@ class Resolved:
 
 
 def resolve(
-    named: Sequence[NamedAdapter], registry: Registry, encode: Callable[[str], Sequence[int]]
+    named: Sequence[NamedAdapter],
+    registry: Registry,
+    inline: InlineReader,
+    encode: Callable[[str], Sequence[int]],
 ) -> Resolved:
     """What ``model`` means, perhaps the base model, and the adapters stacked on it.
 
-    Blocks on the catalog, and on ``encode``, which tokenises a source's text. The base model has
-    no options and cannot be stacked on something; raises :class:`InvalidRequest` then, and
-    :class:`AdapterNotFound`.
+    Blocks on the catalog, on adapters that the request brings, and on ``encode``, which tokenises
+    a source's text. The base model has no options and cannot be stacked on something; raises
+    :class:`InvalidRequest` then, :class:`AdapterNotFound`, and what reading an adapter raises.
     """
-    versions: list[Version] = []
+    versions: list[UsedAdapter] = []
     choices: list[AdapterChoice] = []
     for place, each in enumerate(named):
-        version = registry.resolve(each.model)
+        version: UsedAdapter | None = registry.resolve(each.model)
+        if each.inline is not None:
+            version = _read_inline(each, place, version, inline)
         if version is None:
             _check_base(each, place)
             continue
@@ -84,7 +95,10 @@ def resolve(
 
 
 def resolve_all(
-    answering: Answering, registry: Registry, tokenizer: PreTrainedTokenizerBase
+    answering: Answering,
+    registry: Registry,
+    inline: InlineReader,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Resolved]:
     """What every model that answers means; see :func:`resolve`.
 
@@ -94,7 +108,7 @@ def resolve_all(
     encode = cache(partial(encode_text, tokenizer))  # many models may share one long source
     for place, named in enumerate(answering.named):
         with answering.about(place):
-            found.append(resolve(named, registry, encode))
+            found.append(resolve(named, registry, inline, encode))
     beside, names = answering.beside, [named[0].model for named in answering.named]
     if beside is not None and beside not in names and registry.resolve(beside) is not None:
         raise InvalidRequest.because("model", beside, "the base model, or one of reft.models")
@@ -107,6 +121,18 @@ def _about(place: str) -> Iterator[None]:
         yield
     except (InvalidRequest, AdapterError, RequestFailed) as error:
         raise error.within(place) from error
+
+
+def _read_inline(
+    named: NamedAdapter, place: int, registered: UsedAdapter | None, reader: InlineReader
+) -> InlineAdapter:
+    """The adapter that the request brings in a place where it may name only the base model."""
+    where = f"reft.stack[{place - 1}]." if place else ""
+    if registered is not None:
+        allowed = "the base model, beside an inline adapter"
+        raise InvalidRequest.because(f"{where}model", named.model, allowed)
+    assert named.inline is not None, "asked only of adapters that are inline"
+    return reader.read(named.inline, f"{where or 'reft.'}inline")
 
 
 def _check_base(named: NamedAdapter, place: int) -> None:

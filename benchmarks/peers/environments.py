@@ -50,6 +50,8 @@ LLAMACPP = Environment(
     ),
 )
 PEFT = Environment("peft", ("torch==2.13.0", "transformers>=5.16", "peft>=0.19"))
+# Asks servers over HTTP, so that it needs tokenizers but no torch.
+LM_EVAL = Environment("lm-eval", ("lm-eval[api]==0.4.13", "transformers>=5.16"))
 
 
 def python_of(environment: Environment) -> Path:

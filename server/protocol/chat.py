@@ -66,6 +66,7 @@ class ChatRequest(SamplingFields):
         "function_call",
         "audio",
         "prediction",
+        "moderation",
         "reasoning_effort",
         "verbosity",
         "web_search_options",
@@ -85,6 +86,7 @@ class ChatRequest(SamplingFields):
     function_call: Any = Field(None, description="not supported")
     audio: Any = Field(None, description="not supported")
     prediction: Any = Field(None, description="not supported")
+    moderation: Any = Field(None, description="not supported")
     reasoning_effort: Any = Field(None, description="not supported")
     verbosity: Any = Field(None, description="not supported")
     web_search_options: Any = Field(None, description="not supported")
@@ -196,6 +198,7 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     reft: ReftReport | FanOutReport
@@ -233,6 +236,7 @@ class ChatChunk(BaseModel):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
     reft: ReftReport | FanOutReport | None = None
