@@ -26,13 +26,13 @@ def read_below(root: Path, path: str, *, field: str, max_bytes: int) -> bytes:
     top = Path(os.path.realpath(root))
     # Decided before anything is looked at, so that an answer tells nothing of what is elsewhere.
     target = _below(top, root / path, path, field)
-    if target.is_dir():
-        files = sorted(target.glob(f"*{SUFFIX}"))
-        if len(files) != 1:
-            found = f"a folder with {len(files)}"
-            raise InvalidRequest.because(field, path, f"one {SUFFIX} file, and not {found}")
-        target = _below(top, files[0], path, field)
     try:
+        if target.is_dir():
+            files = sorted(target.glob(f"*{SUFFIX}"))
+            if len(files) != 1:
+                found = f"a folder with {len(files)}"
+                raise InvalidRequest.because(field, path, f"one {SUFFIX} file, and not {found}")
+            target = _below(top, files[0], path, field)
         return _read(top, target, path, field, max_bytes)
     except FileNotFoundError:
         allowed = "a file below the server's adapter_load_dir"

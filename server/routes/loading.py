@@ -12,7 +12,14 @@ import asyncio
 from fastapi import Request, Response
 from fastapi.responses import PlainTextResponse
 
-from reft_core.errors import AdapterNotFound, InvalidRequest, ReftError, UnsupportedFeature
+from reft_core.errors import (
+    AdapterFileInvalid,
+    AdapterMismatch,
+    AdapterNotFound,
+    InvalidRequest,
+    ReftError,
+    UnsupportedFeature,
+)
 from server.body import capped
 from server.load_dir import read_below
 from server.protocol.loading import (
@@ -105,8 +112,12 @@ async def _load(
 
     try:
         uploaded = await asyncio.to_thread(upload)
+    except (AdapterFileInvalid, AdapterMismatch) as error:  # about a field of the file
+        if error.field == field:
+            raise
+        raise error.within(field) from error
     except ReftError as error:
-        raise _renamed(error, {"name": named, "body": field}) from error
+        raise _renamed(error, {"name": named}) from error
     await services.pins.follow(name)
     return uploaded
 
