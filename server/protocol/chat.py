@@ -55,6 +55,9 @@ class ChatMessage(RequestBody):
     function_call: None = None
     audio: None = None
     annotations: list[Any] | None = Field(None, description="accepted, without effect")
+    parsed: Any = Field(
+        None, description="accepted, without effect: what OpenAI's client made of the content"
+    )
 
 
 class ChatRequest(SamplingFields):

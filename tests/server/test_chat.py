@@ -184,6 +184,7 @@ def test_features_we_lack_are_refused_by_name(server, engine, changes, param):
         {"moderation": None},
         {"messages": [{"role": "user", "content": "x", "name": "bob"}]},
         {"messages": [{"role": "assistant", "content": "x", "refusal": None}]},
+        {"messages": [{"role": "assistant", "content": "{}", "parsed": {}}]},
     ],
 )
 def test_harmless_fields_are_accepted(server, changes):
