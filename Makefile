@@ -2,13 +2,14 @@
 BIN := .venv/bin
 MODEL ?= demo
 SOAK_SECONDS ?= 600
+LM_EVAL_LIMIT ?= 200
 # Two processes of one thread each are faster than one of two, as most tests are small.
 TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak lm-eval transcript clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -76,6 +77,14 @@ bench-residency:  ## thousands of registered adapters against ten, and the time 
 soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
 	@scripts/install test
 	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
+
+lm-eval:  ## lm-eval asks a running server; its scores against transformers' (REFT_DATA=folder with sst2 and ARC-Easy)
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.lm_eval --data $(or $(REFT_DATA),$(error REFT_DATA names no folder with sst2/test.jsonl and ARC-Easy/test.jsonl)) --limit $(LM_EVAL_LIMIT)
+
+transcript:  ## docs/clients.md from a run of OpenAI's client and curl, and the last make lm-eval
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.transcript
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info
