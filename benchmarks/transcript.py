@@ -13,7 +13,6 @@ import json
 import re
 import subprocess
 import tempfile
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from server.demo import EXAMPLES
 ADDRESS = "http://127.0.0.1:8000"
 PAGE = ROOT / "docs" / "clients.md"
 _INTRODUCTION = Path(__file__).parent / "transcript.md"
-_WIDTH = 110
 
 
 def main() -> None:
@@ -69,7 +67,7 @@ def openai_part(url: str) -> str:
     for title, code in cells((EXAMPLES / "openai_client.py").read_text()):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.chdir(ROOT):
-            exec(compile(code.replace(ADDRESS, url), title, "exec"), namespace)
+            exec(compile(code.replace(ADDRESS, url), title, "exec", dont_inherit=True), namespace)
         output = printed.getvalue().replace(url, ADDRESS)
         found.append(f"### {title}\n\n```python\n{code}\n```\n\n{_block(output)}")
     return "\n".join(found)
@@ -98,7 +96,7 @@ def lm_eval_part() -> str:
     agreement = result["agreement"]
     found.append(
         f"Of {agreement['num_scores']} log-likelihoods the one furthest from transformers' own "
-        f"differs by {agreement['max_difference']:.1e}; on {agreement['num_greedy_differs']} the two "
+        f"differs by {agreement['max_difference']:.1e}; on {agreement['num_greedy_differs']} they "
         f"disagree whether greedy decoding writes it. ({result['model']} in float32, "
         f"lm-eval {result['lm_eval']}, at most {result['limit']} items a task, commit "
         f"{result['commit']}; `make lm-eval`, benchmarks/results/lm-eval.json.)\n"
@@ -107,16 +105,8 @@ def lm_eval_part() -> str:
 
 
 def _block(output: str) -> str:
-    """Printed lines as a block, the long ones folded."""
-    lines = [
-        folded
-        for line in output.rstrip().splitlines()
-        for folded in textwrap.wrap(
-            line, _WIDTH, subsequent_indent="    ", drop_whitespace=False, replace_whitespace=False
-        )
-        or [""]
-    ]
-    return "```text\n" + "\n".join(lines) + "\n```\n"
+    """Printed lines as a block."""
+    return f"```text\n{output.rstrip()}\n```\n"
 
 
 if __name__ == "__main__":

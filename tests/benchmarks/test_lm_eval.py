@@ -66,6 +66,8 @@ def test_the_harness_finds_what_transformers_finds(
         "reft_arc_easy_score": 2,
         "reft_sst2_write": 3,
     }
+    assert any("reft_sst2_score" in line for line in found["runs"][0]["table"])
+    assert str(data) not in json.dumps(found), "where the data lies is nobody's business"
     agreement = found["agreement"]
     assert agreement["num_scores"] == 3 * 2 + 2 + 3
     assert agreement["max_difference"] < TOLERANCE
