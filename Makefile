@@ -4,13 +4,14 @@ MODEL ?= demo
 SOAK_SECONDS ?= 600
 CHAOS_KILLS ?= 200
 CHAOS_BACKEND ?= sqlite
+LM_EVAL_LIMIT ?= 200
 # Two processes of one thread each are faster than one of two, as most tests are small.
 TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak chaos docs clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak chaos lm-eval transcript docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -78,6 +79,14 @@ bench-residency:  ## thousands of registered adapters against ten, and the time 
 soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
 	@scripts/install test
 	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
+
+lm-eval:  ## lm-eval asks a running server; its scores against transformers' (REFT_DATA=folder with sst2 and ARC-Easy)
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.lm_eval --data $(or $(REFT_DATA),$(error REFT_DATA names no folder with sst2/test.jsonl and ARC-Easy/test.jsonl)) --limit $(LM_EVAL_LIMIT)
+
+transcript:  ## docs/clients.md from a run of OpenAI's client and curl, and the last make lm-eval
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.transcript
 
 chaos:  ## kill -9 a real server 200 times while adapters change (CHAOS_KILLS=20 CHAOS_BACKEND=postgresql-s3)
 	@scripts/install test

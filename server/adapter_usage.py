@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.registry import Version
+from server.named import UsedAdapter
 
 BASE = "(base)"
 OTHER = "(other)"
@@ -23,7 +23,7 @@ Key = tuple[str, str]
 """An adapter's tenant and name."""
 
 
-def keys_of(versions: Iterable[Version]) -> tuple[Key, ...]:
+def keys_of(versions: Iterable[UsedAdapter]) -> tuple[Key, ...]:
     """The adapters that some versions are of."""
     return tuple((version.tenant, version.name) for version in versions)
 

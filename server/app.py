@@ -28,6 +28,7 @@ from reft_core.loading import (
 from server.errors import install_handlers
 from server.generator import Generator
 from server.grammars import Grammars
+from server.inline import InlineReader
 from server.keys import Door, KeyStore, Rates
 from server.keys.door import check_exposure
 from server.keys.usage import Usage
@@ -47,6 +48,7 @@ from server.routes import (
     completions,
     docs,
     keys,
+    loading,
     models,
     ops,
     versions,
@@ -98,7 +100,9 @@ def create_app(
     )
     app.add_middleware(RequestContext, metrics=metrics, telemetry=telemetry)
     install_handlers(app)
-    for module in (completions, chat, classify, models, ops, docs, admin, versions, audit, keys):
+    for module in (completions, chat, classify, models, ops, docs, admin, versions):
+        app.include_router(module.router)
+    for module in (audit, keys, loading):
         app.include_router(module.router)
     return app
 
@@ -152,10 +156,15 @@ def _build_services(
     lifecycle = Lifecycle(engine, settings.drain_timeout_s)
     readiness = Readiness(lifecycle, registry, metrics)
     tokenizer, timeout_s = loaded.tokenizer, settings.request_timeout_s
+    inline = InlineReader(
+        engine.model, settings.max_inline_adapter_bytes if settings.allow_inline_adapters else None
+    )
     generator = None
     if not isinstance(engine, EncoderEngine):
         causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
-        generator = Generator(causal, registry, residency, tokenizer, metrics, grammars, timeout_s)
+        generator = Generator(
+            causal, registry, residency, tokenizer, metrics, grammars, inline, timeout_s
+        )
     classifier = classifier_on(engine, tokenizer)
     pins = Pins(settings.pinned_adapters, registry, residency)
     poll_s, grace_s = settings.registry_poll_s, settings.delete_grace_s
@@ -168,7 +177,7 @@ def _build_services(
         pins=pins,
         upkeep=Upkeep(registry, residency, pins, poll_s, grace_s),
         text_generator=generator,
-        labeller=Labeller(classifier, registry, residency, tokenizer, metrics, timeout_s),
+        labeller=Labeller(classifier, registry, residency, tokenizer, metrics, inline, timeout_s),
         grammars=grammars,
         metrics=metrics,
         lifecycle=lifecycle,

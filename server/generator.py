@@ -12,6 +12,7 @@ from reft_core.spec import TemplateSpec
 from server.echo import Echo, echo_of
 from server.generation import AnsweringModel, Backend, Generation
 from server.grammars import Grammars
+from server.inline import InlineReader
 from server.job import Job
 from server.metrics import Metrics
 from server.named import resolve_all
@@ -32,11 +33,13 @@ class Generator:
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
         grammars: Grammars,
+        inline: InlineReader,
         timeout_s: float | None = None,
     ) -> None:
         vocabulary = Vocabulary(tokenizer)
         self._backend = Backend(engine, residency, vocabulary, metrics, timeout_s)
         self._registry = registry
+        self._inline = inline
         self._tokenizer = tokenizer
         self._grammars = grammars
 
@@ -70,7 +73,9 @@ class Generator:
         models: list[AnsweringModel] = []
         rendered: dict[TemplateSpec | None, list[list[int]]] = {}
         for place, resolved in enumerate(
-            resolve_all(job.answering, self._registry, self._tokenizer, job.caller.principal)
+            resolve_all(
+                job.answering, self._registry, self._inline, self._tokenizer, job.caller.principal
+            )
         ):
             template = resolved.versions[0].spec.template if resolved.leads else None
             if template not in rendered:

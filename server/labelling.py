@@ -27,14 +27,15 @@ from reft_core.errors import ReftError
 from reft_core.templates import encode_text
 from server.adapter_usage import keys_of
 from server.holding import Held
+from server.inline import InlineReader
 from server.keys import FREE, Caller, Principal
 from server.metrics import Metrics
-from server.named import NamedAdapter, Resolved, resolve
+from server.named import NamedAdapter, Resolved, UsedAdapter, resolve
 from server.record import current_record
-from server.registry import Registry, Version
+from server.registry import Registry
 from server.residency import Residency
 
-ChooseLabels = Callable[[Sequence[Version]], list[str] | None]
+ChooseLabels = Callable[[Sequence[UsedAdapter]], list[str] | None]
 """Labels to choose from, given the adapters in play; None leaves it to the classifier."""
 
 
@@ -71,10 +72,12 @@ class Labeller:
         residency: Residency,
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
+        inline: InlineReader,
         timeout_s: float | None = None,
     ) -> None:
         self._classifier = classifier
         self._registry = registry
+        self._inline = inline
         self._residency = residency
         self._tokenizer = tokenizer
         self._metrics = metrics
@@ -108,9 +111,9 @@ class Labeller:
         return labelled
 
     def _resolve(self, named: Sequence[NamedAdapter], principal: Principal) -> Resolved:
-        """What the names mean. Blocks on the catalog and tokenizer."""
+        """What the names mean. Blocks on the catalog, inline adapters and the tokenizer."""
         encode = partial(encode_text, self._tokenizer)
-        return resolve(named, self._registry, encode, principal)
+        return resolve(named, self._registry, self._inline, encode, principal)
 
     def _requests(self, job: LabelJob, resolved: Resolved) -> list[TextRequest]:
         """What each text is asked."""

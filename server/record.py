@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from reft_core.engine.interface import SamplingParams, Timings
 from server.adapter_usage import Key, keys_of
-from server.registry import Version
+from server.named import UsedAdapter
 
 
 @dataclass
@@ -65,7 +65,7 @@ class RequestRecord:
     error: str | None = None
     """Class of what it failed with."""
 
-    def note_adapters(self, versions: Iterable[Version]) -> None:
+    def note_adapters(self, versions: Iterable[UsedAdapter]) -> None:
         """These versions act, in this order, each named once."""
         each = {(version.name, version.digest): version for version in versions}.values()
         self.adapters = tuple(version.reference for version in each)

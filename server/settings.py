@@ -129,6 +129,16 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(default=2 * MIB, ge=1024, description="a JSON request body")
     max_adapter_bytes: int = Field(default=64 * MIB, ge=1024, description="one adapter file")
+    allow_inline_adapters: bool = Field(
+        default=False, description="take adapters that requests bring along (reft.inline)"
+    )
+    max_inline_adapter_bytes: int = Field(
+        default=MIB, ge=1024, description="one of those, before it is base64"
+    )
+    adapter_load_dir: Path | None = Field(
+        default=None,
+        description="folder below which /v1/load_adapter finds files; None: it loads nothing",
+    )
     max_fan_out: int = Field(
         default=64, ge=1, le=1024, description="models that one request may ask at once"
     )
@@ -197,6 +207,8 @@ class Settings(BaseSettings):
                 f"adapter_memory_bytes ({self.adapter_memory_bytes}), as a file of 16-bit numbers "
                 "takes twice its size in memory"
             )
+        if self.allow_inline_adapters:
+            self._check_inline()
         return self
 
     @property
@@ -205,6 +217,17 @@ class Settings(BaseSettings):
         if self.metrics_public is not None:
             return self.metrics_public
         return is_loopback(self.host) and not self.require_keys
+
+    def _check_inline(self) -> None:
+        """Refuse a size of inline adapters that other limits do not let through."""
+        # Base64 makes four characters of three bytes, and the request says more than that.
+        most = min(self.max_body_bytes * 3 // 4 - 4096, self.max_adapter_bytes)
+        if self.max_inline_adapter_bytes > most:
+            raise ValueError(
+                f"max_inline_adapter_bytes: got {self.max_inline_adapter_bytes}, expected at most "
+                f"{most}, as max_body_bytes ({self.max_body_bytes}, in base64) and "
+                f"max_adapter_bytes ({self.max_adapter_bytes}) allow"
+            )
 
     def resolve_device(self) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
         """Device and dtype with ``auto`` decided. Asks torch what there is."""

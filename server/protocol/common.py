@@ -111,6 +111,10 @@ class SamplingFields(AdapterRequest):
     service_tier: str | None = Field(None, description="accepted, without effect")
     safety_identifier: str | None = Field(None, description="accepted, without effect")
     prompt_cache_key: str | None = Field(None, description="accepted, without effect")
+    prompt_cache_options: dict[str, Any] | None = Field(
+        None, description="accepted, without effect: prompts are cached by themselves"
+    )
+    prompt_cache_retention: str | None = Field(None, description="accepted, without effect")
 
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""

@@ -154,6 +154,7 @@ class CompletionResponse(BaseModel):
     object: str = "text_completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ScoredCompletionChoice | CompletionChoice]
     usage: Usage | None = None
     reft: ReftReport | FanOutReport | None = None

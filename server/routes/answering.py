@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from server.disconnect import unless_gone
 from server.generation import FinishedChoice, Generation
 from server.job import Job
+from server.named import UsedAdapter
 from server.record import current_record
-from server.registry import Version
 from server.routes.guards import caller_of
 from server.running import Delta
 from server.services import services_of
@@ -86,7 +86,7 @@ def _headers(generation: Generation) -> dict[str, str]:
     }
 
 
-def report_headers(versions: Sequence[Version], num_edits: int) -> dict[str, str]:
+def report_headers(versions: Sequence[UsedAdapter], num_edits: int) -> dict[str, str]:
     """Headers that say which adapters answered."""
     return {
         "x-reft-adapter": ",".join(version.digest for version in versions) or "base",

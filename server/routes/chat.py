@@ -42,7 +42,12 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """
     body.check(services_of(request).settings)
     job = _job(body)
-    head: dict[str, Any] = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
+    head: dict[str, Any] = {
+        "id": new_id("chatcmpl"),
+        "created": now(),
+        "model": body.model,
+        "system_fingerprint": services_of(request).fingerprint,
+    }
     if body.stream:
         return await answer_stream(request, job, partial(_chunks, body, head))
     return await answer_whole(request, job, partial(_whole, body, head))

@@ -41,6 +41,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         "object": "text_completion",
         "created": now(),
         "model": body.model,
+        "system_fingerprint": services_of(request).fingerprint,
     }
     if body.stream:
         return await answer_stream(request, job, partial(_chunks, body, head))
