@@ -20,6 +20,7 @@ from server.holding import Held
 from server.job import Job
 from server.metrics import Metrics
 from server.named import Resolved
+from server.outbox import Outbox
 from server.residency import Residency
 from server.running import AnswerEnd, Delta, RunningChoice
 from server.vocabulary import Vocabulary
@@ -70,6 +71,7 @@ class Generation:
         models: list[AnsweringModel],
         echoes: list[Echo],
         arrived_at: float,
+        outbox: Outbox,
     ) -> None:
         self.models = models
         """Those that answer, in order."""
@@ -86,7 +88,7 @@ class Generation:
         self._backend = backend
         self._held = Held(backend.residency)
         self._arrived_at = arrived_at
-        self._loop = asyncio.get_running_loop()
+        self._outbox = outbox
         self._choices: list[RunningChoice] = []
         self._outputs: asyncio.Queue[tuple[RunningChoice, Output]] = asyncio.Queue()
         self._failed = False
@@ -238,25 +240,24 @@ class Generation:
     def _sink(self, choice: RunningChoice) -> Callable[[Output], None]:
         """Carries outputs from the engine's thread to the event loop."""
 
+        def receive(output: Output) -> None:
+            choice.observe(output)
+            if not choice.ended:
+                self._outputs.put_nowait((choice, output))
+
         def sink(output: Output) -> None:
             try:
-                self._loop.call_soon_threadsafe(self._receive, choice, output)
+                self._outbox.put(receive, output)
             except RuntimeError:  # the loop is closed: nobody is left to tell
                 self._backend.engine.cancel(output.request_id)
 
         return sink
 
-    def _receive(self, choice: RunningChoice, output: Output) -> None:
-        """Queue an output if it is still wanted."""
-        choice.observe(output)
-        if not choice.ended:
-            self._outputs.put_nowait((choice, output))
-
     def _advance(self, choice: RunningChoice, output: Output) -> Delta | None:
         """The delta an output makes of its choice, if there is anything to show."""
         try:
-            with self._job.answering.about(self.model_of(choice.index).place):
-                return choice.advance(output)
+            return choice.advance(output)
         except ReftError:
             self._failed = True
-            raise
+            with self._job.answering.about(self.model_of(choice.index).place):
+                raise

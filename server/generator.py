@@ -15,6 +15,7 @@ from server.grammars import Grammars
 from server.job import Job
 from server.metrics import Metrics
 from server.named import resolve_all
+from server.outbox import Outbox
 from server.registry import Registry
 from server.residency import Residency
 from server.vocabulary import Vocabulary
@@ -38,6 +39,7 @@ class Generator:
         self._registry = registry
         self._tokenizer = tokenizer
         self._grammars = grammars
+        self._outbox: Outbox | None = None
 
     async def start(self, job: Job) -> Generation:
         """Accept a job and submit all of it. The caller must close what it gets.
@@ -47,7 +49,9 @@ class Generator:
         arrived_at = time.perf_counter()
         models, echoes = await asyncio.to_thread(self._prepare, job)
         grammar = await self._grammars.get(job.grammar) if job.grammar else None
-        generation = Generation(self._backend, job, models, echoes, arrived_at)
+        if self._outbox is None:
+            self._outbox = Outbox(asyncio.get_running_loop())
+        generation = Generation(self._backend, job, models, echoes, arrived_at, self._outbox)
         try:
             await generation.hold()
             generation.submit(grammar)
