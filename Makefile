@@ -2,13 +2,14 @@
 BIN := .venv/bin
 MODEL ?= demo
 SOAK_SECONDS ?= 600
+LOAD_SECONDS ?= 600
 # Two processes of one thread each are faster than one of two, as most tests are small.
 TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak load clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -76,6 +77,10 @@ bench-residency:  ## thousands of registered adapters against ten, and the time 
 soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
 	@scripts/install test
 	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
+
+load:  ## a thousand connections and 64 streams for ten minutes, then what HTTP costs (LOAD_SECONDS=60)
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.load --seconds $(LOAD_SECONDS)
 
 clean:  ## remove the environments and caches
 	rm -rf .venv .venv-oldest .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info

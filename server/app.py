@@ -128,7 +128,17 @@ def _build_services(
     generator = None
     if not isinstance(engine, EncoderEngine):
         causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
-        generator = Generator(causal, registry, residency, tokenizer, metrics, grammars, timeout_s)
+        generator = Generator(
+            causal,
+            registry,
+            residency,
+            tokenizer,
+            metrics,
+            grammars,
+            timeout_s,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            max_answer_tokens=settings.max_answer_tokens,
+        )
     classifier = classifier_on(engine, tokenizer)
     return Services(
         settings=settings,

@@ -56,6 +56,8 @@ class Backend:
     metrics: Metrics
     timeout_s: float | None
     """Seconds after which a choice ends with :class:`DeadlineExceeded`."""
+    max_answer_tokens: int | None = None
+    """Of an answer that may otherwise grow to the end of the context."""
 
 
 class Generation:
@@ -232,6 +234,7 @@ class Generation:
             params = replace(params, prompt_logprobs=None)
         if self._job.fill_context:
             room = self._backend.engine.max_model_len - num_taken
+            room = min(room, self._backend.max_answer_tokens or room)
             params = replace(params, max_tokens=max(1, room))
         if params.seed is not None and i:
             params = replace(params, seed=params.seed + i)

@@ -7,6 +7,7 @@ import time
 
 from transformers import PreTrainedTokenizerBase
 
+from reft_core.engine.admission import check_length
 from reft_core.engine.interface import Engine
 from reft_core.spec import TemplateSpec
 from server.echo import Echo, echo_of
@@ -33,9 +34,15 @@ class Generator:
         metrics: Metrics,
         grammars: Grammars,
         timeout_s: float | None = None,
+        *,
+        max_prompt_tokens: int | None = None,
+        max_answer_tokens: int | None = None,
     ) -> None:
         vocabulary = Vocabulary(tokenizer)
-        self._backend = Backend(engine, residency, vocabulary, metrics, timeout_s)
+        self._backend = Backend(
+            engine, residency, vocabulary, metrics, timeout_s, max_answer_tokens
+        )
+        self._max_prompt_tokens = max_prompt_tokens
         self._registry = registry
         self._tokenizer = tokenizer
         self._grammars = grammars
@@ -74,6 +81,9 @@ class Generator:
             if template not in rendered:
                 with job.answering.about(place):
                     rendered[template] = job.encode(self._tokenizer, template)
+                    for prompt in rendered[template]:
+                        if self._max_prompt_tokens is not None:
+                            check_length("prompt", len(prompt), self._max_prompt_tokens)
             name = job.answering.named[place][0].model
             models.append(AnsweringModel(place, name, resolved, rendered[template]))
         echoes = self._echoes(job, models[0].prompts) * len(models)  # raw prompts, alike for all

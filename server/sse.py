@@ -26,7 +26,8 @@ def frame(document: str) -> bytes:
 
 
 async def frames(chunks: AsyncIterable[BaseModel | str]) -> AsyncIterator[bytes]:
-    """The events of a stream of chunks, or of their JSON. It ends with ``[DONE]``, or with an error event instead.
+    """The events of a stream of chunks, or of their JSON. It ends with ``[DONE]``, or with an
+    error event instead.
 
     Once a response has started its status cannot change, so an error travels in-band, in
     the same form as in a response of its own. OpenAI's client raises when it meets one.

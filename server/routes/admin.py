@@ -47,7 +47,8 @@ async def upload_adapter(name: str, request: Request, response: Response) -> Upl
         raise HTTPException(
             415, "content-type: got a form, expected the file's bytes as the body itself"
         )
-    data = await read_capped(request, services.settings.max_adapter_bytes)
+    settings = services.settings
+    data = await read_capped(request, settings.max_adapter_bytes, settings.upload_timeout_s)
     uploaded = await asyncio.to_thread(services.registry.upload, name, data)
     if not uploaded.created:
         response.status_code = 200

@@ -34,7 +34,7 @@ class ApiRoute(APIRoute):
             if request.method == "POST":
                 require_json(request)
                 check_declared_length(request, settings.max_body_bytes)
-                receive = capped(request.receive, settings.max_body_bytes)
+                receive = capped(request.receive, settings.max_body_bytes, settings.body_timeout_s)
                 request = Request(request.scope, receive)
             return await handle(request)
 
