@@ -59,7 +59,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._num_head_bytes = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin to wait for a request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=self.limits.send_buffer_bytes)
@@ -70,8 +70,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more."""
-        self._awaiting_head = _cancelled(self._awaiting_head)
-        self._awaiting_reader = _cancelled(self._awaiting_reader)
+        self._awaiting_head = _stopped(self._awaiting_head)
+        self._awaiting_reader = _stopped(self._awaiting_reader)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -93,7 +93,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head of a request is there."""
         self._in_head = False
-        self._awaiting_head = _cancelled(self._awaiting_head)
+        self._awaiting_head = _stopped(self._awaiting_head)
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
@@ -109,7 +109,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """The client reads."""
-        self._awaiting_reader = _cancelled(self._awaiting_reader)
+        self._awaiting_reader = _stopped(self._awaiting_reader)
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -176,10 +176,11 @@ class _Full:
         await response(scope, receive, send)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    """Stop a timer, if there is one."""
+def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """No timer any more, the given one being stopped."""
     if timer is not None:
         timer.cancel()
+    return None
 
 
 def _bound_unsent(transport: asyncio.Transport, most: int) -> None:

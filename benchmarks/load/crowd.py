@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,12 +117,13 @@ class Crowd:
         await asyncio.gather(*members)
         seconds = time.monotonic() - began_at
         watching.cancel()
-        steady = sorted(samples[5:] or samples)
+        most_s = int(self.seconds)  # afterwards, they end one by one
+        steady = samples[5:most_s] or samples
         return {
             "requests": self.num_requests,
             "ends": dict(self.ends),
-            "connections": dict(zip(("least", "median"), _least(s[0] for s in steady))),
-            "streams": dict(zip(("least", "median"), _least(s[1] for s in steady))),
+            "connections": _least_and_median(s[0] for s in steady),
+            "streams": _least_and_median(s[1] for s in steady),
             "members": counts,
             "client_cpu_s": round(time.process_time() - cpu, 2),
             "seconds": round(seconds, 2),
@@ -327,10 +328,9 @@ def _text_of(response: Response) -> tuple[str, str | None]:
     return "".join(c["text"] for c in choices), choices[-1]["finish_reason"]
 
 
-def _least(values: Any) -> tuple[int, int]:
-    """The least and the median."""
+def _least_and_median(values: Iterable[int]) -> dict[str, int]:
     ordered = sorted(values) or [0]
-    return ordered[0], ordered[len(ordered) // 2]
+    return {"least": ordered[0], "median": ordered[len(ordered) // 2]}
 
 
 def main() -> None:

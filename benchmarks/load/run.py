@@ -92,7 +92,7 @@ def _questions(options: Options, world: World, names: Mapping[str, str]) -> list
 
 
 def _settings(world: World, admin_key: str) -> dict[str, Any]:
-    """The server's defaults, but for the sizes: as many slots as streams."""
+    """The server's defaults, but for the sizes, as many slots as streams, and short waits."""
     largest = max(map(len, [*world.plain, *world.prefixed]))
     return {
         "admin_key": admin_key,
@@ -100,6 +100,8 @@ def _settings(world: World, admin_key: str) -> dict[str, Any]:
         "device": "cpu",
         "max_model_len": _MAX_LEN,
         "max_num_seqs": 64,
+        "header_timeout_s": 5,  # so that half a request ends within a short run
+        "body_timeout_s": 8,
         "max_adapter_bytes": max(2**20, largest),
     } | ({"num_threads": 1} if Path(world.model).name == f"{TINY}-llama" else {})
 

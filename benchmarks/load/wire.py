@@ -88,7 +88,8 @@ def _headers(head: bytes) -> dict[str, str]:
 
 def _joined(body: bytes) -> bytes:
     """The content of a body in chunks."""
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while True:
         end = body.index(b"\r\n", at)
         size = int(body[at:end], 16)
