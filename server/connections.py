@@ -59,13 +59,13 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._num_head_bytes = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=self.limits.send_buffer_bytes)
         _bound_unsent(transport, self.limits.send_buffer_bytes)
         if len(self.connections) > self.limits.max_connections:
-            self.app = _Full(self.app, self.limits.max_connections)  # type: ignore[assignment]
+            self.app = _Full(self.app, self.limits.max_connections)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
