@@ -5,13 +5,14 @@ SOAK_SECONDS ?= 600
 CHAOS_KILLS ?= 200
 CHAOS_BACKEND ?= sqlite
 LM_EVAL_LIMIT ?= 200
+LOAD_SECONDS ?= 600
 # Two processes of one thread each are faster than one of two, as most tests are small.
 TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak chaos lm-eval transcript docs clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak load chaos lm-eval transcript docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -79,6 +80,10 @@ bench-residency:  ## thousands of registered adapters against ten, and the time 
 soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
 	@scripts/install test
 	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
+
+load:  ## a thousand connections and 64 streams for ten minutes, then what HTTP costs (LOAD_SECONDS=60)
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.load --seconds $(LOAD_SECONDS)
 
 lm-eval:  ## lm-eval asks a running server; its scores against transformers' (REFT_DATA=folder with sst2 and ARC-Easy)
 	@scripts/install demo

@@ -163,7 +163,16 @@ def _build_services(
     if not isinstance(engine, EncoderEngine):
         causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
         generator = Generator(
-            causal, registry, residency, tokenizer, metrics, grammars, inline, timeout_s
+            causal,
+            registry,
+            residency,
+            tokenizer,
+            metrics,
+            grammars,
+            inline,
+            timeout_s,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            max_answer_tokens=settings.max_answer_tokens,
         )
     classifier = classifier_on(engine, tokenizer)
     pins = Pins(settings.pinned_adapters, registry, residency)

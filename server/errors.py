@@ -85,8 +85,10 @@ _HTTP_ANSWERS = {
     401: Answer(401, "authentication_error", "invalid_api_key"),
     404: Answer(404, _BAD_REQUEST, "not_found"),
     405: Answer(405, _BAD_REQUEST, "method_not_allowed"),
+    408: Answer(408, _BAD_REQUEST, "request_timeout"),
     413: Answer(413, _BAD_REQUEST, "request_too_large"),
     415: Answer(415, _BAD_REQUEST, "unsupported_media_type"),
+    431: Answer(431, _BAD_REQUEST, "request_header_fields_too_large"),
 }
 
 _INTERNAL = "the server failed on this request; its log has the details under the request id"
@@ -105,6 +107,11 @@ def error_body(error: Exception) -> dict[str, Any]:
         answer = answer_for(error)
         return _body(error.message, answer, error.field)
     return _body(_INTERNAL, ANSWERS[ReftError])
+
+
+def http_error_body(status: int, message: str) -> dict[str, Any]:
+    """OpenAI's error object for one of HTTP's own errors in the table."""
+    return _body(message, _HTTP_ANSWERS[status])
 
 
 def error_response(error: Exception) -> JSONResponse:

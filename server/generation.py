@@ -22,6 +22,7 @@ from server.holding import Held
 from server.job import Job
 from server.metrics import Metrics
 from server.named import Resolved
+from server.outbox import Outbox
 from server.record import current_record
 from server.residency import Residency
 from server.running import AnswerEnd, Delta, RunningChoice
@@ -58,6 +59,8 @@ class Backend:
     metrics: Metrics
     timeout_s: float | None
     """Seconds after which a choice ends with :class:`DeadlineExceeded`."""
+    max_answer_tokens: int | None = None
+    """Of an answer that may otherwise grow to the end of the context."""
 
 
 class Generation:
@@ -73,6 +76,7 @@ class Generation:
         models: list[AnsweringModel],
         echoes: list[Echo],
         arrived_at: float,
+        outbox: Outbox,
     ) -> None:
         self.models = models
         """Those that answer, in order."""
@@ -89,7 +93,7 @@ class Generation:
         self._backend = backend
         self._held = Held(backend.residency)
         self._arrived_at = arrived_at
-        self._loop = asyncio.get_running_loop()
+        self._outbox = outbox
         self._choices: list[RunningChoice] = []
         self._outputs: asyncio.Queue[tuple[RunningChoice, Output]] = asyncio.Queue()
         self._failed = False
@@ -254,6 +258,7 @@ class Generation:
             params = replace(params, prompt_logprobs=None)
         if self._job.fill_context:
             room = self._backend.engine.max_model_len - num_taken
+            room = min(room, self._backend.max_answer_tokens or room)
             params = replace(params, max_tokens=max(1, room))
         if params.seed is not None and i:
             params = replace(params, seed=params.seed + i)
@@ -262,28 +267,27 @@ class Generation:
     def _sink(self, choice: RunningChoice) -> Callable[[Output], None]:
         """Carries outputs from the engine's thread to the event loop."""
 
+        def receive(output: Output) -> None:
+            choice.observe(output)
+            if not choice.ended:
+                if output.token is not None:
+                    self._job.caller.charge(0, 1)
+                self._outputs.put_nowait((choice, output))
+
         def sink(output: Output) -> None:
             try:
-                self._loop.call_soon_threadsafe(self._receive, choice, output)
+                self._outbox.put(receive, output)
             except RuntimeError:  # the loop is closed: nobody is left to tell
                 self._backend.engine.cancel(output.request_id)
 
         return sink
 
-    def _receive(self, choice: RunningChoice, output: Output) -> None:
-        """Queue an output if it is still wanted."""
-        choice.observe(output)
-        if not choice.ended:
-            if output.token is not None:
-                self._job.caller.charge(0, 1)
-            self._outputs.put_nowait((choice, output))
-
     def _advance(self, choice: RunningChoice, output: Output) -> Delta | None:
         """The delta an output makes of its choice, if there is anything to show."""
         try:
-            with self._job.answering.about(self.model_of(choice.index).place):
-                return choice.advance(output)
+            return choice.advance(output)
         except ReftError as error:
             self._failed = True
             self._record.error = type(error).__name__
-            raise
+            with self._job.answering.about(self.model_of(choice.index).place):
+                raise

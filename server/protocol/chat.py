@@ -97,6 +97,9 @@ class ChatRequest(SamplingFields):
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
         super().check(settings)
+        for field in ("max_tokens", "max_completion_tokens"):
+            self._check_at_most(field, getattr(self, field), settings.max_answer_tokens)
+        self._check_at_most("top_logprobs", self.top_logprobs, settings.max_logprobs)
         for name, only in (
             ("modalities", ["text"]),
             ("tool_choice", "none"),

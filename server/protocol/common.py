@@ -136,6 +136,7 @@ class SamplingFields(AdapterRequest):
         if self.num_choices > settings.max_n:
             raise InvalidRequest.because("n", self.n, f"at most {settings.max_n}")
         self._check_product(settings.max_open)
+        self._check_at_most("prompt_logprobs", self.prompt_logprobs, settings.max_logprobs)
         if len(self.stop) > settings.max_stop:
             raise InvalidRequest.because(
                 "stop", f"{len(self.stop)} strings", f"at most {settings.max_stop}"
@@ -144,6 +145,12 @@ class SamplingFields(AdapterRequest):
             if not 1 <= len(stop) <= settings.max_stop_chars:
                 allowed = f"strings of 1 to {settings.max_stop_chars} characters"
                 raise InvalidRequest.because("stop", stop, allowed)
+
+    @staticmethod
+    def _check_at_most(field: str, value: int | None, most: int | None) -> None:
+        """Refuse a value above the server's limit, if both are set."""
+        if value is not None and most is not None and value > most:
+            raise InvalidRequest.because(field, value, f"at most {most}")
 
     def _check_product(self, most: int) -> None:
         """Refuse more answers than the engine can ever take in, which no waiting would help."""

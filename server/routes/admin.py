@@ -71,8 +71,9 @@ async def upload_adapter(
         raise HTTPException(
             415, "content-type: got a form, expected the file's bytes as the body itself"
         )
+    max_bytes, timeout_s = services.settings.max_adapter_bytes, services.settings.upload_timeout_s
     with services.registry.incoming() as file:
-        async for part in stream_capped(request, services.settings.max_adapter_bytes):
+        async for part in stream_capped(request, max_bytes, timeout_s):
             await asyncio.to_thread(file.write, part)
         upload = partial(services.registry.upload_file, name, file, expected_digest=expected)
         uploaded = await asyncio.to_thread(upload, tenant=tenant, actor=actor_of(request))

@@ -20,7 +20,8 @@ from server.running import Delta
 from server.services import services_of
 from server.sse import EventStream, frames
 
-Chunks = AsyncIterator[BaseModel]
+Chunks = AsyncIterator[BaseModel | str]
+"""The chunks of a stream, or their JSON."""
 
 
 async def answer_whole(
