@@ -96,6 +96,12 @@ class Settings(BaseSettings):
     delete_grace_s: float = Field(
         default=30.0, ge=0, le=86400, description="a deleted adapter's file is kept for so long"
     )
+    signatures: Literal["off", "if given", "required"] = Field(
+        default="off", description="of uploads, by OpenSSF model-signing (header X-Model-Signature)"
+    )
+    signing_public_key: Path | None = Field(
+        default=None, description="PEM file of the key that signatures are checked with"
+    )
     registry_poll_s: float = Field(
         default=2.0, gt=0, le=60, description="what other servers changed is noticed within it"
     )
