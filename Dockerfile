@@ -14,7 +14,7 @@ ENV LANG=C.UTF-8 PYTHONUNBUFFERED=1
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 tini \
-    && rm -rf /var/lib/apt/lists/* \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
     && groupadd --system --gid 10001 reft \
     && useradd --system --uid 10001 --gid reft --home-dir /var/cache/reft-serve --no-create-home \
         --shell /usr/sbin/nologin reft \
@@ -26,7 +26,7 @@ FROM base AS build
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3-pip python3-venv \
-    && rm -rf /var/lib/apt/lists/* \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
     && python3 -m venv /opt/build \
     && python3 -m venv --without-pip /opt/reft
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -79,7 +79,7 @@ ARG COMPILER="g++"
 RUN if [ -n "$COMPILER" ]; then \
         apt-get update \
         && apt-get install --yes --no-install-recommends $COMPILER \
-        && rm -rf /var/lib/apt/lists/*; \
+        && rm -rf /var/lib/apt/lists/* /var/cache/apt/*; \
     fi
 COPY --chmod=0555 deploy/docker/healthcheck.py /opt/healthcheck.py
 ENV PATH=/opt/reft/bin:/opt/app/bin:/usr/local/bin:/usr/bin:/bin \
@@ -114,7 +114,7 @@ USER 0:0
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 USER 10001:10001
 # Read by the container runtime of NVIDIA; the CUDA libraries come with PyTorch.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

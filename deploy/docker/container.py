@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from deploy.docker.stages import Image, mount_devices
+from deploy.docker.stages import CHROOT, Image, mount_devices
 
 
 class Container:
@@ -100,7 +100,7 @@ class Container:
     def _entry(self, command: list[str]) -> list[str]:
         """``command`` in the image's root, as its user, who can gain nothing."""
         image = self._image
-        change = ["setpriv", "--no-new-privs", "chroot", f"--userspec={image.user}", "--groups="]
+        change = ["setpriv", "--no-new-privs", CHROOT, f"--userspec={image.user}", "--groups="]
         shell = ["/bin/sh", "-c", f'cd {image.workdir} && exec "$@"', "sh"]
         return [*change, str(self._root), *shell, *command]
 

@@ -45,15 +45,16 @@ def _rules(text: str) -> list[tuple[bool, str]]:
     """Whether a file is sent, and the pattern of files that it is said of."""
     lines = (line.strip() for line in text.splitlines())
     kept = [line for line in lines if line and not line.startswith("#")]
-    return [(line.startswith("!"), line.removeprefix("!").removeprefix("**/")) for line in kept]
+    return [(line.startswith("!"), line.removeprefix("!")) for line in kept]
 
 
 def _is_sent(name: str, rules: list[tuple[bool, str]]) -> bool:
     """The last pattern that fits a file or a folder it is in decides."""
     sent = True
     path = Path(name)
-    names = [str(part) for part in (path, *path.parents)] + list(path.parts)
     for says, pattern in rules:
-        if any(fnmatch(part, pattern) for part in names):
+        anywhere = pattern.startswith("**/")
+        places = path.parts if anywhere else map(str, (path, *path.parents))
+        if any(fnmatch(place, pattern.removeprefix("**/")) for place in places):
             sent = says
     return sent

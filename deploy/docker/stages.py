@@ -12,6 +12,9 @@ from pathlib import Path
 from deploy.docker.context import Context
 from deploy.docker.dockerfile import Dockerfile, Instruction, Stage, substitute
 
+CHROOT = "/usr/sbin/chroot"
+"""By its whole path, as it is looked for on the path of the image."""
+
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -162,7 +165,7 @@ class Builder:
     def _run(self, step: Instruction, image: Image, args: dict[str, str], root: Path) -> None:
         """RUN, by the shell, in the stage's root."""
         env = {**self._host_env, **args, **image.env}
-        command = ["chroot", f"--userspec={image.user}", str(root)]
+        command = [CHROOT, f"--userspec={image.user}", str(root)]
         command += ["/bin/sh", "-c", f"cd {image.workdir} && {step.value}"]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode != 0:
