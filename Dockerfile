@@ -51,13 +51,13 @@ RUN /opt/build/bin/pip --python /opt/reft/bin/python install "torch==$TORCH_VERS
 
 # The project is installed empty, for its dependencies, and taken out again.
 FROM torch-cpu AS dependencies-cpu
-ARG EXTRAS=structured
+ARG EXTRAS=structured,postgres,s3,otel
 RUN touch README.md \
     && /opt/build/bin/pip --python /opt/reft/bin/python install --constraint constraints.txt ".[$EXTRAS]" \
     && /opt/build/bin/pip --python /opt/reft/bin/python uninstall --yes reft-serve
 
 FROM torch-cuda AS dependencies-cuda
-ARG EXTRAS=structured
+ARG EXTRAS=structured,postgres,s3,otel
 RUN touch README.md \
     && /opt/build/bin/pip --python /opt/reft/bin/python install --constraint constraints.txt ".[$EXTRAS]" \
     && /opt/build/bin/pip --python /opt/reft/bin/python uninstall --yes reft-serve

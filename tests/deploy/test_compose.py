@@ -12,7 +12,7 @@ import pytest
 
 from tests.deploy.conftest import PROJECT, Run, passed
 
-EXAMPLE = PROJECT / "deploy/compose.env.example"
+EXAMPLE = PROJECT / "deploy/compose/env.example"
 NAMES = re.findall(r"^([A-Z_0-9]+)=$", EXAMPLE.read_text(), flags=re.MULTILINE)
 SECRETS = [name for name in NAMES if re.search(r"KEY|PASSWORD", name)]
 OPTIONAL = {"TORCH_INDEX_URL"}
