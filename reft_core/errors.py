@@ -12,6 +12,8 @@
     │   ├── AdapterMismatch       a good file, made for another base model
     │   ├── AdapterNotFound       no adapter of that name, version or digest
     │   └── AdapterConflict       the operation contradicts what is stored
+    ├── DatabaseUnavailable       the server's database does not answer
+    ├── StorageUnavailable        the server's store of adapter files does not answer, or is full
     ├── UnsupportedModel          the base model lacks a structure we need
     ├── EngineError
     │   ├── EngineOverloaded      the queue is full; try again later
@@ -105,6 +107,14 @@ class AdapterNotFound(AdapterError):
 
 class AdapterConflict(AdapterError):
     """The operation contradicts what is stored."""
+
+
+class DatabaseUnavailable(ReftError):
+    """The server's database does not answer."""
+
+
+class StorageUnavailable(ReftError):
+    """The server's store of adapter files does not answer, or is full."""
 
 
 class UnsupportedModel(ReftError):

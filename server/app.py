@@ -33,11 +33,12 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.pins import Pins
-from server.registry import Registry
+from server.registry import Registry, open_registry
 from server.residency import Residency
-from server.routes import admin, chat, classify, completions, models, ops
+from server.routes import admin, audit, chat, classify, completions, models, ops, versions
 from server.services import Services
 from server.settings import Settings
+from server.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
 
@@ -59,9 +60,11 @@ def create_app(
         services.lifecycle.start()
         try:
             await services.pins.load()
+            services.upkeep.start()
             log.info("ready", model=services.engine.model.name)
             yield
         finally:
+            await services.upkeep.stop()
             await services.lifecycle.drain()
             services.registry.close()
             services.grammars.close()
@@ -77,7 +80,8 @@ def create_app(
     for module in (completions, chat, classify, models, ops):
         app.include_router(module.router)
     if settings.admin_key is not None:
-        app.include_router(admin.router)
+        for module in (admin, versions, audit):
+            app.include_router(module.router)
     return app
 
 
@@ -108,7 +112,7 @@ def _build_services(
     """Every part of the server, connected. Blocks while the model loads."""
     loaded = loaded or load_base_model(settings)
     engine = engine or build_engine(settings, loaded)
-    registry = Registry.open(settings.data_dir, engine.model, settings.max_adapter_bytes)
+    registry = open_registry(settings, engine.model)
     try:
         register_files(registry, settings.adapters, settings.max_adapter_bytes)
     except BaseException:
@@ -130,13 +134,16 @@ def _build_services(
         causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
         generator = Generator(causal, registry, residency, tokenizer, metrics, grammars, timeout_s)
     classifier = classifier_on(engine, tokenizer)
+    pins = Pins(settings.pinned_adapters, registry, residency)
+    poll_s, grace_s = settings.registry_poll_s, settings.delete_grace_s
     return Services(
         settings=settings,
         loaded=loaded,
         engine=engine,
         registry=registry,
         residency=residency,
-        pins=Pins(settings.pinned_adapters, registry, residency),
+        pins=pins,
+        upkeep=Upkeep(registry, residency, pins, poll_s, grace_s),
         text_generator=generator,
         labeller=Labeller(classifier, registry, residency, tokenizer, metrics, timeout_s),
         grammars=grammars,

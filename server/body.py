@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from fastapi import HTTPException, Request
 from starlette.types import Message, Receive
 
 JSON = "application/json"
+_PART_BYTES = 1024 * 1024
 _LINGER_S = 2.0
 _LINGER_BYTES = 256 * 1024 * 1024
 
@@ -35,10 +37,17 @@ def capped(receive: Receive, max_bytes: int) -> Receive:
     return counting
 
 
-async def read_capped(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises 413 without reading further once it is over the cap."""
+async def stream_capped(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """The body in parts of about a MiB. Raises 413 without reading on once it is over the cap."""
     check_declared_length(request, max_bytes)
-    return await Request(request.scope, capped(request.receive, max_bytes)).body()
+    part = bytearray()
+    async for chunk in Request(request.scope, capped(request.receive, max_bytes)).stream():
+        part += chunk
+        if len(part) >= _PART_BYTES:
+            yield bytes(part)
+            part.clear()
+    if part:
+        yield bytes(part)
 
 
 async def discard(receive: Receive) -> None:

@@ -130,13 +130,13 @@ def _serve(settings: Settings, on_ready: Callable[[str, str], None] | None = Non
     configure_logging(settings.log_level, settings.log_format)
     with console.status(f"Loading {settings.model} …"):
         from server.app import build_engine, create_app, load_base_model, register_files
-        from server.registry import Registry
+        from server.registry import open_registry
         from server.run import DrainingServer
 
         loaded = load_base_model(settings)
         engine = build_engine(settings, loaded)
         # Here and not at the application's start, so that a bad file is one clear line.
-        registry = Registry.open(settings.data_dir, loaded.description, settings.max_adapter_bytes)
+        registry = open_registry(settings, loaded.description)
         try:
             register_files(registry, settings.adapters, settings.max_adapter_bytes)
             names = [version.name for version in registry.all_current()]

@@ -24,6 +24,7 @@ from reft_core.errors import (
     AdapterMismatch,
     AdapterNotFound,
     AdapterTooLarge,
+    DatabaseUnavailable,
     DeadlineExceeded,
     EngineError,
     EngineOverloaded,
@@ -32,6 +33,7 @@ from reft_core.errors import (
     PromptTooLong,
     ReftError,
     RequestFailed,
+    StorageUnavailable,
     TrainingError,
     UnsupportedFeature,
     UnsupportedModel,
@@ -63,6 +65,8 @@ ANSWERS: dict[type[ReftError], Answer] = {
     AdapterMismatch: Answer(400, _BAD_REQUEST, "adapter_mismatch"),
     AdapterNotFound: Answer(404, _BAD_REQUEST, "model_not_found"),
     AdapterConflict: Answer(409, _BAD_REQUEST, "adapter_conflict"),
+    DatabaseUnavailable: Answer(503, _SERVER_FAULT, "database_unavailable"),
+    StorageUnavailable: Answer(503, _SERVER_FAULT, "storage_unavailable"),
     UnsupportedModel: Answer(500, _SERVER_FAULT, "unsupported_model"),
     EngineError: Answer(500, _SERVER_FAULT, "engine_error"),
     EngineOverloaded: Answer(429, "rate_limit_error", "engine_overloaded"),
@@ -82,6 +86,7 @@ _HTTP_ANSWERS = {
 
 _INTERNAL = "the server failed on this request; its log has the details under the request id"
 _RETRY_UNAVAILABLE_S = 5
+_UNAVAILABLE = (EngineUnavailable, DatabaseUnavailable, StorageUnavailable)
 
 
 def answer_for(error: ReftError) -> Answer:
@@ -103,7 +108,7 @@ def error_response(error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, EngineOverloaded):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif isinstance(error, EngineUnavailable):
+    elif isinstance(error, _UNAVAILABLE):
         headers["Retry-After"] = str(_RETRY_UNAVAILABLE_S)
     return JSONResponse(error_body(error), status, headers=headers)
 

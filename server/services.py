@@ -20,6 +20,7 @@ from server.pins import Pins
 from server.registry import Registry
 from server.residency import Residency
 from server.settings import Settings
+from server.upkeep import Upkeep
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Services:
     registry: Registry
     residency: Residency
     pins: Pins
+    upkeep: Upkeep
     text_generator: Generator | None
     """None on an encoder, which generates nothing."""
     labeller: Labeller

@@ -7,6 +7,7 @@ command line stays quick; both are imported where a method needs them.
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -57,6 +58,25 @@ class Settings(BaseSettings):
     )
 
     data_dir: Path = Field(default=Path("data"), description="catalog and adapter files")
+    database_url: SecretStr | None = Field(
+        default=None, description="postgresql://… or sqlite:///…; None: SQLite in data_dir"
+    )
+    blob_url: str | None = Field(
+        default=None, description="adapter files, such as s3://bucket/prefix; None: in data_dir"
+    )
+    blob_options: SecretStr = Field(
+        default=SecretStr("{}"),
+        description='JSON object of the store\'s options, such as {"endpoint_url": "https://…"}',
+    )
+    blob_cache_bytes: int = Field(
+        default=4096 * MIB, ge=0, description="files of a remote store kept in data_dir"
+    )
+    delete_grace_s: float = Field(
+        default=30.0, ge=0, le=86400, description="a deleted adapter's file is kept for so long"
+    )
+    registry_poll_s: float = Field(
+        default=2.0, gt=0, le=60, description="what other servers changed is noticed within it"
+    )
     adapters: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(),
         description="adapter files, or folders of them, registered at start under the name "
@@ -120,6 +140,16 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("blob_options")
+    @classmethod
+    def _is_object(cls, value: SecretStr) -> SecretStr:
+        try:
+            if isinstance(json.loads(value.get_secret_value()), dict):
+                return value
+        except ValueError:
+            pass
+        raise ValueError("expected a JSON object")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.api_key is None and not is_loopback(self.host):
@@ -145,6 +175,15 @@ class Settings(BaseSettings):
         if self.dtype == "auto":
             return device, "float32" if device == "cpu" else "bfloat16"
         return device, self.dtype
+
+    @property
+    def database(self) -> str:
+        """URL of the database, password included."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        from server.database import sqlite_url
+
+        return sqlite_url(self.data_dir / "catalog.sqlite")
 
     @property
     def max_open(self) -> int:

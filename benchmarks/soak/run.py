@@ -117,6 +117,8 @@ def _settings(
         "request_timeout_s": 30 / rate,
         "max_n": 4,
         "pinned_adapters": "stable-0",
+        "delete_grace_s": 0,
+        "registry_poll_s": 0.2,
     }
 
 

@@ -83,6 +83,9 @@ class VersionCard(BaseModel):
     num_bytes: int
     created_at: int = Field(description="seconds since 1970, UTC")
     num_users: int | None = Field(description="requests using it now; null: not in the engine")
+    tenant: str = Field("", description="whose name it is; empty: shared by all")
+    method: str = ""
+    base: str = Field("", description="name of the base model in its spec")
 
     @classmethod
     def of(cls, version: Version, num_users: int | None) -> VersionCard:
@@ -94,6 +97,9 @@ class VersionCard(BaseModel):
             num_bytes=version.num_bytes,
             created_at=version.created_at,
             num_users=num_users,
+            tenant=version.tenant,
+            method=version.spec.method,
+            base=version.spec.base.name,
         )
 
 
@@ -108,15 +114,19 @@ class AdapterList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[VersionCard]
+    has_more: bool = Field(False, description="whether names come after these")
 
 
 class AdapterDetail(BaseModel):
     """Everything about one adapter."""
 
     name: str
+    tenant: str = ""
     current: int
+    previous: int | None = Field(None, description="what a rollback makes current")
+    pinned: bool = Field(False, description="whether it was pinned over HTTP")
     versions: list[VersionCard]
-    spec: dict[str, Any] = Field(description="the current version's spec")
+    spec: dict[str, Any] = Field(description="spec of the version named, or the current one's")
 
 
 class DeleteAnswer(BaseModel):
@@ -124,3 +134,25 @@ class DeleteAnswer(BaseModel):
 
     name: str
     deleted_versions: list[int]
+
+
+class AuditCard(BaseModel):
+    """One change that somebody made."""
+
+    id: int
+    at: int = Field(description="seconds since 1970, UTC")
+    actor: str = Field(description="the key; empty for the operator's own files and commands")
+    tenant: str
+    action: str
+    name: str
+    number: int | None = Field(description="the version")
+    digest: str | None
+    detail: str
+
+
+class AuditList(BaseModel):
+    """A page of the audit log, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[AuditCard]
+    has_more: bool = Field(description="whether there are older entries")

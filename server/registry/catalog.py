@@ -1,250 +1,197 @@
 """The catalog: which names exist, their immutable versions, and which one is current.
 
 A version number is never used twice, not even after its name was deleted, so ``name@3``
-either means what it always meant or nothing.
+either means what it always meant or nothing. Nothing is remembered between two calls: what
+another server changed is seen by the next one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    URL,
-    Column,
-    Connection,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    Row,
-    Select,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    create_engine,
-    delete,
-    event,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import Engine, Select, and_, delete, exists, or_, select
 
-from reft_core.spec import AdapterSpec
-
-_metadata = MetaData()
-
-_names = Table(
-    "names",
-    _metadata,
-    Column("name", String(96), primary_key=True),
-    Column("current", Integer, nullable=True),  # NULL once deleted
-    Column("last_number", Integer, nullable=False),
-)
-# Deleted names stay, for their numbers; whoever lists names need not step over them.
-_alive = Index("names_alive", _names.c.name, sqlite_where=_names.c.current.is_not(None))
-
-_versions = Table(
-    "versions",
-    _metadata,
-    Column("name", String(96), ForeignKey("names.name"), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("digest", String(64), nullable=False, index=True),
-    Column("num_bytes", Integer, nullable=False),
-    Column("created_at", Integer, nullable=False),  # seconds since 1970, UTC
-    Column("spec", Text, nullable=False),
-    UniqueConstraint("name", "digest"),
-)
+from server.database import open_database, reading, sqlite_url, writing
+from server.registry import versions as of
+from server.registry.changes import NameChange, hold_files, refers_to
+from server.registry.tables import names, trash, versions
+from server.registry.versions import SHARED, Version, find, find_all, visible
 
 
 @dataclass(frozen=True)
-class Version:
-    """One immutable version of a name."""
+class Filter:
+    """Which current versions a list has. What is empty or None admits all."""
 
-    name: str
-    number: int
-    digest: str
-    num_bytes: int
-    created_at: int
-    """Seconds since 1970, UTC."""
-    spec: AdapterSpec
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes it takes in memory once it is loaded."""
-        return self.spec.resident_bytes(self.num_bytes)
-
-    @property
-    def reference(self) -> str:
-        """A ``model`` value that means exactly these bytes, whatever becomes current."""
-        return f"{self.name}@sha256:{self.digest[:12]}"
+    prefix: str = ""
+    """Names that begin so."""
+    method: str | None = None
+    base: str | None = None
+    """Name of the base model in the adapter's spec."""
+    tenant: str | None = None
 
 
-_parse_spec = lru_cache(maxsize=4096)(AdapterSpec.model_validate_json)
+class NameState(NamedTuple):
+    """What a name means now."""
+
+    current: int | None
+    """None once it is deleted."""
+    previous: int | None
+    pinned: bool
 
 
 class Catalog:
-    """Names and versions in an SQLite file. Thread-safe; every change is one transaction.
+    """Names and versions in a database. Thread-safe; every change is one transaction."""
 
-    Write-ahead log with ``synchronous=FULL``: a change that was acknowledged survives a
-    power cut.
-    """
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._engine = create_engine(URL.create("sqlite", database=str(path)))
-        event.listen(self._engine, "connect", _set_pragmas)
-        _metadata.create_all(self._engine)
-        _alive.create(self._engine, checkfirst=True)  # a catalog may be older than it
+    @classmethod
+    def in_file(cls, path: Path) -> Catalog:
+        """The catalog in an SQLite file, made if new."""
+        return cls(open_database(sqlite_url(path)))
 
     def close(self) -> None:
         """Close every connection. The catalog cannot be used afterwards."""
-        self._engine.dispose()
+        self.engine.dispose()
 
-    def add(
-        self, name: str, digest: str, num_bytes: int, spec: AdapterSpec
-    ) -> tuple[Version, bool]:
-        """Make ``digest`` the current version of ``name``; True if the version is new."""
-        with self._engine.begin() as connection:
-            held = connection.execute(select(_names).where(_names.c.name == name)).one_or_none()
-            known = self._one(
-                connection,
-                _select().where(_versions.c.name == name, _versions.c.digest == digest),
-            )
-            if known is not None:
-                if held is not None and held.current != known.number:
-                    self._set_current(connection, name, known.number)
-                return known, False
-            number = 1 if held is None else held.last_number + 1
-            version = Version(name, number, digest, num_bytes, int(time.time()), spec)
-            if held is None:
-                connection.execute(
-                    insert(_names).values(name=name, current=version.number, last_number=0)
-                )
-            connection.execute(
-                insert(_versions).values(
-                    name=name,
-                    number=version.number,
-                    digest=digest,
-                    num_bytes=num_bytes,
-                    created_at=version.created_at,
-                    spec=spec.to_json(),
-                )
-            )
-            self._set_current(connection, name, version.number)
-            return version, True
+    @contextmanager
+    def changing(self, tenant: str, name: str, actor: str) -> Iterator[NameChange]:
+        """A transaction that changes one name; nobody else changes it meanwhile."""
+        with writing(self.engine) as connection:
+            yield NameChange(connection, tenant, name, actor)
 
-    def remove(self, name: str) -> list[Version]:
-        """Delete a name with all its versions, and return them; empty if there is none."""
-        with self._engine.begin() as connection:
-            removed = self._all(connection, _of_name(name))
-            connection.execute(delete(_versions).where(_versions.c.name == name))
-            connection.execute(update(_names).where(_names.c.name == name).values(current=None))
-            return removed
+    def current(self, name: str, tenant: str = SHARED) -> Version | None:
+        """The version that a bare ``name`` means to a tenant: its own, or else the shared one."""
+        wanted = of.current().where(names.c.name == name, names.c.tenant.in_([tenant, SHARED]))
+        return self._find(wanted.order_by(names.c.tenant.desc()))  # "" is last
 
-    def current(self, name: str) -> Version | None:
-        """The version that a bare ``name`` means."""
-        return self._find(_current().where(_names.c.name == name))
+    def numbered(self, name: str, number: int, tenant: str = SHARED) -> Version | None:
+        """The version ``name@number``.
 
-    def numbered(self, name: str, number: int) -> Version | None:
-        """The version ``name@number``."""
-        return self._find(_select().where(_versions.c.name == name, _versions.c.number == number))
+        A name that a tenant ever had is its own here, also after it was deleted: a number must
+        not come to mean the shared version instead.
+        """
+        own = exists().where(names.c.tenant == tenant, names.c.name == name)
+        wanted = of.query().where(
+            versions.c.name == name,
+            versions.c.number == number,
+            or_(versions.c.tenant == tenant, and_(versions.c.tenant == SHARED, ~own)),
+        )
+        return self._find(wanted)
 
-    def with_digest(self, name: str, prefix: str) -> list[Version]:
-        """Versions of ``name`` whose digest starts with ``prefix`` (hex digits)."""
-        with self._engine.connect() as connection:
-            return self._all(
-                connection, _of_name(name).where(_versions.c.digest.startswith(prefix))
-            )
+    def with_digest(self, name: str, prefix: str, tenant: str = SHARED) -> list[Version]:
+        """Versions of ``name`` whose digest starts with ``prefix`` (hex digits), own ones first.
 
-    def versions(self, name: str) -> list[Version]:
-        """All versions of ``name``, oldest first."""
-        with self._engine.connect() as connection:
-            return self._all(connection, _of_name(name))
+        Bytes that are in both an own and a shared version are there once.
+        """
+        wanted = of.query().where(
+            versions.c.name == name,
+            versions.c.tenant.in_([tenant, SHARED]),
+            versions.c.digest.startswith(prefix),
+        )
+        with reading(self.engine) as connection:
+            found = find_all(connection, wanted.order_by(versions.c.tenant, versions.c.number))
+        return list({version.digest: version for version in found}.values())  # the last, own ones
 
-    def all_current(self, after: str = "", limit: int | None = None) -> list[Version]:
-        """The current version of every name, by name: of those ``after`` one, up to ``limit``."""
-        page = _current().where(_names.c.name > after).order_by(_names.c.name).limit(limit)
-        with self._engine.connect() as connection:
-            return self._all(connection, page)
+    def versions(self, name: str, tenant: str = SHARED) -> list[Version]:
+        """All versions of ``name``, oldest first: the tenant's own, or else the shared ones."""
+        with reading(self.engine) as connection:
+            own = find_all(connection, of.of_name(tenant, name))
+            return own or find_all(connection, of.of_name(SHARED, name))
 
-    def names(self, limit: int) -> list[str]:
-        """The first ``limit`` names in order."""
-        alive = _names.c.current.is_not(None)
-        first = select(_names.c.name).where(alive).order_by(_names.c.name).limit(limit)
-        with self._engine.connect() as connection:
+    def state(self, tenant: str, name: str) -> NameState | None:
+        """What a tenant's own name means, if it ever had it."""
+        wanted = select(names.c.current, names.c.previous, names.c.pinned)
+        with reading(self.engine) as connection:
+            its = connection.execute(wanted.where(names.c.tenant == tenant, names.c.name == name))
+            row = its.one_or_none()
+            return None if row is None else NameState(*row)
+
+    def exact(self, tenant: str, name: str, digest: str) -> tuple[Version, bool] | None:
+        """A tenant's own version of these bytes, and whether it is current."""
+        with reading(self.engine) as connection:
+            wanted = of.of_name(tenant, name).where(versions.c.digest == digest)
+            version = find(connection, wanted)
+            if version is None:
+                return None
+            its = select(names.c.current).where(names.c.tenant == tenant, names.c.name == name)
+            return version, connection.scalar(its) == version.number
+
+    def all_current(
+        self, after: str = "", limit: int | None = None, tenant: str = SHARED
+    ) -> list[Version]:
+        """What every name that a tenant sees means now, by name.
+
+        Of those ``after`` one, up to ``limit``.
+        """
+        wanted = of.current().where(visible(tenant), names.c.name > after)
+        with reading(self.engine) as connection:
+            return find_all(connection, wanted.order_by(names.c.name).limit(limit))
+
+    def page(
+        self,
+        admit: Filter,
+        after: str = "",
+        after_tenant: str | None = None,
+        limit: int | None = None,
+    ) -> list[Version]:
+        """Current versions that the filter admits, by name and then tenant.
+
+        Of those after ``after``, or after ``after_tenant``'s name ``after``; up to ``limit``.
+        """
+        later = names.c.name > after
+        if after_tenant is not None:
+            later = or_(later, and_(names.c.name == after, names.c.tenant > after_tenant))
+        wanted = of.current().where(later, names.c.name.startswith(admit.prefix, autoescape=True))
+        if admit.method is not None:
+            wanted = wanted.where(versions.c.method == admit.method)
+        if admit.base is not None:
+            wanted = wanted.where(versions.c.base == admit.base)
+        if admit.tenant is not None:
+            wanted = wanted.where(names.c.tenant == admit.tenant)
+        with reading(self.engine) as connection:
+            ordered = wanted.order_by(names.c.name, names.c.tenant)
+            return find_all(connection, ordered.limit(limit))
+
+    def names(self, limit: int, tenant: str = SHARED) -> list[str]:
+        """The first ``limit`` names that a tenant sees, in order."""
+        first = select(names.c.name).where(visible(tenant)).order_by(names.c.name).limit(limit)
+        with reading(self.engine) as connection:
             return list(connection.scalars(first))
+
+    def pinned(self) -> list[Version]:
+        """What the names mean that are to stay loaded."""
+        with reading(self.engine) as connection:
+            return find_all(connection, of.current().where(names.c.pinned))
 
     def digests(self) -> set[str]:
         """Every digest that some version refers to."""
-        with self._engine.connect() as connection:
-            return set(connection.scalars(select(_versions.c.digest)))
+        with reading(self.engine) as connection:
+            return set(connection.scalars(select(versions.c.digest)))
 
-    def refers_to(self, digest: str) -> bool:
-        """Whether any version of any name has this digest."""
-        query = select(_versions.c.name).where(_versions.c.digest == digest).limit(1)
-        with self._engine.connect() as connection:
-            return connection.scalar(query) is not None
+    def trash(self, older_than_s: float = 0.0) -> list[str]:
+        """Digests of files that were marked for removal so long ago."""
+        due = select(trash.c.digest).where(trash.c.since <= time.time() - older_than_s)
+        with reading(self.engine) as connection:
+            return list(connection.scalars(due))
 
-    def _set_current(self, connection: Connection, name: str, number: int) -> None:
-        """Point ``name`` at one of its versions."""
-        last = func.max(_names.c.last_number, number)  # SQLite's two-argument max
-        connection.execute(
-            update(_names).where(_names.c.name == name).values(current=number, last_number=last)
-        )
+    @contextmanager
+    def removing(self, digest: str) -> Iterator[bool]:
+        """A transaction in which a file may be removed, if what it yields is True.
 
-    def _find(self, query: Select[Any]) -> Version | None:
-        """The one version ``query`` finds, if it does."""
-        with self._engine.connect() as connection:
-            return self._one(connection, query)
+        Nobody stores or refers to it meanwhile. It is no longer marked for removal afterwards.
+        """
+        with writing(self.engine) as connection:
+            hold_files(connection, [digest])
+            yield not refers_to(connection, digest)
+            connection.execute(delete(trash).where(trash.c.digest == digest))
 
-    @staticmethod
-    def _one(connection: Connection, query: Select[Any]) -> Version | None:
-        row = connection.execute(query).one_or_none()
-        return None if row is None else _to_version(row)
-
-    @staticmethod
-    def _all(connection: Connection, query: Select[Any]) -> list[Version]:
-        rows: Sequence[Row[Any]] = connection.execute(query).all()
-        return [_to_version(row) for row in rows]
-
-
-def _select() -> Select[Any]:
-    """Query of versions; conditions to be added."""
-    return select(*_versions.c)
-
-
-def _of_name(name: str) -> Select[Any]:
-    """Query of a name's versions, oldest first."""
-    return _select().where(_versions.c.name == name).order_by(_versions.c.number)
-
-
-def _current() -> Select[Any]:
-    """Query of versions that are current."""
-    return _select().join(
-        _names, (_names.c.name == _versions.c.name) & (_names.c.current == _versions.c.number)
-    )
-
-
-def _to_version(row: Row[Any]) -> Version:
-    """The version in a row of the versions table."""
-    return Version(
-        row.name, row.number, row.digest, row.num_bytes, row.created_at, _parse_spec(row.spec)
-    )
-
-
-def _set_pragmas(connection: Any, _record: Any) -> None:
-    """Prepare one SQLite connection."""
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        "busy_timeout=10000",
-    ):
-        connection.execute(f"PRAGMA {pragma}").close()
+    def _find(self, wanted: Select[Any]) -> Version | None:
+        """The first version that a query finds, if it does."""
+        with reading(self.engine) as connection:
+            return find(connection, wanted)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
-from fastapi import HTTPException, Request, Response
+from fastapi import Header, HTTPException, Query, Request, Response
 
-from server.body import read_capped
+from reft_core.spec import DIGEST_PATTERN
+from server.body import stream_capped
 from server.protocol.models import (
     AdapterDetail,
     AdapterList,
@@ -15,8 +17,11 @@ from server.protocol.models import (
     UploadAnswer,
     VersionCard,
 )
+from server.registry import Deleted, Filter
+from server.registry.versions import TENANT_PATTERN
+from server.routes.acting import SHARED, Tenant, actor_of
 from server.routes.guards import AdminRoute, make_router
-from server.routes.listing import After, Limit, answer_from_thread
+from server.routes.listing import NO_NUL, After, Limit, answer_from_thread
 from server.services import Services, services_of
 
 router = make_router(AdminRoute, tag="admin")
@@ -28,6 +33,22 @@ _BINARY_BODY: dict[str, Any] = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+_Words = Annotated[str | None, Query(max_length=256, pattern=NO_NUL)]
+_AnyTenant = Annotated[
+    str | None, Query(pattern=TENANT_PATTERN, description="names of this tenant; default: of all")
+]
+_AfterTenant = Annotated[
+    str | None,
+    Query(pattern=TENANT_PATTERN, description="with `after`: whose name that was, if several are"),
+]
+_ExpectedDigest = Annotated[
+    str | None,
+    Header(
+        alias="X-Expected-SHA256",
+        pattern=DIGEST_PATTERN,
+        description="refuse a body that has another SHA-256",
+    ),
+]
 
 
 @router.post(
@@ -36,7 +57,13 @@ _BINARY_BODY: dict[str, Any] = {
     openapi_extra=_BINARY_BODY,
     responses={200: {"model": UploadAnswer, "description": "These bytes were known already"}},
 )
-async def upload_adapter(name: str, request: Request, response: Response) -> UploadAnswer:
+async def upload_adapter(
+    name: str,
+    request: Request,
+    response: Response,
+    tenant: Tenant = SHARED,
+    expected: _ExpectedDigest = None,
+) -> UploadAnswer:
     """Store the adapter file in the body and make it what ``name`` means.
 
     The same bytes again are no error and no new version. Other bytes become the next
@@ -47,57 +74,77 @@ async def upload_adapter(name: str, request: Request, response: Response) -> Upl
         raise HTTPException(
             415, "content-type: got a form, expected the file's bytes as the body itself"
         )
-    data = await read_capped(request, services.settings.max_adapter_bytes)
-    uploaded = await asyncio.to_thread(services.registry.upload, name, data)
+    with services.registry.incoming() as file:
+        async for part in stream_capped(request, services.settings.max_adapter_bytes):
+            await asyncio.to_thread(file.write, part)
+        upload = partial(services.registry.upload_file, name, file, expected_digest=expected)
+        uploaded = await asyncio.to_thread(upload, tenant=tenant, actor=actor_of(request))
     if not uploaded.created:
         response.status_code = 200
+    await services.pins.refresh()
     version = uploaded.version
-    await services.pins.follow(version.name)
     users = services.residency.num_users(version.digest)
     return UploadAnswer(**VersionCard.of(version, users).model_dump(), created=uploaded.created)
 
 
 @router.get("/admin/adapters", response_model=AdapterList)
-async def list_adapters(request: Request, after: After = "", limit: Limit = None) -> Response:
-    """The current version of every adapter, by name."""
+async def list_adapters(
+    request: Request,
+    after: After = "",
+    after_tenant: _AfterTenant = None,
+    limit: Limit = None,
+    prefix: Annotated[str, Query(max_length=256, pattern=NO_NUL)] = "",
+    method: _Words = None,
+    base: _Words = None,
+    tenant: _AnyTenant = None,
+) -> Response:
+    """The current version of every adapter, by name and then tenant."""
     services = services_of(request)
-    versions = await asyncio.to_thread(services.registry.all_current, after, limit)
+    admit = Filter(prefix, method, base, tenant)
+    more = None if limit is None else limit + 1
+    found = await asyncio.to_thread(services.registry.page, admit, after, after_tenant, more)
+    versions = found[:limit]
     users = [services.residency.num_users(version.digest) for version in versions]
 
     def build() -> AdapterList:
         cards = map(VersionCard.of, versions, users)
-        return AdapterList(data=list(cards))
+        return AdapterList(data=list(cards), has_more=len(found) > len(versions))
 
     return await answer_from_thread(build)
 
 
 @router.get("/admin/adapters/{name}")
-async def get_adapter(name: str, request: Request) -> AdapterDetail:
-    """All versions of one adapter, and the current one's spec."""
+async def get_adapter(name: str, request: Request, tenant: Tenant = SHARED) -> AdapterDetail:
+    """All versions of one adapter, and the spec of the one that is named: `name`, `name@3`."""
     services = services_of(request)
-    current = await asyncio.to_thread(services.registry.current, name)
-    versions = await asyncio.to_thread(services.registry.versions, name)
+    found = await asyncio.to_thread(services.registry.inspect, name, tenant)
     return AdapterDetail(
-        name=name,
-        current=current.number,
-        versions=_cards(services, versions),
-        spec=current.spec.model_dump(mode="json"),
+        name=found.version.name,
+        tenant=found.version.tenant,
+        current=found.current,
+        previous=found.previous,
+        pinned=found.pinned,
+        versions=[
+            VersionCard.of(version, services.residency.num_users(version.digest))
+            for version in found.versions
+        ],
+        spec=found.version.spec.model_dump(mode="json"),
     )
 
 
 @router.delete("/admin/adapters/{name}")
-async def delete_adapter(name: str, request: Request) -> DeleteAnswer:
+async def delete_adapter(name: str, request: Request, tenant: Tenant = SHARED) -> DeleteAnswer:
     """Delete an adapter with all its versions. Requests that use it finish undisturbed."""
     services = services_of(request)
-    deleted = await asyncio.to_thread(services.registry.delete, name)
-    await services.pins.drop(name)
+    delete = partial(services.registry.delete, name, tenant=tenant, actor=actor_of(request))
+    return await answer_delete(services, name, await asyncio.to_thread(delete))
+
+
+async def answer_delete(services: Services, name: str, deleted: Deleted) -> DeleteAnswer:
+    """The answer to a delete, once memory holds nothing for it but what requests use."""
+    await services.pins.refresh()
     for digest in deleted.orphaned:
         services.residency.forget(digest)
     return DeleteAnswer(
         name=name, deleted_versions=[version.number for version in deleted.versions]
     )
-
-
-def _cards(services: Services, versions: list[Any]) -> list[VersionCard]:
-    """The versions' cards, with how many requests use each now."""
-    return [VersionCard.of(v, services.residency.num_users(v.digest)) for v in versions]

@@ -9,8 +9,15 @@ from typing import Annotated
 from fastapi import Query, Response
 from pydantic import BaseModel
 
-After = Annotated[str, Query(max_length=256, description="list what comes after this name")]
-Limit = Annotated[int | None, Query(ge=1, description="list at most so many; default: all")]
+NO_NUL = r"^[^\x00]*$"
+"""Not every database can look for a character that no name has."""
+
+After = Annotated[
+    str, Query(max_length=256, pattern=NO_NUL, description="list what comes after this name")
+]
+Limit = Annotated[
+    int | None, Query(ge=1, le=1_000_000, description="list at most so many; default: all")
+]
 
 
 async def answer_from_thread(build: Callable[[], BaseModel]) -> Response:

@@ -20,6 +20,7 @@ from server.run import DrainingServer
 from server.services import Services
 from server.settings import Settings
 from tests.server.fakes import FakeEngine, make_loaded, make_tiny_loaded, wait_until
+from tests.server.services import database_url, postgres  # noqa: F401  # fixtures
 
 ADMIN_KEY = "admin-key-for-tests"
 API_KEY = "api-key-for-tests"

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
-from reft_core.errors import AdapterNotFound, EngineOverloaded
+from reft_core.errors import EngineOverloaded
 from reft_core.spec import AdapterSpec
+from server.app import create_app
 from server.pins import Pins
 from tests.server.conftest import ADMIN
-from tests.server.fakes import make_adapter
+from tests.server.fakes import FakeEngine, make_adapter, wait_until
 
 MIB = 2**20
 
@@ -89,15 +91,14 @@ def meanwhile(
 ) -> dict[str, str]:
     """What is pinned when ``change`` has come while the first version was loading."""
 
-    def find(name: str) -> SimpleNamespace:
-        if not current:
-            raise AdapterNotFound(name)
-        return SimpleNamespace(digest=current[-1], resident_bytes=1)
+    def to_keep(_names: object) -> list[SimpleNamespace]:
+        version = {"name": "tone", "tenant": "", "resident_bytes": 1}
+        return [SimpleNamespace(digest=digest, **version) for digest in current[-1:]]
 
     async def run() -> dict[str, str]:
         residency = SlowResidency()
-        pins = Pins(["tone"], SimpleNamespace(current=find), residency)
-        first = asyncio.create_task(pins.follow("tone"))
+        pins = Pins(["tone"], SimpleNamespace(to_keep=to_keep), residency)
+        first = asyncio.create_task(pins.refresh())
         while not residency.asked:
             await asyncio.sleep(0)
         second = asyncio.create_task(change(pins))
@@ -115,7 +116,7 @@ def test_of_two_uploads_at_once_the_later_stays_pinned():
 
     async def upload(pins: Pins) -> None:
         current.append("new")
-        await pins.follow("tone")
+        await pins.refresh()
 
     assert meanwhile(current, upload) == {"tone": "new"}
 
@@ -125,6 +126,35 @@ def test_a_name_deleted_while_it_loads_is_not_kept():
 
     async def delete(pins: Pins) -> None:
         current.clear()
-        await pins.drop("tone")
+        await pins.refresh()
 
     assert meanwhile(current, delete) == {}
+
+
+def test_pinning_over_http_loads_follows_and_lasts(in_process, make_settings, loaded):
+    pin = "/admin/adapters/tone/pin"
+    with in_process() as server:
+        assert server.http.put(pin, headers=ADMIN).status_code == 404
+        server.upload("tone", make_adapter(1))
+        assert server.http.put(pin, headers=ADMIN).json()["num_users"] == 0
+        new = server.upload("tone", make_adapter(2))["digest"]
+        assert server.services.residency.num_pinned == 1
+        assert server.http.get("/admin/adapters/tone", headers=ADMIN).json()["pinned"]
+    restarted = FakeEngine(loaded.tokenizer)
+    app = create_app(make_settings(), restarted, loaded)
+    with TestClient(app) as http:
+        assert restarted.adapters == {new}
+        assert http.delete(pin, headers=ADMIN).status_code == 200
+        assert app.state.services.residency.num_pinned == 0
+        assert not http.get("/admin/adapters/tone", headers=ADMIN).json()["pinned"]
+
+
+def test_what_another_server_pinned_or_deleted_is_followed(in_process, engine):
+    with in_process(registry_poll_s=0.02) as server:
+        digest = server.upload("tone", make_adapter(1))["digest"]
+        residency, registry = server.services.residency, server.services.registry
+        registry.pin("tone", True)
+        wait_until(lambda: engine.adapters == {digest}, "the pin to be followed")
+        registry.delete("tone")
+        wait_until(lambda: engine.adapters == set(), "the delete to be followed")
+        assert residency.num_references == 0

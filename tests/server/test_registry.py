@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event
 
 from reft_core.errors import (
     AdapterConflict,
@@ -18,7 +16,8 @@ from reft_core.errors import (
     InvalidRequest,
     RequestFailed,
 )
-from server.registry import BlobStore, Catalog, Registry
+from server.registry import FolderBlobs, Registry
+from server.registry.changes import NameChange
 from tests.server.fakes import MODEL, make_adapter
 
 MAX_BYTES = 1 << 20
@@ -41,7 +40,7 @@ def digest_of(data: bytes) -> str:
 
 
 def num_blobs(folder: Path) -> int:
-    return len(BlobStore(folder / "blobs"))
+    return len(FolderBlobs(folder / "blobs"))
 
 
 def test_versions_count_up_and_the_newest_is_current(registry):
@@ -108,12 +107,13 @@ def test_what_is_current_already_is_not_written_again(registry):
     registry.upload("tone", data)
     statements: list[str] = []
     event.listen(
-        registry._catalog._engine,
+        registry.engine,
         "before_cursor_execute",
-        lambda _connection, _cursor, statement, *_: statements.append(statement.split()[0]),
+        lambda _connection, _cursor, statement, *_: statements.append(statement),
     )
     assert not registry.upload("tone", data).created
-    assert set(statements) == {"SELECT"}
+    assert {statement.partition(" ")[0] for statement in statements} == {"BEGIN", "SELECT"}
+    assert "BEGIN IMMEDIATE" not in statements
     registry.upload("tone", other)
     assert registry.upload("tone", data).version.number == 1
     assert registry.current("tone").number == 1
@@ -154,6 +154,8 @@ def test_deleting_removes_versions_and_files_but_no_number_is_used_again(registr
     registry.upload("tone", make_adapter(2))
     deleted = registry.delete("tone")
     assert [v.number for v in deleted.versions] == [1, 2]
+    assert num_blobs(folder) == 2
+    assert set(registry.collect()) == set(deleted.orphaned)
     assert num_blobs(folder) == 0
     with pytest.raises(AdapterNotFound):
         registry.resolve("tone")
@@ -170,7 +172,9 @@ def test_a_file_that_another_name_uses_stays(registry, folder):
     registry.upload("voice", data)
     assert registry.delete("tone").orphaned == []
     assert registry.read(digest_of(data)) == data
+    assert registry.collect() == []
     assert registry.delete("voice").orphaned == [digest_of(data)]
+    assert registry.collect() == [digest_of(data)]
     assert num_blobs(folder) == 0
 
 
@@ -193,7 +197,7 @@ def test_the_file_is_stored_before_the_catalog_mentions_it(registry, folder, mon
         assert num_blobs(folder) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Catalog, "add", crash)
+    monkeypatch.setattr(NameChange, "add", crash)
     with pytest.raises(KeyboardInterrupt):
         registry.upload("tone", make_adapter(1))
     monkeypatch.undo()
@@ -210,27 +214,37 @@ def test_the_catalog_forgets_before_the_file_goes(registry, monkeypatch):
         assert registry.all_current() == []
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(BlobStore, "remove", crash)
+    monkeypatch.setattr(FolderBlobs, "remove", crash)
+    registry.delete("tone")
     with pytest.raises(KeyboardInterrupt):
-        registry.delete("tone")
+        registry.collect()
     monkeypatch.undo()
+    assert registry.collect() == [digest_of(data)]
     with pytest.raises(AdapterNotFound):
         registry.resolve("tone")
 
 
-def test_a_start_sweeps_up_old_leftovers_only(folder):
+def test_a_start_sweeps_up_what_died_uploads_left(folder):
     registry = Registry.open(folder, MODEL, MAX_BYTES)
     kept = registry.upload("tone", make_adapter(1)).version
+    registry.upload("voice", make_adapter(2))
+    (trashed,) = registry.delete("voice").orphaned
+    blobs = FolderBlobs(folder / "blobs")
+    with registry.incoming() as file:
+        file.write(b"stored, but never recorded")
+        blobs.put(file)
+        stray = file.digest
+    dead = blobs.temporary / ".tmp-dead"
+    dead.write_bytes(b"half of an upload")
+    with registry.incoming() as alive:
+        alive.write(b"half of another")
+        Registry.open(folder, MODEL, MAX_BYTES).close()
+        assert not dead.exists()
+        assert alive.path.exists()
     registry.close()
-    blobs = BlobStore(folder / "blobs")
-    old, young = blobs.put(b"orphan of a crash"), blobs.put(b"upload in progress")
-    hour_ago = time.time() - 7200
-    for digest in (old, kept.digest):
-        os.utime(folder / "blobs" / digest[:2] / f"{digest}.safetensors", (hour_ago, hour_ago))
-    Registry.open(folder, MODEL, MAX_BYTES).close()
-    assert old not in blobs
-    assert young in blobs
-    assert kept.digest in blobs
+    assert set(blobs.digests()) == {kept.digest, trashed}
+    assert stray not in blobs
+    assert not alive.path.exists()
 
 
 def test_a_damaged_file_is_noticed_and_healed_by_a_new_upload(registry, folder):
@@ -248,23 +262,10 @@ def test_a_damaged_file_is_noticed_and_healed_by_a_new_upload(registry, folder):
 
 
 def test_a_blob_path_is_made_of_hex_digits_only(tmp_path):
-    blobs = BlobStore(tmp_path / "blobs")
+    blobs = FolderBlobs(tmp_path / "blobs")
     for bad in ("../../etc/passwd", "", "AB" * 32, "ab" * 31 + "/.."):
         with pytest.raises(AssertionError):
             blobs.get(bad)
-
-
-def test_the_catalog_writes_through_to_the_disk(tmp_path):
-    catalog = Catalog(tmp_path / "catalog.sqlite")
-    try:
-        with catalog._engine.connect() as connection:
-            pragma = {
-                name: connection.execute(text(f"PRAGMA {name}")).scalar()
-                for name in ("journal_mode", "synchronous", "foreign_keys")
-            }
-    finally:
-        catalog.close()
-    assert pragma == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
 def test_uploads_and_deletes_of_the_same_bytes_at_once_never_lose_a_file(registry):
@@ -279,6 +280,8 @@ def test_uploads_and_deletes_of_the_same_bytes_at_once_never_lose_a_file(registr
                     registry.delete(name)
                 except AdapterNotFound:
                     continue
+                finally:
+                    registry.collect()
 
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(churn, worker) for worker in range(4)]:

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+import server.registry.tables  # noqa: F401  # its tables are in the metadata
+from benchmarks.services.ports import free_port
+from reft_core.errors import DatabaseUnavailable, InvalidRequest
+from server.database import lock, metadata, open_database, reading, sqlite_url, writing
+
+
+def revision(url: str) -> str:
+    engine = open_database(url)
+    with reading(engine) as connection:
+        found = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    engine.dispose()
+    return str(found)
+
+
+def test_migrations_end_in_exactly_the_tables_the_code_uses(database_url):
+    engine = open_database(database_url)
+    with reading(engine) as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, metadata) == []
+    engine.dispose()
+
+
+def test_opening_again_changes_nothing(database_url):
+    assert revision(database_url) == revision(database_url)
+
+
+def _open(url: str, barrier: object) -> None:
+    barrier.wait()
+    open_database(url).dispose()
+
+
+def test_processes_that_start_at_once_migrate_once(database_url):
+    context = multiprocessing.get_context("forkserver")
+    barrier = context.Barrier(4)
+    starts = [context.Process(target=_open, args=(database_url, barrier)) for _ in range(4)]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join(60)
+    assert [start.exitcode for start in starts] == [0] * 4
+    engine = open_database(database_url)
+    with reading(engine) as connection:
+        assert connection.scalar(text("SELECT count(*) FROM alembic_version")) == 1
+    engine.dispose()
+
+
+def test_a_migration_that_fails_leaves_the_database_as_it_was(database_url, monkeypatch):
+    from alembic import op
+
+    def crash(*_args, **_options):
+        raise RuntimeError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(op, "create_index", crash)
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            open_database(database_url)
+    assert revision(database_url)
+
+
+def test_a_database_of_a_newer_release_is_refused(database_url):
+    engine = open_database(database_url)
+    with writing(engine) as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(InvalidRequest, match="newer release"):
+        open_database(database_url)
+
+
+@pytest.mark.parametrize("change", ["UPDATE audit SET actor = 'nobody'", "DELETE FROM audit"])
+def test_the_database_refuses_to_change_the_audit_log(database_url, change):
+    engine = open_database(database_url)
+    row = "INSERT INTO audit (at, actor, tenant, action, name, detail) VALUES (1,'a','','b','c','')"
+    with writing(engine) as connection:
+        connection.execute(text(row))
+    with pytest.raises(DBAPIError, match="never changed"), writing(engine) as connection:
+        connection.execute(text(change))
+    with reading(engine) as connection:
+        assert connection.scalar(text("SELECT actor FROM audit")) == "a"
+    engine.dispose()
+
+
+def test_what_is_locked_is_waited_for(database_url):
+    """In SQLite every writer waits, in PostgreSQL those that lock the same thing."""
+    engine = open_database(database_url)
+    order: list[str] = []
+    begun = threading.Event()
+
+    def second() -> None:
+        begun.set()
+        with writing(engine) as connection:
+            lock(connection, "b", "a")
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with writing(engine) as connection:
+        lock(connection, "a")
+        thread.start()
+        begun.wait()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    engine.dispose()
+
+
+def test_a_failure_undoes_the_whole_transaction(database_url):
+    engine = open_database(database_url)
+
+    def fail() -> None:
+        with writing(engine) as connection:
+            connection.execute(text("INSERT INTO trash (digest, since) VALUES ('x', 1)"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    with reading(engine) as connection:
+        assert connection.scalar(text("SELECT count(*) FROM trash")) == 0
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["mysql://root:hush@host/x", "hush:/x", "", "data/x.sqlite"])
+def test_other_urls_are_refused_without_showing_a_password(url):
+    with pytest.raises(InvalidRequest, match="database_url") as caught:
+        open_database(url)
+    assert "hush@" not in str(caught.value)
+
+
+def test_a_database_that_does_not_answer_is_unavailable():
+    url = f"postgresql://user:hush@127.0.0.1:{free_port()}/x?connect_timeout=2"
+    with pytest.raises(DatabaseUnavailable) as caught:
+        open_database(url)
+    assert "hush" not in str(caught.value)
+
+
+def test_sqlite_writes_through_to_the_disk(tmp_path: Path):
+    engine = open_database(sqlite_url(tmp_path / "new folder" / "catalog.sqlite"))
+    with reading(engine) as connection:
+        pragma = {
+            name: connection.execute(text(f"PRAGMA {name}")).scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    engine.dispose()
+    expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10000}
+    assert pragma == expected
