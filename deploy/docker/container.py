@@ -62,7 +62,7 @@ class Container:
         image = self._image
         self._image.env = image.env | env
         command = ["unshare", "--net", "--pid", "--fork", f"--mount-proc={self._root}/proc"]
-        inner = "ip link set lo up && exec \"$@\""
+        inner = 'ip link set lo up && exec "$@"'
         command += ["sh", "-c", inner, "sh", *self._entry([*image.entrypoint, *image.command])]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

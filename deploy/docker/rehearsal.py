@@ -77,7 +77,9 @@ for folder in ("/tmp", "/var/lib/reft-serve", "/var/cache/reft-serve"):
 _REQUEST = """
 import json, sys, urllib.error, urllib.request
 def ask(path, body=None, key=None):
-    headers = {"Content-Type": "application/json"} | ({"Authorization": "Bearer " + key} if key else {})
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = "Bearer " + key
     data = json.dumps(body).encode() if body else None
     request = urllib.request.Request("http://127.0.0.1:8000" + path, data, headers)
     try:

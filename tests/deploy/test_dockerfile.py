@@ -113,8 +113,9 @@ def test_the_image_has_the_pytorch_that_we_develop_with(dockerfile: Dockerfile) 
 
 def test_the_health_check_needs_nothing_but_python() -> None:
     tree = ast.parse((PROJECT / "deploy/docker/healthcheck.py").read_text())
-    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import)
-                for name in node.names}
+    imported = {
+        name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    }
     assert imported == {"http.client", "os", "sys"}
 
 

@@ -47,9 +47,7 @@ def test_helm_lint_passes(case: str, run_tool: Run) -> None:
 
 @pytest.mark.parametrize("version", KUBERNETES)
 @pytest.mark.parametrize("case", CASES)
-def test_kubernetes_would_take_it(
-    case: str, version: str, run_tool: Run, tmp_path: Path
-) -> None:
+def test_kubernetes_would_take_it(case: str, version: str, run_tool: Run, tmp_path: Path) -> None:
     path = tmp_path / "objects.yaml"
     path.write_text(passed(_render(run_tool, case)))
     passed(run_tool("kubernetes-validate", "--strict", "-k", version, path))
