@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.deploy.conftest import PROJECT, Run, passed
 
@@ -118,3 +119,22 @@ def test_no_image_floats(stack: dict[str, Any]) -> None:
     for name, service in stack["services"].items():
         if name not in ("server", "bucket"):
             assert re.search(r":v?\d+", service["image"]), service["image"]
+
+
+def test_prometheus_takes_its_configuration(run_tool: Run) -> None:
+    path = PROJECT / "deploy/compose/prometheus.yml"
+    passed(run_tool("promtool", "check", "config", "--syntax-only", path))
+    ours, plain = (
+        yaml.safe_load(file.read_text())
+        for file in (path, PROJECT / "deploy/prometheus/prometheus.yml")
+    )
+    [job] = ours["scrape_configs"]
+    assert job.pop("authorization") == {"credentials_file": "/run/secrets/metrics_key"}
+    job["metrics_path"] = "/metrics"
+    assert ours == plain
+
+
+def test_prometheus_gets_the_key_it_shows(stack: dict[str, Any]) -> None:
+    [secret] = stack["services"]["prometheus"]["secrets"]
+    assert secret["source"] == "metrics_key"
+    assert stack["secrets"]["metrics_key"]["environment"] == "REFT_ADMIN_KEY"
