@@ -3,8 +3,9 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 #include <vector>
-#include "numbers.hpp"
+#include "tiles.hpp"
 
 namespace reft {
 
@@ -20,104 +21,134 @@ struct RowEdit {
   float strength;
 };
 
-constexpr int kRowsAtOnce = 4;      // rows that read an edit's tensors while those are in cache
+constexpr int kRowsAtOnce = 8;        // rows that read an edit's tensors while those are in cache
 constexpr int64_t kRanksAtOnce = 8;   // columns of down whose sums stay in registers
 
-// inner (kRowsAtOnce, rank) = states·down, for Width columns of down from `column` on.
 template <int Width>
-inline void project(const float* states, const float* down, int64_t d, int64_t rank,
-                    int64_t column, float* inner) {
-  float sums[kRowsAtOnce][Width] = {};
-  for (int64_t i = 0; i < d; ++i)
-    for (int row = 0; row < kRowsAtOnce; ++row)
-      for (int r = 0; r < Width; ++r)
-        sums[row][r] += states[row * d + i] * down[i * rank + column + r];
-  for (int row = 0; row < kRowsAtOnce; ++row)
-    for (int r = 0; r < Width; ++r) inner[row * rank + column + r] = sums[row][r];
+struct Some {
+  typedef float numbers __attribute__((vector_size(Width * sizeof(float))));
+};
+
+// Width numbers side by side, from anywhere in memory.
+template <int Width>
+inline typename Some<Width>::numbers some(const float* from) {
+  typename Some<Width>::numbers numbers;
+  std::memcpy(&numbers, from, sizeof numbers);
+  return numbers;
 }
 
-// delta (kRowsAtOnce, d) += inner·up, for Width rows of up from `column` on.
-template <int Width>
-inline void expand(const float* inner, const float* up, int64_t d, int64_t rank, int64_t column,
-                   float* delta) {
-  for (int row = 0; row < kRowsAtOnce; ++row)
+// Calls `step` with a constant number of things and the first of them, until all are done.
+template <int Most, typename Step>
+inline void in_steps(int64_t count, const Step& step) {
+  int64_t first = 0;
+  for (; first + Most <= count; first += Most) step(std::integral_constant<int, Most>{}, first);
+  if constexpr (Most > 4)
+    if (count - first >= 4) step(std::integral_constant<int, 4>{}, first), first += 4;
+  for (; first < count; ++first) step(std::integral_constant<int, 1>{}, first);
+}
+
+// inner (r, Rows) = states (Rows, d)·down. Fetches the next edit's down.
+template <int Rows>
+inline void project(const float* states, const RowEdit& edit, const RowEdit& next, int64_t d,
+                    float* inner) {
+  in_steps<kRanksAtOnce>(edit.rank, [&](auto width, int64_t column) {
+    constexpr int Width = decltype(width)::value;
+    typename Some<Width>::numbers sums[Rows] = {};
     for (int64_t i = 0; i < d; ++i) {
-      float sum = delta[row * d + i];
-      for (int r = 0; r < Width; ++r)
-        sum += inner[row * rank + column + r] * up[(column + r) * d + i];
-      delta[row * d + i] = sum;
+      const auto down = some<Width>(edit.down + i * edit.rank + column);
+      __builtin_prefetch(next.down + i * edit.rank + column);
+#pragma GCC unroll 8
+      for (int row = 0; row < Rows; ++row) sums[row] += states[row * d + i] * down;
     }
+    for (int row = 0; row < Rows; ++row)
+      for (int r = 0; r < Width; ++r) inner[(column + r) * Rows + row] = sums[row][r];
+  });
 }
 
-// Calls `step` with a constant width and a column, until all ranks are done.
-template <typename Step>
-inline void over_ranks(int64_t rank, const Step& step) {
-  int64_t column = 0;
-  for (; column + kRanksAtOnce <= rank; column += kRanksAtOnce)
-    step(std::integral_constant<int, kRanksAtOnce>{}, column);
-  if (rank - column >= 4) step(std::integral_constant<int, 4>{}, column), column += 4;
-  for (; column < rank; ++column) step(std::integral_constant<int, 1>{}, column);
+// states (Rows, d) += strength · (inner·up + shift + gain ∘ states). Fetches the next edit's up.
+template <int Rows>
+inline void expand(const float* inner, const RowEdit& edit, const RowEdit& next, int64_t d,
+                   float* states) {
+  in_steps<kLanes>(d, [&](auto width, int64_t i) {
+    constexpr int Width = decltype(width)::value;
+    typename Some<Width>::numbers sums[Rows] = {};
+    for (int64_t r = 0; r < edit.rank; ++r) {
+      const auto up = some<Width>(edit.up + r * d + i);
+      __builtin_prefetch(next.up + r * d + i);
+#pragma GCC unroll 8
+      for (int row = 0; row < Rows; ++row) sums[row] += inner[r * Rows + row] * up;
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row) {
+      auto state = some<Width>(states + row * d + i);
+      if (edit.shift) sums[row] += some<Width>(edit.shift + i);
+      if (edit.gain) sums[row] += some<Width>(edit.gain + i) * state;
+      state += edit.strength * sums[row];
+      std::memcpy(states + row * d + i, &state, sizeof state);
+    }
+  });
 }
 
-template <typename T>
-void edit_rows(T* hidden, int64_t d, const RowEdit& edit, int64_t first, int64_t count,
+template <int Rows, typename T>
+void edit_rows(T* hidden, int64_t d, const RowEdit& edit, const RowEdit& next, int64_t first,
                float* scratch) {
-  float* states = scratch;                    // (kRowsAtOnce, d); rows from `count` on are unused
-  float* delta = states + kRowsAtOnce * d;    // the same
-  float* inner = delta + kRowsAtOnce * d;     // (kRowsAtOnce, r)
-  for (int64_t row = 0; row < count; ++row) {
+  float* states = scratch;            // (Rows, d)
+  float* inner = states + Rows * d;   // (r, Rows)
+  for (int row = 0; row < Rows; ++row) {
     const T* from = hidden + edit.rows[first + row] * d;
-    for (int64_t i = 0; i < d; ++i) {
-      const float h = load(from[i]);
-      states[row * d + i] = h;
-      const float gained = edit.gain ? edit.gain[i] * h : 0.0f;
-      delta[row * d + i] = (edit.shift ? edit.shift[i] : 0.0f) + gained;
-    }
+    for (int64_t i = 0; i < d; ++i) states[row * d + i] = load(from[i]);
   }
-  if (edit.down) {
-    over_ranks(edit.rank, [&](auto width, int64_t column) {
-      project<decltype(width)::value>(states, edit.down, d, edit.rank, column, inner);
-    });
-    for (int64_t row = 0; edit.bias && row < count; ++row)
-      for (int64_t r = 0; r < edit.rank; ++r)
-        inner[row * edit.rank + r] += edit.bias[(first + row) * edit.bias_stride + r];
-    over_ranks(edit.rank, [&](auto width, int64_t column) {
-      expand<decltype(width)::value>(inner, edit.up, d, edit.rank, column, delta);
-    });
-  }
-  for (int64_t row = 0; row < count; ++row) {
+  project<Rows>(states, edit, next, d, inner);
+  for (int row = 0; edit.bias && row < Rows; ++row)
+    for (int64_t r = 0; r < edit.rank; ++r)
+      inner[r * Rows + row] += edit.bias[(first + row) * edit.bias_stride + r];
+  expand<Rows>(inner, edit, next, d, states);
+  for (int row = 0; row < Rows; ++row) {
     T* to = hidden + edit.rows[first + row] * d;
-    for (int64_t i = 0; i < d; ++i)
-      store(states[row * d + i] + edit.strength * delta[row * d + i], to + i);
+    for (int64_t i = 0; i < d; ++i) store(states[row * d + i], to + i);
   }
+}
+
+// The same for a number of rows that is known only now.
+template <typename T, int... Counts>
+inline void edit_some_rows(T* hidden, int64_t d, const RowEdit& edit, const RowEdit& next,
+                           int64_t first, int64_t count, float* scratch,
+                           std::integer_sequence<int, Counts...>) {
+  ((count == Counts + 1 ? edit_rows<Counts + 1>(hidden, d, edit, next, first, scratch) : void()),
+   ...);
 }
 
 template <typename T>
 void apply_edits(T* hidden, int64_t d, const RowEdit* edits, int64_t count, int threads) {
   struct Block {
-    int64_t edit, first;
+    const RowEdit* edit;
+    int64_t first, count;
   };
   std::vector<Block> blocks;
   std::vector<int64_t> ends;  // of each group, in blocks
   int64_t largest_rank = 0;
   for (int64_t e = 0; e < count; ++e) {
-    largest_rank = std::max(largest_rank, edits[e].rank);
-    for (int64_t first = 0; first < edits[e].num_rows; first += kRowsAtOnce)
-      blocks.push_back({e, first});
-    if (e + 1 == count || edits[e + 1].group != edits[e].group) ends.push_back(blocks.size());
+    const RowEdit& edit = edits[e];
+    largest_rank = std::max(largest_rank, edit.rank);
+    const int64_t parts = (edit.num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = edit.num_rows * part / parts;
+      blocks.push_back({&edit, first, edit.num_rows * (part + 1) / parts - first});
+    }
+    if (e + 1 == count || edits[e + 1].group != edit.group) ends.push_back(blocks.size());
   }
   const int64_t work = int64_t(blocks.size()) * kRowsAtOnce * d * (largest_rank + 1);
 #pragma omp parallel num_threads(threads) if (work >= kLeastParallel)
   {
-    std::vector<float> scratch(kRowsAtOnce * (2 * d + largest_rank));
+    std::vector<float> scratch(kRowsAtOnce * (d + largest_rank));
     int64_t begin = 0;
     for (const int64_t end : ends) {
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(static)
       for (int64_t at = begin; at < end; ++at) {
-        const RowEdit& edit = edits[blocks[at].edit];
-        const int64_t first = blocks[at].first;
-        const int64_t rows = std::min<int64_t>(kRowsAtOnce, edit.num_rows - first);
-        edit_rows(hidden, d, edit, first, rows, scratch.data());
+        const Block& block = blocks[at];
+        const RowEdit& next = block.edit[block.edit + 1 < edits + count];
+        edit_some_rows(hidden, d, *block.edit, next, block.first, block.count, scratch.data(),
+                       std::make_integer_sequence<int, kRowsAtOnce>{});
       }
       begin = end;
     }
