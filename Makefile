@@ -12,7 +12,8 @@ PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak load chaos lm-eval transcript docs clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak load chaos lm-eval transcript docs \
+	lint-deploy rehearse clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -76,6 +77,14 @@ bench-fanout:  ## what one prompt costs under 16 adapters, against one of them
 bench-residency:  ## thousands of registered adapters against ten, and the time of a cold load
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.residency
+
+lint-deploy:  ## Dockerfile, Compose file, Helm chart, systemd unit, by the tools that read them
+	@scripts/install test
+	@scripts/deploy-tools
+	@DEPLOY_TOOLS_REQUIRED=1 $(BIN)/python -m pytest -q tests/deploy
+
+rehearse:  ## the image's build and start without Docker (root, Linux); see deploy/docker/rehearse
+	@PYTHON=$(BIN)/python deploy/docker/rehearse --build-arg TORCH_INDEX_URL=default
 
 soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
 	@scripts/install test
