@@ -4,13 +4,16 @@ MODEL ?= demo
 SOAK_SECONDS ?= 600
 CHAOS_KILLS ?= 200
 CHAOS_BACKEND ?= sqlite
+LM_EVAL_LIMIT ?= 200
+LOAD_SECONDS ?= 600
 # Two processes of one thread each are faster than one of two, as most tests are small.
 TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak fuzz chaos docs clean
+	bench-kernel bench-gpu bench-residency bench-fanout soak fuzz load chaos lm-eval transcript \
+	docs lint-deploy rehearse clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -75,6 +78,14 @@ bench-residency:  ## thousands of registered adapters against ten, and the time 
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.residency
 
+lint-deploy:  ## Dockerfile, Compose file, Helm chart, systemd unit, by the tools that read them
+	@scripts/install test
+	@scripts/deploy-tools
+	@DEPLOY_TOOLS_REQUIRED=1 $(BIN)/python -m pytest -q tests/deploy
+
+rehearse:  ## the image's build and start without Docker (root, Linux); see deploy/docker/rehearse
+	@PYTHON=$(BIN)/python deploy/docker/rehearse --build-arg TORCH_INDEX_URL=default
+
 soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)
 	@scripts/install test
 	@$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS)
@@ -82,6 +93,18 @@ soak:  ## ten minutes of random traffic on a real server, then a count of everyt
 fuzz:  ## attacks on the server and on the reader of adapter files (FUZZ="--num-files 1000" for fewer)
 	@scripts/install test
 	@$(PYTEST_ENV) $(BIN)/python -m benchmarks.fuzz $(FUZZ)
+
+load:  ## a thousand connections and 64 streams for ten minutes, then what HTTP costs (LOAD_SECONDS=60)
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.load --seconds $(LOAD_SECONDS)
+
+lm-eval:  ## lm-eval asks a running server; its scores against transformers' (REFT_DATA=folder with sst2 and ARC-Easy)
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.lm_eval --data $(or $(REFT_DATA),$(error REFT_DATA names no folder with sst2/test.jsonl and ARC-Easy/test.jsonl)) --limit $(LM_EVAL_LIMIT)
+
+transcript:  ## docs/clients.md from a run of OpenAI's client and curl, and the last make lm-eval
+	@scripts/install test
+	@$(BIN)/python -m benchmarks.transcript
 
 chaos:  ## kill -9 a real server 200 times while adapters change (CHAOS_KILLS=20 CHAOS_BACKEND=postgresql-s3)
 	@scripts/install test

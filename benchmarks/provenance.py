@@ -44,7 +44,9 @@ def save(name: str, document: dict[str, object]) -> Path:
 
 
 def _module_and_arguments() -> list[str]:
-    return [f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.stem == "__main__" else program.stem
+    return [f"benchmarks.{name}", *sys.argv[1:]]
 
 
 def _cpu_name() -> str:

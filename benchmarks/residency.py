@@ -49,6 +49,7 @@ from reft_core.sites import ModelDescription
 from reft_core.spec import PositionSpec
 from server.generator import Generator
 from server.grammars import Grammars
+from server.inline import InlineReader
 from server.job import Job
 from server.logs import configure_logging
 from server.metrics import Metrics
@@ -204,7 +205,13 @@ class _Bench:
     def _generator(self, registry: Registry, residency: Residency) -> Generator:
         grammars = Grammars(GrammarCompiler(self.loaded), most=1, timeout_s=1)  # of none is asked
         return Generator(
-            self.engine, registry, residency, self.loaded.tokenizer, Metrics(), grammars
+            self.engine,
+            registry,
+            residency,
+            self.loaded.tokenizer,
+            Metrics(),
+            grammars,
+            InlineReader(self.engine.model, None),
         )
 
     async def throughput(self, cold: Sequence[str], repeats: int) -> dict[str, Any]:

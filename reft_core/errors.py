@@ -9,6 +9,7 @@
     ├── AdapterError
     │   ├── AdapterFileInvalid    the bytes are not an adapter file we accept
     │   │   └── AdapterTooLarge   the bytes exceed the size cap
+    │   ├── SignatureInvalid      a signature is missing, or not of this file by the trusted key
     │   ├── AdapterMismatch       a good file, made for another base model
     │   ├── AdapterNotFound       no adapter of that name, version or digest
     │   └── AdapterConflict       the operation contradicts what is stored
@@ -101,6 +102,10 @@ class AdapterFileInvalid(AdapterError):
 
 class AdapterTooLarge(AdapterFileInvalid):
     """The file exceeds the size cap."""
+
+
+class SignatureInvalid(AdapterError):
+    """A signature is missing where it is required, or not of this file by the trusted key."""
 
 
 class AdapterMismatch(AdapterError):

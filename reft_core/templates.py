@@ -14,9 +14,24 @@ Message = Mapping[str, str]
 
 ROLES = ("system", "user", "assistant")
 
+MAX_RENDERED_CHARS = 4 * 1024 * 1024
+"""Most text that an adapter's template may make of a conversation: it comes from a stranger, and
+what it writes around each of many empty messages is in no request's body."""
+
 
 def render_text(template: TemplateSpec, messages: Sequence[Message]) -> str:
-    """The prompt text an adapter's own template makes of ``messages``."""
+    """The prompt text an adapter's own template makes of ``messages``.
+
+    Nothing in the template is code, and nothing in a message is a template. Raises
+    :class:`InvalidRequest` for more than :data:`MAX_RENDERED_CHARS`.
+    """
+    length = sum(len(getattr(template, m["role"])) + len(m["content"]) for m in messages)
+    if length > MAX_RENDERED_CHARS:
+        raise InvalidRequest.because(
+            "messages",
+            f"{length} characters with the adapter's template",
+            f"at most {MAX_RENDERED_CHARS}",
+        )
     lines = [getattr(template, m["role"]).replace("{content}", m["content"]) for m in messages]
     return "".join(lines) + template.generation
 

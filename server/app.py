@@ -28,6 +28,7 @@ from reft_core.loading import (
 from server.errors import install_handlers
 from server.generator import Generator
 from server.grammars import Grammars
+from server.inline import InlineReader
 from server.keys import Door, KeyStore, Rates
 from server.keys.door import check_exposure
 from server.keys.usage import Usage
@@ -37,6 +38,7 @@ from server.metrics import Metrics
 from server.middleware import RequestContext
 from server.openapi import document
 from server.pins import Pins
+from server.readiness import Readiness
 from server.registry import Registry, open_registry
 from server.residency import Residency
 from server.routes import (
@@ -47,12 +49,14 @@ from server.routes import (
     completions,
     docs,
     keys,
+    loading,
     models,
     ops,
     versions,
 )
 from server.services import Services
 from server.settings import Settings
+from server.tracing.telemetry import telemetry_for
 from server.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
@@ -66,7 +70,8 @@ def create_app(
     An ``engine`` that is given must not have been started, and needs its ``loaded`` model.
     """
     assert loaded is not None or engine is None, "an engine comes with its model"
-    metrics = Metrics()
+    metrics = Metrics(settings.metrics_compat, settings.metrics_adapters)
+    telemetry = telemetry_for(settings.otlp_endpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,6 +88,7 @@ def create_app(
             await services.lifecycle.drain()
             services.registry.close()
             services.grammars.close()
+            await asyncio.to_thread(telemetry.close)
 
     app = FastAPI(
         docs_url=None,  # our own routes, which need a key where the API does
@@ -93,9 +99,11 @@ def create_app(
         description="OpenAI-compatible text generation; adapters are chosen by `model`.",
         lifespan=lifespan,
     )
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, telemetry=telemetry)
     install_handlers(app)
-    for module in (completions, chat, classify, models, ops, docs, admin, versions, audit, keys):
+    for module in (completions, chat, classify, models, ops, docs, admin, versions):
+        app.include_router(module.router)
+    for module in (audit, keys, loading):
         app.include_router(module.router)
     document(app, settings)
     return app
@@ -147,11 +155,27 @@ def _build_services(
         settings.adapter_wait_s,
     )
     metrics.watch(engine, residency)
+    lifecycle = Lifecycle(engine, settings.drain_timeout_s)
+    readiness = Readiness(lifecycle, registry, metrics)
     tokenizer, timeout_s = loaded.tokenizer, settings.request_timeout_s
+    inline = InlineReader(
+        engine.model, settings.max_inline_adapter_bytes if settings.allow_inline_adapters else None
+    )
     generator = None
     if not isinstance(engine, EncoderEngine):
         causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
-        generator = Generator(causal, registry, residency, tokenizer, metrics, grammars, timeout_s)
+        generator = Generator(
+            causal,
+            registry,
+            residency,
+            tokenizer,
+            metrics,
+            grammars,
+            inline,
+            timeout_s,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            max_answer_tokens=settings.max_answer_tokens,
+        )
     classifier = classifier_on(engine, tokenizer)
     pins = Pins(settings.pinned_adapters, registry, residency)
     poll_s, grace_s = settings.registry_poll_s, settings.delete_grace_s
@@ -164,10 +188,11 @@ def _build_services(
         pins=pins,
         upkeep=Upkeep(registry, residency, pins, poll_s, grace_s),
         text_generator=generator,
-        labeller=Labeller(classifier, registry, residency, tokenizer, metrics, timeout_s),
+        labeller=Labeller(classifier, registry, residency, tokenizer, metrics, inline, timeout_s),
         grammars=grammars,
         metrics=metrics,
-        lifecycle=Lifecycle(engine, settings.drain_timeout_s),
+        lifecycle=lifecycle,
+        readiness=readiness,
         key_store=key_store,
         door=Door(settings, key_store),
         rates=Rates(usage),

@@ -22,13 +22,21 @@ def check_declared_length(request: Request, max_bytes: int) -> None:
         raise too_large(int(declared), max_bytes)
 
 
-def capped(receive: Receive, max_bytes: int) -> Receive:
-    """``receive``, raising 413 as soon as more than ``max_bytes`` of body have come."""
-    num_bytes = 0
+def capped(receive: Receive, max_bytes: int, timeout_s: float) -> Receive:
+    """``receive``, raising 413 as soon as more than ``max_bytes`` of body have come, and 408 if
+    not all of it has within ``timeout_s`` from now.
+    """
+    num_bytes, is_read = 0, False
+    due = asyncio.get_running_loop().time() + timeout_s
 
     async def counting() -> Message:
-        nonlocal num_bytes
-        message = await receive()
+        nonlocal num_bytes, is_read
+        try:
+            async with asyncio.timeout_at(None if is_read else due):
+                message = await receive()
+        except TimeoutError:
+            raise too_slow(num_bytes, timeout_s) from None
+        is_read = is_read or not message.get("more_body")
         num_bytes += len(message.get("body", b""))
         if num_bytes > max_bytes:
             raise too_large(num_bytes, max_bytes, at_least=True)
@@ -37,11 +45,14 @@ def capped(receive: Receive, max_bytes: int) -> Receive:
     return counting
 
 
-async def stream_capped(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
-    """The body in parts of about a MiB. Raises 413 without reading on once it is over the cap."""
+async def stream_capped(request: Request, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
+    """The body in parts of about a MiB. Raises 413 without reading on once it is over the cap, and
+    408 if it takes longer to come.
+    """
     check_declared_length(request, max_bytes)
     part = bytearray()
-    async for chunk in Request(request.scope, capped(request.receive, max_bytes)).stream():
+    receive = capped(request.receive, max_bytes, timeout_s)
+    async for chunk in Request(request.scope, receive).stream():
         part += chunk
         if len(part) >= _PART_BYTES:
             yield bytes(part)
@@ -72,6 +83,15 @@ def require_json(request: Request) -> None:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != JSON:
         raise HTTPException(415, f"content-type: got {kind!r}, expected {JSON!r}")
+
+
+def too_slow(num_bytes: int, timeout_s: float) -> HTTPException:
+    """The error for a body that does not come. The connection cannot be used further."""
+    return HTTPException(
+        408,
+        f"body: got {num_bytes} bytes and no end, expected all of it within {timeout_s} s",
+        headers={"Connection": "close"},
+    )
 
 
 def too_large(num_bytes: int, max_bytes: int, *, at_least: bool = False) -> HTTPException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 from pathlib import Path
@@ -29,6 +30,9 @@ def push(
     file: Annotated[Path, typer.Argument(help="An adapter file")],
     key: Key,
     name: Annotated[str | None, typer.Option(help="Served under; default: its own name")] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="Its signature file by OpenSSF model-signing")
+    ] = None,
     url: Url = LOCAL,
     tenant: Tenant = "",
 ) -> None:
@@ -37,11 +41,14 @@ def push(
         from reft_core.adapter import read_adapter
 
         adapter = read_adapter(file)
+        headers = {"X-Expected-SHA256": adapter.digest}
+        if signature is not None:
+            headers["X-Model-Signature"] = base64.b64encode(signature.read_bytes()).decode()
         answer = AdminClient(url, key, tenant).call(
             "POST",
             adapter_path(name or adapter.spec.name),
             file=file,
-            headers={"X-Expected-SHA256": adapter.digest},
+            headers=headers,
         )
         state = "uploaded" if answer["created"] else "was there already"
         typer.echo(f"{answer['name']} version {answer['version']} {state} ({answer['digest']})")

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +56,7 @@ def run_server(settings: Settings, on_ready: Callable[[str, str], None] | None =
     """
     from server.logs import configure_logging
 
+    is_json = settings.log_format == "json"
     configure_logging(settings.log_level, settings.log_format)
     app, base, names = load_app(settings)
 
@@ -65,7 +67,12 @@ def run_server(settings: Settings, on_ready: Callable[[str, str], None] | None =
             f"model     {base}",
             f"adapters  {shown or 'none yet'}",
         ]
-        console.print(Panel("\n".join(lines), title="reft-serve is ready", expand=False))
+        if is_json:
+            import structlog
+
+            structlog.get_logger(__name__).info("listening", url=url, adapters=len(names))
+        else:
+            console.print(Panel("\n".join(lines), title="reft-serve is ready", expand=False))
         if on_ready is not None:
             on_ready(base, url)
 
@@ -82,10 +89,15 @@ def load_app(settings: Settings) -> tuple[FastAPI, str, list[str]]:
     check_place(settings)
     with open_store(settings) as store:
         check_exposure(settings, store)
-    with console.status(f"Loading {settings.model} …"):
+    is_json = settings.log_format == "json"  # then nothing but records is written
+    with nullcontext() if is_json else console.status(f"Loading {settings.model} …"):
         from server.app import build_engine, create_app, load_base_model, register_files
+        from server.logs import adopt_library_loggers, hide_progress_bars
         from server.registry import open_registry
 
+        if is_json:
+            adopt_library_loggers()
+            hide_progress_bars()
         loaded = load_base_model(settings)
         engine = build_engine(settings, loaded)
         # Here and not at the application's start, so that a bad file is one clear line.

@@ -35,12 +35,14 @@ from reft_core.errors import (
     RateLimited,
     ReftError,
     RequestFailed,
+    SignatureInvalid,
     StorageUnavailable,
     TrainingError,
     UnsupportedFeature,
     UnsupportedModel,
     explain,
 )
+from server.record import current_record
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +66,7 @@ ANSWERS: dict[type[ReftError], Answer] = {
     AdapterError: Answer(400, _BAD_REQUEST, "adapter_error"),
     AdapterFileInvalid: Answer(400, _BAD_REQUEST, "adapter_file_invalid"),
     AdapterTooLarge: Answer(413, _BAD_REQUEST, "adapter_too_large"),
+    SignatureInvalid: Answer(400, _BAD_REQUEST, "signature_invalid"),
     AdapterMismatch: Answer(400, _BAD_REQUEST, "adapter_mismatch"),
     AdapterNotFound: Answer(404, _BAD_REQUEST, "model_not_found"),
     AdapterConflict: Answer(409, _BAD_REQUEST, "adapter_conflict"),
@@ -84,8 +87,10 @@ _HTTP_ANSWERS = {
     401: Answer(401, "authentication_error", "invalid_api_key"),
     404: Answer(404, _BAD_REQUEST, "not_found"),
     405: Answer(405, _BAD_REQUEST, "method_not_allowed"),
+    408: Answer(408, _BAD_REQUEST, "request_timeout"),
     413: Answer(413, _BAD_REQUEST, "request_too_large"),
     415: Answer(415, _BAD_REQUEST, "unsupported_media_type"),
+    431: Answer(431, _BAD_REQUEST, "request_header_fields_too_large"),
 }
 
 _INTERNAL = "the server failed on this request; its log has the details under the request id"
@@ -117,6 +122,11 @@ def error_body(error: Exception) -> dict[str, Any]:
     return _body(_INTERNAL, ANSWERS[ReftError])
 
 
+def http_error_body(status: int, message: str) -> dict[str, Any]:
+    """OpenAI's error object for one of HTTP's own errors in the table."""
+    return _body(message, _HTTP_ANSWERS[status])
+
+
 def error_response(error: Exception) -> JSONResponse:
     """The whole response for an exception that no response has been started for."""
     status = answer_for(error).status if isinstance(error, ReftError) else 500
@@ -138,6 +148,7 @@ def install_handlers(app: FastAPI) -> None:
 async def _on_reft_error(request: Request, error: Exception) -> JSONResponse:
     """Answer an error raised on purpose."""
     response = error_response(error)
+    current_record().error = type(error).__name__
     if response.status_code >= 500:
         log.warning("request failed", error=str(error), kind=type(error).__name__)
     return response

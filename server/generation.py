@@ -8,18 +8,22 @@ given back, once.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from reft_core.engine.interface import Engine, Output, Request, SamplingParams
 from reft_core.errors import ReftError
 from reft_core.grammar import Grammar
+from server.adapter_usage import Key, keys_of
 from server.choice import ChoiceText, TokenText
 from server.echo import Echo, ScoredPrompt
 from server.holding import Held
 from server.job import Job
 from server.metrics import Metrics
 from server.named import Resolved
+from server.outbox import Outbox
+from server.record import current_record
 from server.residency import Residency
 from server.running import AnswerEnd, Delta, RunningChoice
 from server.vocabulary import Vocabulary
@@ -55,6 +59,8 @@ class Backend:
     metrics: Metrics
     timeout_s: float | None
     """Seconds after which a choice ends with :class:`DeadlineExceeded`."""
+    max_answer_tokens: int | None = None
+    """Of an answer that may otherwise grow to the end of the context."""
 
 
 class Generation:
@@ -70,6 +76,7 @@ class Generation:
         models: list[AnsweringModel],
         echoes: list[Echo],
         arrived_at: float,
+        outbox: Outbox,
     ) -> None:
         self.models = models
         """Those that answer, in order."""
@@ -86,11 +93,17 @@ class Generation:
         self._backend = backend
         self._held = Held(backend.residency)
         self._arrived_at = arrived_at
-        self._loop = asyncio.get_running_loop()
+        self._outbox = outbox
         self._choices: list[RunningChoice] = []
         self._outputs: asyncio.Queue[tuple[RunningChoice, Output]] = asyncio.Queue()
         self._failed = False
         self._closed = False
+        self._counted: list[tuple[Key, ...]] = []
+        self._record = current_record()
+        versions = [version for model in models for version in model.resolved.versions]
+        self._record.model = job.answering.beside or models[0].name
+        self._record.note_adapters(versions)
+        self._record.params, self._record.num_choices = job.params, self.num_choices
 
     @property
     def num_choices(self) -> int:
@@ -133,11 +146,13 @@ class Generation:
     async def hold(self) -> None:
         """Have the adapters of all models resident until :meth:`close`."""
         about = self._job.answering.about
+        began_at = time.perf_counter()
         await self._held.take(
             (version, about(model.place))
             for model in self.models
             for version in model.resolved.versions
         )
+        self._record.held = (began_at, time.perf_counter())
 
     def submit(self, grammar: Grammar | None) -> None:
         """Submit every choice of every prompt, to begin together; choice i of prompt p has index
@@ -152,6 +167,9 @@ class Generation:
         except ReftError:
             self._failed = True
             raise
+        for model in self.models:
+            self._counted.append(keys_of(model.resolved.versions))
+            self._backend.metrics.adapters.begin(self._counted[-1])
 
     def _submit(
         self, model: AnsweringModel, prompt: list[int], i: int, grammar: Grammar | None
@@ -163,10 +181,12 @@ class Generation:
         choice = RunningChoice(
             len(self._choices), text, backend.engine, backend.metrics, self._arrived_at
         )
+        params = self._params(model.resolved.num_virtual_tokens + len(prompt), i)
+        choice.num_prompt_tokens, choice.max_tokens = len(prompt), params.max_tokens
         request = Request(
             choice.request_id,
             tuple(prompt),
-            self._params(model.resolved.num_virtual_tokens + len(prompt), i),
+            params,
             model.resolved.choices,
             constraint=None if grammar is None else grammar.start(),
             priority=job.priority,
@@ -176,6 +196,7 @@ class Generation:
         ticket = backend.engine.submit(request, self._sink(choice))
         choice.num_edits = ticket.num_edits
         self._choices.append(choice)
+        self._record.choices.append(choice.record)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Deltas of all choices as they come. Raises what ended a choice early."""
@@ -216,6 +237,12 @@ class Generation:
         for choice in self._choices:
             choice.drop("error" if self._failed else "abort")
         self._held.release()
+        for keys in self._counted:
+            self._backend.metrics.adapters.end(keys)
+        self._record.num_prompt_tokens = self.num_prompt_tokens
+        self._record.num_cached_tokens = self.num_cached_tokens
+        self._record.num_completion_tokens = self.num_completion_tokens
+        self._record.num_edits = self.num_edits
 
     def _describe(self, prompt: int, output: Output) -> ScoredPrompt:
         """A prompt's log-probabilities for people. Slow for a long prompt."""
@@ -231,6 +258,7 @@ class Generation:
             params = replace(params, prompt_logprobs=None)
         if self._job.fill_context:
             room = self._backend.engine.max_model_len - num_taken
+            room = min(room, self._backend.max_answer_tokens or room)
             params = replace(params, max_tokens=max(1, room))
         if params.seed is not None and i:
             params = replace(params, seed=params.seed + i)
@@ -239,27 +267,27 @@ class Generation:
     def _sink(self, choice: RunningChoice) -> Callable[[Output], None]:
         """Carries outputs from the engine's thread to the event loop."""
 
+        def receive(output: Output) -> None:
+            choice.observe(output)
+            if not choice.ended:
+                if output.token is not None:
+                    self._job.caller.charge(0, 1)
+                self._outputs.put_nowait((choice, output))
+
         def sink(output: Output) -> None:
             try:
-                self._loop.call_soon_threadsafe(self._receive, choice, output)
+                self._outbox.put(receive, output)
             except RuntimeError:  # the loop is closed: nobody is left to tell
                 self._backend.engine.cancel(output.request_id)
 
         return sink
 
-    def _receive(self, choice: RunningChoice, output: Output) -> None:
-        """Queue an output if it is still wanted."""
-        choice.observe(output)
-        if not choice.ended:
-            if output.token is not None:
-                self._job.caller.charge(0, 1)
-            self._outputs.put_nowait((choice, output))
-
     def _advance(self, choice: RunningChoice, output: Output) -> Delta | None:
         """The delta an output makes of its choice, if there is anything to show."""
         try:
-            with self._job.answering.about(self.model_of(choice.index).place):
-                return choice.advance(output)
-        except ReftError:
+            return choice.advance(output)
+        except ReftError as error:
             self._failed = True
-            raise
+            self._record.error = type(error).__name__
+            with self._job.answering.about(self.model_of(choice.index).place):
+                raise

@@ -7,14 +7,18 @@ import time
 
 from transformers import PreTrainedTokenizerBase
 
+from reft_core.engine.admission import check_length
 from reft_core.engine.interface import Engine
 from reft_core.spec import TemplateSpec
 from server.echo import Echo, echo_of
 from server.generation import AnsweringModel, Backend, Generation
 from server.grammars import Grammars
+from server.inline import InlineReader
 from server.job import Job
 from server.metrics import Metrics
 from server.named import resolve_all
+from server.outbox import Outbox
+from server.record import current_record
 from server.registry import Registry
 from server.residency import Residency
 from server.vocabulary import Vocabulary
@@ -31,13 +35,22 @@ class Generator:
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
         grammars: Grammars,
+        inline: InlineReader,
         timeout_s: float | None = None,
+        *,
+        max_prompt_tokens: int | None = None,
+        max_answer_tokens: int | None = None,
     ) -> None:
         vocabulary = Vocabulary(tokenizer)
-        self._backend = Backend(engine, residency, vocabulary, metrics, timeout_s)
+        self._backend = Backend(
+            engine, residency, vocabulary, metrics, timeout_s, max_answer_tokens
+        )
+        self._max_prompt_tokens = max_prompt_tokens
         self._registry = registry
+        self._inline = inline
         self._tokenizer = tokenizer
         self._grammars = grammars
+        self._outbox: Outbox | None = None
 
     async def start(self, job: Job) -> Generation:
         """Accept a job and submit all of it. The caller must close what it gets.
@@ -47,7 +60,10 @@ class Generator:
         arrived_at = time.perf_counter()
         models, echoes = await asyncio.to_thread(self._prepare, job)
         grammar = await self._grammars.get(job.grammar) if job.grammar else None
-        generation = Generation(self._backend, job, models, echoes, arrived_at)
+        if self._outbox is None:
+            self._outbox = Outbox(asyncio.get_running_loop())
+        current_record().resolved = (arrived_at, time.perf_counter())
+        generation = Generation(self._backend, job, models, echoes, arrived_at, self._outbox)
         num_tokens = generation.num_prompt_tokens
         job.caller.reserve(num_tokens)
         try:
@@ -68,12 +84,17 @@ class Generator:
         models: list[AnsweringModel] = []
         rendered: dict[TemplateSpec | None, list[list[int]]] = {}
         for place, resolved in enumerate(
-            resolve_all(job.answering, self._registry, self._tokenizer, job.caller.principal)
+            resolve_all(
+                job.answering, self._registry, self._inline, self._tokenizer, job.caller.principal
+            )
         ):
             template = resolved.versions[0].spec.template if resolved.leads else None
             if template not in rendered:
                 with job.answering.about(place):
                     rendered[template] = job.encode(self._tokenizer, template)
+                    for prompt in rendered[template]:
+                        if self._max_prompt_tokens is not None:
+                            check_length("prompt", len(prompt), self._max_prompt_tokens)
             name = job.answering.named[place][0].model
             models.append(AnsweringModel(place, name, resolved, rendered[template]))
         echoes = self._echoes(job, models[0].prompts) * len(models)  # raw prompts, alike for all

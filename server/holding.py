@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 from reft_core.errors import InvalidRequest
-from server.registry import Version
+from server.inline import InlineAdapter
+from server.named import UsedAdapter
 from server.residency import Residency
 
 
@@ -18,13 +19,15 @@ class Held:
         self._residency = residency
         self._digests: list[str] = []
 
-    async def take(self, wanted: Iterable[tuple[Version, AbstractContextManager[None]]]) -> None:
+    async def take(
+        self, wanted: Iterable[tuple[UsedAdapter, AbstractContextManager[None]]]
+    ) -> None:
         """Have every version resident, the cold ones read side by side.
 
         Raises :class:`InvalidRequest` if they never fit together, and what acquiring raises, that
         within the version's context. What was taken by then is still to be released.
         """
-        first: dict[str, tuple[Version, AbstractContextManager[None]]] = {}
+        first: dict[str, tuple[UsedAdapter, AbstractContextManager[None]]] = {}
         for version, about in wanted:
             first.setdefault(version.digest, (version, about))
         self._check_room([version for version, _ in first.values()])
@@ -40,13 +43,14 @@ class Held:
         while self._digests:
             self._residency.release(self._digests.pop())
 
-    async def _take(self, version: Version, about: AbstractContextManager[None]) -> None:
+    async def _take(self, version: UsedAdapter, about: AbstractContextManager[None]) -> None:
         """Have one version resident."""
         with about:
-            await self._residency.acquire(version.digest, version.resident_bytes)
+            brought = version.adapter if isinstance(version, InlineAdapter) else None
+            await self._residency.acquire(version.digest, version.resident_bytes, brought)
         self._digests.append(version.digest)
 
-    def _check_room(self, versions: list[Version]) -> None:
+    def _check_room(self, versions: list[UsedAdapter]) -> None:
         """Refuse adapters that never fit together, for which no waiting would make room."""
         total = sum(version.resident_bytes for version in versions)
         budget = self._residency.budget_bytes

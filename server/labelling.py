@@ -25,14 +25,17 @@ from reft_core.classification.interface import (
 )
 from reft_core.errors import ReftError
 from reft_core.templates import encode_text
+from server.adapter_usage import keys_of
 from server.holding import Held
+from server.inline import InlineReader
 from server.keys import FREE, Caller, Principal
 from server.metrics import Metrics
-from server.named import NamedAdapter, Resolved, resolve
-from server.registry import Registry, Version
+from server.named import NamedAdapter, Resolved, UsedAdapter, resolve
+from server.record import current_record
+from server.registry import Registry
 from server.residency import Residency
 
-ChooseLabels = Callable[[Sequence[Version]], list[str] | None]
+ChooseLabels = Callable[[Sequence[UsedAdapter]], list[str] | None]
 """Labels to choose from, given the adapters in play; None leaves it to the classifier."""
 
 
@@ -69,10 +72,12 @@ class Labeller:
         residency: Residency,
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
+        inline: InlineReader,
         timeout_s: float | None = None,
     ) -> None:
         self._classifier = classifier
         self._registry = registry
+        self._inline = inline
         self._residency = residency
         self._tokenizer = tokenizer
         self._metrics = metrics
@@ -84,17 +89,31 @@ class Labeller:
         job.caller.check_tokens(1)  # how many there are is known once they are submitted
         resolved = await asyncio.to_thread(self._resolve, job.named, job.caller.principal)
         requests = self._requests(job, resolved)
+        record, keys = current_record(), keys_of(resolved.versions)
+        record.resolved = (arrived_at, time.perf_counter())
+        record.model = job.named[0].model
+        record.note_adapters(resolved.versions)
         held = Held(self._residency)
         try:
             await held.take((version, nullcontext()) for version in resolved.versions)
-            return await self._ask(requests, resolved, job.caller, arrived_at)
+            record.held = (record.resolved[1], time.perf_counter())
+            self._metrics.adapters.begin(keys)
+            try:
+                labelled = await self._ask(requests, resolved, job.caller, arrived_at)
+            finally:
+                self._metrics.adapters.end(keys)
         finally:
             held.release()
+        record.num_prompt_tokens = labelled.num_prompt_tokens
+        record.num_cached_tokens = labelled.num_cached_tokens
+        record.num_completion_tokens = labelled.num_label_tokens
+        record.num_edits = labelled.num_edits
+        return labelled
 
     def _resolve(self, named: Sequence[NamedAdapter], principal: Principal) -> Resolved:
-        """What the names mean. Blocks on the catalog and tokenizer."""
+        """What the names mean. Blocks on the catalog, inline adapters and the tokenizer."""
         encode = partial(encode_text, self._tokenizer)
-        return resolve(named, self._registry, encode, principal)
+        return resolve(named, self._registry, self._inline, encode, principal)
 
     def _requests(self, job: LabelJob, resolved: Resolved) -> list[TextRequest]:
         """What each text is asked."""

@@ -1,9 +1,15 @@
-"""Logging: every record, ours and the libraries', through structlog to standard error."""
+"""Logging: every record, ours and the libraries', through structlog to standard error.
+
+So do warnings, and exceptions that nobody caught, so that each is one line too.
+"""
 
 from __future__ import annotations
 
 import logging
 import logging.config
+import sys
+import threading
+from types import TracebackType
 from typing import Literal
 
 import structlog
@@ -55,3 +61,49 @@ def configure_logging(level: str, style: Literal["console", "json"]) -> None:
             },
         }
     )
+    logging.captureWarnings(True)
+    if style == "json":
+        _log_uncaught()
+
+
+def adopt_library_loggers() -> None:
+    """Have records of libraries that write to the terminal themselves go where ours go.
+
+    To be called once those libraries are imported, which is when they set that up.
+    """
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if not isinstance(logger, logging.Logger):
+            continue
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+                logger.removeHandler(handler)
+                logger.propagate = True
+
+
+def hide_progress_bars() -> None:
+    """Show none of those that libraries draw while a model loads: they are no log records."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _log_uncaught() -> None:
+    """Log exceptions that end the process or a thread, or that came where none can be raised."""
+    logger = logging.getLogger("uncaught")
+
+    def on_exit(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            logger.critical("the process ends", exc_info=(kind, error, trace))
+
+    def on_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None:
+            name = args.thread.name if args.thread else "unknown"
+            logger.critical("thread %s ends", name, exc_info=args.exc_value)
+
+    def on_unraisable(args: sys.UnraisableHookArgs) -> None:
+        # The object's repr is left out: it may hold anything.
+        logger.error("ignored an exception", exc_info=args.exc_value)
+
+    sys.excepthook, threading.excepthook, sys.unraisablehook = on_exit, on_thread, on_unraisable

@@ -1,81 +1,137 @@
 """Prometheus metrics, in a registry of the server's own.
 
-Names are vLLM's with the prefix ``reft_``, so dashboards carry over. The engine's own
-counters and gauges are read when somebody scrapes.
+Names are vLLM's with the prefix ``reft_``, so dashboards carry over. What the engine and the
+residency know of themselves is read when somebody scrapes (:mod:`server.engine_metrics`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from reft_core.engine.interface import AdapterHost, EngineStats, Timings
+from reft_core.engine.interface import AdapterHost, Timings
+from server.adapter_usage import AdapterUsage
+from server.engine_metrics import EngineMetrics
+from server.exposition import Exposition
 from server.residency import Residency
+
+MetricsCompat = Literal["none", "vllm"]
 
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_STAGE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_STAGE_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+    *(300, 600),
+)
+_COUNT_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+_REASONS = ("stop", "length", "abort", "error")
 
 
 class Metrics:
     """Everything the server measures about itself."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, compat: MetricsCompat = "none", most_adapters: int = 50) -> None:
+        self.adapters = AdapterUsage(most_adapters)
+        """Which adapters are asked for."""
+        as_vllm = compat == "vllm"
+        self._own = CollectorRegistry()
+        self._expositions = [Exposition(each, as_vllm) for each in (self._own, self.adapters)]
+        self.registry, self.by_adapter = CollectorRegistry(), CollectorRegistry()
+        """What a scrape reads; the second has what names adapters."""
+        self.registry.register(self._expositions[0])
+        self.by_adapter.register(self._expositions[1])
+        ProcessCollector(registry=self.registry)
         self._finished = Counter(
             "reft_request_success",
             "Choices ended, by reason: stop, length, abort (client gone) or error",
             ["finished_reason"],
-            registry=self.registry,
+            registry=self._own,
         )
         self._http = Counter(
             "reft_http_requests",
-            "HTTP requests answered",
+            "HTTP requests answered; 499 is a client that left",
             ["method", "route", "status"],
-            registry=self.registry,
+            registry=self._own,
         )
         self._cold_loads = Counter(
             "reft_adapter_cold_loads",
-            "Adapters read from disk into the engine",
-            registry=self.registry,
+            "Adapters read from the store into the engine",
+            registry=self._own,
         )
-        self._load = self._histogram(
+        self._load = self._seconds(
             "adapter_load", "From wanting a cold adapter to having it in the engine", _LOAD_BUCKETS
         )
-        self._first_token = self._histogram(
+        self._swap = self._seconds(
+            "adapter_swap",
+            "The same, of those for which another adapter had to leave",
+            _LOAD_BUCKETS,
+        )
+        self._first_token = self._seconds(
             "time_to_first_token", "From the request's arrival to its first token", _STAGE_BUCKETS
         )
-        self._gap = self._histogram(
+        self._gap = self._seconds(
             "inter_token_latency", "Between two tokens of one choice", _TOKEN_BUCKETS
         )
-        self._whole = self._histogram(
+        self._pace = self._seconds(
+            "request_time_per_output_token",
+            "Mean time between the tokens of a choice",
+            _TOKEN_BUCKETS,
+        )
+        self._whole = self._seconds(
             "e2e_request_latency", "From the request's arrival to the choice's end", _STAGE_BUCKETS
         )
-        self._queue = self._histogram(
+        self._queue = self._seconds(
             "request_queue_time", "From submission to admission", _STAGE_BUCKETS
         )
-        self._prefill = self._histogram(
+        self._prefill = self._seconds(
             "request_prefill_time", "From admission to the first token", _STAGE_BUCKETS
         )
-        self._decode = self._histogram(
+        self._decode = self._seconds(
             "request_decode_time", "From the first token to the last", _STAGE_BUCKETS
         )
+        self._inference = self._seconds(
+            "request_inference_time", "From admission to the last token", _STAGE_BUCKETS
+        )
+        self._prompt_tokens = self._tokens("request_prompt_tokens", "Prompt tokens of a choice")
+        self._answer_tokens = self._tokens(
+            "request_generation_tokens", "Tokens generated for a choice"
+        )
+        self._max_tokens = self._tokens(
+            "request_params_max_tokens", "Most tokens that a choice was allowed"
+        )
+        self._ready = Gauge(
+            "reft_ready", "1 while new requests are welcome, else 0", registry=self._own
+        )
+        self._registry_up = Gauge(
+            "reft_registry_up", "1 while the registry answers, else 0", registry=self._own
+        )
+        for reason in _REASONS:  # so that rates of those that have not happened yet are zero
+            self._finished.labels(reason)
 
     def watch(self, engine: AdapterHost, residency: Residency) -> None:
-        """Report the own numbers of both with every scrape."""
-        self.registry.register(_Watcher(engine, residency))
+        """Report the own numbers of both with every scrape, and whose they are."""
+        for exposition in self._expositions:
+            exposition.model_name = engine.model.name
+        self.adapters.num_slots = engine.stats().num_slots
+        self._own.register(EngineMetrics(engine, residency))
+
+    def set_ready(self, is_ready: bool, registry_answers: bool) -> None:
+        """Whether new requests are welcome, and whether the registry answers."""
+        self._ready.set(is_ready)
+        self._registry_up.set(registry_answers)
 
     def count_http(self, method: str, route: str, status: int) -> None:
         """One HTTP request was answered; ``route`` is the template, not the path."""
         self._http.labels(method, route, str(status)).inc()
 
-    def observe_load(self, seconds: float) -> None:
-        """One adapter was read into the engine, ``seconds`` after it was first wanted."""
+    def observe_load(self, seconds: float, swapped: bool) -> None:
+        """One adapter was read into the engine, ``seconds`` after it was first wanted; if
+        ``swapped``, another one had to leave."""
         self._cold_loads.inc()
         self._load.observe(seconds)
+        if swapped:
+            self._swap.observe(seconds)
 
     def observe_first_token(self, seconds: float) -> None:
         """A choice's first token came after ``seconds``."""
@@ -90,72 +146,27 @@ class Metrics:
         self._finished.labels(reason).inc()
         self._whole.observe(seconds)
 
+    def observe_counts(self, num_prompt: int, num_generated: int, max_tokens: int) -> None:
+        """How many tokens a choice that has ended had, and was allowed to have."""
+        self._prompt_tokens.observe(num_prompt)
+        self._answer_tokens.observe(num_generated)
+        self._max_tokens.observe(max_tokens)
+
+    def observe_pace(self, seconds: float) -> None:
+        """A choice's tokens came ``seconds`` after one another, on average."""
+        self._pace.observe(seconds)
+
     def observe_stages(self, timings: Timings) -> None:
         """How long a choice spent in each of the engine's stages."""
         self._queue.observe(timings.queue_s)
         self._prefill.observe(timings.prefill_s)
         self._decode.observe(timings.decode_s)
+        self._inference.observe(timings.prefill_s + timings.decode_s)
 
-    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+    def _seconds(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
         """A histogram of seconds."""
-        return Histogram(f"reft_{name}_seconds", what, buckets=buckets, registry=self.registry)
+        return Histogram(f"reft_{name}_seconds", what, buckets=buckets, registry=self._own)
 
-
-class _Watcher(Collector):
-    """Turns what others know of themselves into metrics at scrape time."""
-
-    def __init__(self, engine: AdapterHost, residency: Residency) -> None:
-        self._engine = engine
-        self._residency = residency
-
-    def collect(self) -> Iterator[Metric]:
-        """One snapshot."""
-        stats = self._engine.stats()
-        for name, what, value in _gauges(stats, self._residency):
-            yield GaugeMetricFamily(f"reft_{name}", what, value=value)
-        for name, what, value in _counters(stats, self._residency):
-            yield CounterMetricFamily(f"reft_{name}", what, value=value)
-
-
-def _gauges(stats: EngineStats, residency: Residency) -> list[tuple[str, str, float]]:
-    """Name, meaning and value of what goes up and down."""
-    kv_share = stats.kv_tokens_used / max(1, stats.kv_tokens_capacity)
-    return [
-        ("num_requests_running", "Requests in the batch", stats.num_running),
-        ("num_requests_waiting", "Requests waiting for a slot", stats.num_waiting),
-        ("num_slots", "Requests the batch can hold", stats.num_slots),
-        ("kv_cache_usage_perc", "Share of the key-value store in use, 1 is full", kv_share),
-        ("prefix_cache_blocks", "Blocks in the prefix cache", stats.cached_blocks),
-        ("prefix_cache_blocks_free", "Blocks it has room for", stats.free_cached_blocks),
-        ("prefix_cache_blocks_max", "Blocks it has memory for", stats.max_cached_blocks),
-        ("resident_adapters", "Adapters in the engine", stats.num_resident_adapters),
-        (
-            "adapter_resident_bytes",
-            "Bytes of the adapters in the engine",
-            stats.resident_adapter_bytes,
-        ),
-        ("decode_graphs", "CUDA graphs that decode steps replay", stats.num_decode_graphs),
-        ("warm_up_seconds", "Seconds of the start that recorded them", stats.warm_up_s),
-        ("adapter_budget_bytes", "Bytes that adapters may take", residency.budget_bytes),
-        ("adapter_references", "Uses of adapters, pins included", residency.num_references),
-        ("adapters_pinned", "Adapters that stay resident", residency.num_pinned),
-        ("adapters_waiting", "Cold adapters that wait for room", residency.num_waiting),
-    ]
-
-
-def _counters(stats: EngineStats, residency: Residency) -> list[tuple[str, str, float]]:
-    """Name, meaning and value of what only grows."""
-    return [
-        ("prompt_tokens", "Prompt tokens prefilled", stats.prompt_tokens_total),
-        (
-            "prefix_cache_hit_tokens",
-            "Tokens taken from the prefix cache",
-            stats.cached_tokens_total,
-        ),
-        ("preemptions", "Requests that lost their slot for a while", stats.preemptions_total),
-        ("adapter_evictions", "Adapters that left the engine", residency.num_evictions),
-        ("generation_tokens", "Tokens generated", stats.generated_tokens_total),
-        ("edits_applied", "Hidden states edited by adapters", stats.edits_applied_total),
-        ("prefill_steps", "Forward passes over prompts", stats.prefill_steps_total),
-        ("decode_steps", "Forward passes that each made a token a row", stats.decode_steps_total),
-    ]
+    def _tokens(self, name: str, what: str) -> Histogram:
+        """A histogram of numbers of tokens."""
+        return Histogram(f"reft_{name}", what, buckets=_COUNT_BUCKETS, registry=self._own)

@@ -12,8 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.engine.interface import AdapterChoice
 from reft_core.errors import AdapterError, InvalidRequest, PermissionDenied, RequestFailed
 from reft_core.templates import encode_text
+from server.inline import InlineAdapter, InlineReader
 from server.keys import Principal
 from server.registry import Registry, Version
+
+UsedAdapter = Version | InlineAdapter
+"""An adapter that takes part in an answer: registered, or brought by the request."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class NamedAdapter:
     strength: float | None = None
     subspaces: Mapping[str, float] = field(default_factory=dict)
     source: str | Sequence[int] | None = None
+    inline: str | None = None
+    """The adapter itself, as base64 of its file, where ``model`` is the base model."""
     inherits: bool = False
     """Whether its options are meant for all models of a fan-out; the base model goes without."""
 
@@ -46,7 +52,7 @@ class Answering:
 class Resolved:
     """The adapters of one request, as the registry and the engine know them, in order."""
 
-    versions: tuple[Version, ...]
+    versions: tuple[UsedAdapter, ...]
     choices: tuple[AdapterChoice, ...]
     leads: bool
     """Whether the request's ``model`` names the first of them, and not the base model."""
@@ -64,21 +70,24 @@ class Resolved:
 def resolve(
     named: Sequence[NamedAdapter],
     registry: Registry,
+    inline: InlineReader,
     encode: Callable[[str], Sequence[int]],
     principal: Principal,
 ) -> Resolved:
     """What ``model`` means, perhaps the base model, and the adapters stacked on it.
 
-    Blocks on the catalog, and on ``encode``, which tokenises a source's text. The base model has
-    no options and cannot be stacked on something; raises :class:`InvalidRequest` then,
-    :class:`AdapterNotFound`, and :class:`PermissionDenied` for what the principal can see but not
-    use.
+    Blocks on the catalog, on adapters that the request brings, and on ``encode``, which tokenises
+    a source's text. The base model has no options and cannot be stacked on something; raises
+    :class:`InvalidRequest` then, :class:`AdapterNotFound`, :class:`PermissionDenied` for what the
+    principal can see but not use, and what reading an adapter raises.
     """
-    versions: list[Version] = []
+    versions: list[UsedAdapter] = []
     choices: list[AdapterChoice] = []
     for place, each in enumerate(named):
-        version = registry.resolve(each.model, tenant=principal.tenant)
+        version: UsedAdapter | None = registry.resolve(each.model, tenant=principal.tenant)
         principal.check_may_use(each.model if version is None else version.name)
+        if each.inline is not None:
+            version = _read_inline(each, place, version, inline, principal)
         if version is None:
             _check_base(each, place)
             continue
@@ -92,6 +101,7 @@ def resolve(
 def resolve_all(
     answering: Answering,
     registry: Registry,
+    inline: InlineReader,
     tokenizer: PreTrainedTokenizerBase,
     principal: Principal,
 ) -> list[Resolved]:
@@ -103,7 +113,7 @@ def resolve_all(
     encode = cache(partial(encode_text, tokenizer))  # many models may share one long source
     for place, named in enumerate(answering.named):
         with answering.about(place):
-            found.append(resolve(named, registry, encode, principal))
+            found.append(resolve(named, registry, inline, encode, principal))
     beside, names = answering.beside, [named[0].model for named in answering.named]
     if beside is None or beside in names:
         return found
@@ -118,6 +128,24 @@ def _about(place: str) -> Iterator[None]:
         yield
     except (InvalidRequest, AdapterError, PermissionDenied, RequestFailed) as error:
         raise error.within(place) from error
+
+
+def _read_inline(
+    named: NamedAdapter,
+    place: int,
+    registered: UsedAdapter | None,
+    reader: InlineReader,
+    principal: Principal,
+) -> InlineAdapter:
+    """The adapter that the request brings in a place where it may name only the base model."""
+    where = f"reft.stack[{place - 1}]." if place else ""
+    if registered is not None:
+        allowed = "the base model, beside an inline adapter"
+        raise InvalidRequest.because(f"{where}model", named.model, allowed)
+    assert named.inline is not None, "asked only of adapters that are inline"
+    field = f"{where or 'reft.'}inline"
+    principal.check_may_bring(field)
+    return reader.read(named.inline, field)
 
 
 def _check_base(named: NamedAdapter, place: int) -> None:

@@ -162,8 +162,17 @@ def _limit(schemas: Json, settings: Settings) -> None:
                 schema.setdefault("exclusiveMinimum" if bounds.open_low else "minimum", bounds.low)
                 schema["maximum"] = bounds.high
         properties["priority"] |= {"minimum": PRIORITIES.low, "maximum": PRIORITIES.high}
-        for schema in _numbers(properties["n"]):
-            schema["maximum"] = settings.max_n
+        limits = {
+            "n": settings.max_n,
+            "max_tokens": settings.max_answer_tokens,
+            "max_completion_tokens": settings.max_answer_tokens,
+            "logprobs": settings.max_logprobs,
+            "top_logprobs": settings.max_logprobs,
+            "prompt_logprobs": settings.max_logprobs,
+        }
+        for field, most in limits.items():
+            for schema in _numbers(properties.get(field, {})) if most is not None else ():
+                schema["maximum"] = most
         for schema in properties["stop"]["anyOf"]:
             lengths = {"minLength": 1, "maxLength": settings.max_stop_chars}
             if schema["type"] == "string":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from reft_core.adapter import decode_adapter
+from reft_core.adapter import Adapter, decode_adapter
 from reft_core.engine.interface import AdapterHost
 from reft_core.errors import EngineOverloaded
 from reft_core.threads import start_in_own_thread
@@ -38,8 +38,12 @@ class _Resident:
     has_room: bool = False
     """Whether its bytes count against the budget. Until then it waits in the queue."""
     is_loaded: bool = False
+    swapped: bool = False
+    """Another one had to leave for it."""
     forgotten: bool = False
-    """Deleted from the registry: leaves with its last user."""
+    """Not in the registry, or no longer: leaves with its last user."""
+    brought: Adapter | None = None
+    """What is to be loaded, if it is not to be read from the registry."""
     turn: asyncio.Future[None] | None = None
     """Done once it has room, if it had to wait for it."""
     loading: asyncio.Task[None] = field(init=False)
@@ -57,7 +61,7 @@ class Residency:
         engine: AdapterHost,
         read: ReadBlob,
         budget_bytes: int,
-        on_load: Callable[[float], None] = lambda seconds: None,
+        on_load: Callable[[float, bool], None] = lambda seconds, swapped: None,
         wait_s: float = 0.0,
     ) -> None:
         self._engine = engine
@@ -99,21 +103,24 @@ class Residency:
             return None
         return resident.num_users - sum(pinned == digest for pinned in self._pinned.values())
 
-    async def acquire(self, digest: str, num_bytes: int) -> None:
+    async def acquire(self, digest: str, num_bytes: int, brought: Adapter | None = None) -> None:
         """Have the engine hold ``digest`` until :meth:`release` is called as often.
 
-        However many ask at once, the file is read once. Raises what reading and loading
-        raise, and :class:`EngineOverloaded` when adapters in use fill the budget for longer than
-        the limit; then nothing has been acquired.
+        ``brought`` is the adapter if the request brought it along: it leaves with its last user,
+        unless somebody asked for it by name meanwhile. However many ask at once, it is read once.
+        Raises what reading and loading raise, and :class:`EngineOverloaded` when adapters in use
+        fill the budget for longer than the limit; then nothing has been acquired.
         """
         resident = self._residents.get(digest)
         if resident is None:
-            resident = self._residents[digest] = _Resident(digest, num_bytes)
+            resident = _Resident(digest, num_bytes, forgotten=brought is not None, brought=brought)
+            self._residents[digest] = resident
             resident.loading = asyncio.create_task(self._load(resident))
             # Read the outcome even if everybody who waited for it has gone.
             resident.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._use(resident)
-        resident.forgotten = False
+        if brought is None:
+            resident.forgotten = False
         try:
             await asyncio.shield(resident.loading)
         except BaseException:
@@ -166,21 +173,25 @@ class Residency:
         try:
             await self._find_room(resident)
             async with self._load_slots:
-                loaded = start_in_own_thread(lambda: self._load_blocking(resident.digest))
+                loaded = start_in_own_thread(lambda: self._load_blocking(resident))
                 await asyncio.wrap_future(loaded)
         except BaseException:
             self._drop(resident)
             self._admit()
             raise
-        self._on_load(time.perf_counter() - began_at)
+        self._on_load(time.perf_counter() - began_at, resident.swapped)
         resident.is_loaded = True
         if not resident.num_users:
             self._rest(resident)
 
-    def _load_blocking(self, digest: str) -> None:
+    def _load_blocking(self, resident: _Resident) -> None:
         """The slow part of a load; runs in a thread."""
-        data = self._read(digest)
-        self._engine.load_adapter(decode_adapter(data, digest=digest))
+        adapter = resident.brought
+        if adapter is None:
+            digest = resident.digest
+            adapter = decode_adapter(self._read(digest), digest=digest)
+        self._engine.load_adapter(adapter)
+        resident.brought = None  # the engine has a copy of its own
 
     async def _find_room(self, resident: _Resident) -> None:
         """Count an adapter against the budget once it fits, or raise :class:`EngineOverloaded`."""
@@ -210,6 +221,7 @@ class Residency:
                 return
             while self.num_bytes + resident.num_bytes > self._budget_bytes:
                 self._evict(next(iter(self._unused.values())))
+                resident.swapped = True
             self._queue.popleft()
             self.num_bytes += resident.num_bytes
             resident.has_room = True

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import time
 from collections.abc import Callable
 from types import FrameType
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from server.connections import ConnectionLimits, protocol_within
 from server.lifecycle import Lifecycle
 from server.settings import Settings
 
+log = structlog.get_logger(__name__)
+
 _CLOSE_TIMEOUT_S = 5
 """Time for last bytes to leave, once every request has its answer."""
+_BACKLOG = 2048
+"""Connections that the system accepts before we do."""
+_OTHER_FILES = 256
+"""Files that are open beside connections, at most."""
 _SAME_SIGNAL_S = 1.0
 """Signals this close together are one: a terminal or make may deliver it twice."""
 
@@ -29,6 +38,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> None:
+        allow_open_files(settings.max_connections + _OTHER_FILES)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -40,6 +50,9 @@ class DrainingServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
+                http=protocol_within(ConnectionLimits.of(settings)),
+                timeout_keep_alive=settings.keep_alive_timeout_s,
+                backlog=_BACKLOG,
             )
         )
         self._app = app
@@ -66,6 +79,9 @@ class DrainingServer(uvicorn.Server):
         now = time.monotonic()
         if self._end_requested_at is None:
             self._end_requested_at = now
+            services = getattr(self._app.state, "services", None)
+            if services is not None:  # else it has not started, and has nothing to refuse
+                services.lifecycle.refuse()
         elif now - self._end_requested_at > _SAME_SIGNAL_S:
             self.should_exit = self.force_exit = True
 
@@ -77,3 +93,15 @@ class DrainingServer(uvicorn.Server):
         if self._draining is not None and self._draining.done():
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def allow_open_files(wanted: int) -> None:
+    """Let this process open so many files, each connection being one, or warn that it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= wanted:
+        return
+    allowed = wanted if hard == unlimited else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log.warning("few files may be open (ulimit -n)", allowed=allowed, wanted=wanted)

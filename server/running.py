@@ -11,6 +11,7 @@ from reft_core.engine.interface import Engine, Output
 from reft_core.errors import EngineUnavailable, ReftError, RequestFailed
 from server.choice import ChoiceText, Piece
 from server.metrics import Metrics
+from server.record import ChoiceRecord
 
 AnswerEnd = Literal["stop", "length"]
 
@@ -34,6 +35,9 @@ class RunningChoice:
         self.request_id = uuid.uuid4().hex
         self.num_edits = 0
         self.num_cached_tokens = 0
+        self.num_prompt_tokens = 0
+        self.max_tokens = 0
+        self.record = ChoiceRecord()
         self.ended = False
         """No more of its outputs are wanted."""
         self._text = text
@@ -53,11 +57,13 @@ class RunningChoice:
         if output.token is not None:
             if self._last_token_at is None:
                 self._metrics.observe_first_token(now - self._arrived_at)
+                self.record.first_token_at = now
             else:
                 self._metrics.observe_gap(now - self._last_token_at)
-            self._last_token_at = now
+            self._last_token_at = self.record.last_token_at = now
         if output.timings is not None:
             self._metrics.observe_stages(output.timings)
+            self.record.timings, self.record.ended_at = output.timings, now
 
     def advance(self, output: Output) -> Delta | None:
         """The delta an output makes, if there is anything to show. Raises what ended it early."""
@@ -96,7 +102,11 @@ class RunningChoice:
     def _end(self, reason: str) -> None:
         """Take no more outputs."""
         self.ended = True
+        self.record.num_tokens, self.record.finish_reason = self.num_tokens, reason
         self._metrics.observe_end(reason, time.perf_counter() - self._arrived_at)
+        self._metrics.observe_counts(self.num_prompt_tokens, self.num_tokens, self.max_tokens)
+        if (pace := self.record.time_per_token_s) is not None:
+            self._metrics.observe_pace(pace)
 
 
 def _failure(output: Output) -> ReftError:

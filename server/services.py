@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 from fastapi import Request
 
+from reft_core import __version__
 from reft_core.engine.interface import AdapterHost
 from reft_core.errors import UnsupportedFeature
 from reft_core.loading import LoadedModel
@@ -19,6 +22,7 @@ from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.pins import Pins
+from server.readiness import Readiness
 from server.registry import Registry
 from server.residency import Residency
 from server.settings import Settings
@@ -42,11 +46,21 @@ class Services:
     grammars: Grammars
     metrics: Metrics
     lifecycle: Lifecycle
+    readiness: Readiness
     key_store: KeyStore
     door: Door
     rates: Rates
     usage: Usage
     started_at: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names what answers depend on beside the request: release, base model, device, dtype.
+
+        With a seed, the same value promises the same answer.
+        """
+        facts = (__version__, self.engine.model.fingerprint, *self.settings.resolve_device())
+        return f"fp_{hashlib.sha256('/'.join(facts).encode()).hexdigest()[:12]}"
 
     @property
     def generator(self) -> Generator:

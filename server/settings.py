@@ -96,6 +96,12 @@ class Settings(BaseSettings):
     delete_grace_s: float = Field(
         default=30.0, ge=0, le=86400, description="a deleted adapter's file is kept for so long"
     )
+    signatures: Literal["off", "if given", "required"] = Field(
+        default="off", description="of uploads, by OpenSSF model-signing (header X-Model-Signature)"
+    )
+    signing_public_key: Path | None = Field(
+        default=None, description="PEM file of the key that signatures are checked with"
+    )
     registry_poll_s: float = Field(
         default=2.0, gt=0, le=60, description="what other servers changed is noticed within it"
     )
@@ -108,6 +114,9 @@ class Settings(BaseSettings):
     max_model_len: int = Field(default=2048, ge=2, description="prompt and answer, in tokens")
     max_num_seqs: int = Field(default=16, ge=1, description="requests decoded together")
     max_waiting: int = Field(default=1024, ge=1, description="queued requests; beyond: 429")
+    max_waiting_tokens: int = Field(
+        default=256 * 1024, ge=1, description="while so many prompt tokens are queued: 429"
+    )
     max_prefill_tokens: int = Field(default=512, ge=1, description="prompt tokens a step")
     kv_tokens: int | None = Field(
         default=None, ge=2, description="tokens of all running requests; None: as slots allow"
@@ -127,10 +136,59 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(
         default=600.0, gt=0, le=604800, description="a request that takes longer ends with a 504"
     )
-    max_body_bytes: int = Field(default=2 * MIB, ge=1024, description="a JSON request body")
+    max_body_bytes: int = Field(
+        default=2 * MIB, ge=1024, description="a JSON request body; beyond: 413"
+    )
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="time for a JSON body to arrive; beyond: 408"
+    )
+    upload_timeout_s: float = Field(
+        default=600.0, gt=0, le=86400, description="time for an adapter file to arrive; beyond: 408"
+    )
+    max_connections: int = Field(
+        default=2048, ge=1, description="open at once, health checks beside; beyond: 503"
+    )
+    keep_alive_timeout_s: int = Field(
+        default=65, ge=1, le=3600, description="an idle connection is closed after it"
+    )
+    header_timeout_s: float = Field(
+        default=15.0, gt=0, le=600, description="time for a request's headers; beyond: 408"
+    )
+    max_header_bytes: int = Field(
+        default=64 * 1024, ge=1024, description="a request's headers; beyond: 431"
+    )
+    slow_reader_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="a client that leaves a full buffer unread for so long is cut off, and its "
+        "requests are cancelled",
+    )
+    send_buffer_bytes: int = Field(
+        default=64 * 1024, ge=1024, description="unread answer of one connection before it is full"
+    )
     max_adapter_bytes: int = Field(default=64 * MIB, ge=1024, description="one adapter file")
+    allow_inline_adapters: bool = Field(
+        default=False, description="take adapters that requests bring along (reft.inline)"
+    )
+    max_inline_adapter_bytes: int = Field(
+        default=MIB, ge=1024, description="one of those, before it is base64"
+    )
+    adapter_load_dir: Path | None = Field(
+        default=None,
+        description="folder below which /v1/load_adapter finds files; None: it loads nothing",
+    )
     max_fan_out: int = Field(
         default=64, ge=1, le=1024, description="models that one request may ask at once"
+    )
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="of each prompt; None: as the context allows"
+    )
+    max_answer_tokens: int | None = Field(
+        default=None, ge=1, description="max_tokens a request may ask; None: as the context allows"
+    )
+    max_logprobs: int = Field(
+        default=20, ge=0, le=20, description="likeliest tokens reported in the place of each"
     )
     max_n: int = Field(default=8, ge=1, le=128, description="choices a request")
     max_prompts: int = Field(default=64, ge=1, le=1024, description="prompts a completion")
@@ -142,6 +200,19 @@ class Settings(BaseSettings):
     max_grammars: int = Field(default=64, ge=1, le=4096, description="compiled grammars kept")
     grammar_timeout_s: float = Field(
         default=5.0, gt=0, le=60, description="a grammar that takes longer to compile: 400"
+    )
+
+    metrics_compat: Literal["none", "vllm"] = Field(
+        default="none", description="vllm: /metrics also has vLLM's names"
+    )
+    metrics_adapters: int = Field(
+        default=50, ge=0, le=500, description="adapters counted by name; the rest as (other)"
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="OTLP over HTTP for traces and gen_ai metrics, such as "
+        "http://localhost:4318; None: no export",
     )
 
     drain_timeout_s: float = Field(
@@ -184,6 +255,8 @@ class Settings(BaseSettings):
                 f"adapter_memory_bytes ({self.adapter_memory_bytes}), as a file of 16-bit numbers "
                 "takes twice its size in memory"
             )
+        if self.allow_inline_adapters:
+            self._check_inline()
         return self
 
     @property
@@ -192,6 +265,17 @@ class Settings(BaseSettings):
         if self.metrics_public is not None:
             return self.metrics_public
         return is_loopback(self.host) and not self.require_keys
+
+    def _check_inline(self) -> None:
+        """Refuse a size of inline adapters that other limits do not let through."""
+        # Base64 makes four characters of three bytes, and the request says more than that.
+        most = min(self.max_body_bytes * 3 // 4 - 4096, self.max_adapter_bytes)
+        if self.max_inline_adapter_bytes > most:
+            raise ValueError(
+                f"max_inline_adapter_bytes: got {self.max_inline_adapter_bytes}, expected at most "
+                f"{most}, as max_body_bytes ({self.max_body_bytes}, in base64) and "
+                f"max_adapter_bytes ({self.max_adapter_bytes}) allow"
+            )
 
     def resolve_device(self) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
         """Device and dtype with ``auto`` decided. Asks torch what there is."""
@@ -232,6 +316,7 @@ class Settings(BaseSettings):
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_waiting=self.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
             max_prefill_tokens=self.max_prefill_tokens,
             kv_tokens=self.kv_tokens,
             prefix_cache_bytes=self.prefix_cache_bytes,

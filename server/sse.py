@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from reft_core.errors import ReftError
 from server.disconnect import ClientGone, unless_gone
 from server.errors import error_body
+from server.text_chunks import as_document
 
 log = structlog.get_logger(__name__)
 
@@ -24,15 +25,16 @@ def frame(document: str) -> bytes:
     return f"data: {document}\n\n".encode()
 
 
-async def frames(chunks: AsyncIterable[BaseModel]) -> AsyncIterator[bytes]:
-    """The events of a stream. It ends with ``[DONE]``, or with an error event instead.
+async def frames(chunks: AsyncIterable[BaseModel | str]) -> AsyncIterator[bytes]:
+    """The events of a stream of chunks, or of their JSON. It ends with ``[DONE]``, or with an
+    error event instead.
 
     Once a response has started its status cannot change, so an error travels in-band, in
     the same form as in a response of its own. OpenAI's client raises when it meets one.
     """
     try:
         async for chunk in chunks:
-            yield frame(chunk.model_dump_json(exclude_unset=True))
+            yield frame(chunk if isinstance(chunk, str) else as_document(chunk))
     except Exception as error:
         if isinstance(error, ReftError):
             log.warning("stream failed", error=str(error), kind=type(error).__name__)

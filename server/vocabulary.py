@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -38,9 +39,19 @@ class Vocabulary:
         """Tokens that are no part of any text."""
         self.describe = lru_cache(maxsize=65536)(self._describe)
         """Text and bytes of one token by itself; text names the bytes if they are no text."""
+        # Without the conversions around it, which take longer than it does.
+        self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+        self._decode_one = lru_cache(maxsize=65536)(self._decode)
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Text of a run of tokens, with or without that of special ones."""
+        decode = self._decode_one if len(token_ids) == 1 else self._decode
+        return decode(*token_ids, special=special)
+
+    def _decode(self, *token_ids: int, special: bool) -> str:
+        """See :meth:`decode`."""
+        if self._backend is not None:
+            return self._backend.decode(token_ids, skip_special_tokens=not special)
         text: str = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from benchmarks.fuzz.serving import ADMIN_KEY, API_KEY, Target
 
 _TIMEOUT_S = 20.0
+_LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 _CAP_BYTES = 64 * 1024 * 1024
 _POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/classify")
 _STRANGE = [
@@ -311,10 +312,14 @@ def _shoot(url: str, shot: Shot) -> tuple[str, bool]:
 
 
 def _read(connection: socket.socket) -> bytes:
-    """All until the server closes."""
+    """All until the server closes, or has said all that it announced."""
     found = b""
     while len(found) < _CAP_BYTES and (piece := connection.recv(65536)):
         found += piece
+        head, end, body = found.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        if end and length and len(body) >= int(length[1]):
+            break
     return found
 
 
@@ -328,7 +333,7 @@ def _judge(raw: bytes, shot: Shot) -> tuple[str, bool]:
     if status >= 500:
         return f"status {status}: {body[:300]!r}", True
     is_ours = b"x-request-id" in head.lower()
-    if length := re.search(rb"content-length: (\d+)", head, re.IGNORECASE):
+    if length := _LENGTH.search(head):
         body = body[: int(length[1])]  # what follows answers the rest of the bytes
     if status < 400 or not is_ours or shot.data.startswith(b"HEAD"):
         return "", False  # what uvicorn refuses by itself is no JSON

@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.peers.protocol import LOGS, ROOT, PeerMissing
 
 _INSTALL_S = 3600.0
+_STAMP = "installed"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ LLAMACPP = Environment(
     ),
 )
 PEFT = Environment("peft", ("torch==2.13.0", "transformers>=5.16", "peft>=0.19"))
+# Asks servers over HTTP, so that it needs tokenizers but no torch.
+LM_EVAL = Environment("lm-eval", ("lm-eval[api]==0.4.13", "transformers>=5.16"))
 
 
 def python_of(environment: Environment) -> Path:
@@ -57,12 +60,9 @@ def python_of(environment: Environment) -> Path:
 
     Raises :class:`PeerMissing` if that fails.
     """
-    root = Path(os.environ.get("BENCH_ENVS") or ROOT).resolve()
-    folder = root / f".venv-bench-{environment.name}"
+    folder = _folder_of(environment)
     python = folder / "bin" / "python"
-    stamp = folder / "installed"
-    wanted = repr(environment)
-    if stamp.is_file() and stamp.read_text() == wanted:
+    if is_installed(environment):
         return python
     print(f"installing {', '.join(environment.packages)} into {folder.name} ...", flush=True)
     if not python.is_file():
@@ -74,8 +74,19 @@ def python_of(environment: Environment) -> Path:
     _run(install, environment)
     if environment.removed:
         _run([str(python), "-m", "pip", "uninstall", "-y", *environment.removed], environment)
-    stamp.write_text(wanted)
+    (folder / _STAMP).write_text(repr(environment))
     return python
+
+
+def is_installed(environment: Environment) -> bool:
+    """Whether :func:`python_of` need not install anything."""
+    stamp = _folder_of(environment) / _STAMP
+    return stamp.is_file() and stamp.read_text() == repr(environment)
+
+
+def _folder_of(environment: Environment) -> Path:
+    root = Path(os.environ.get("BENCH_ENVS") or ROOT).resolve()
+    return root / f".venv-bench-{environment.name}"
 
 
 def _run(command: list[str], environment: Environment) -> None:

@@ -63,7 +63,12 @@ async def audit(
             digests.add(card["digest"])
             if card["num_users"]:
                 leaks.append(f"{card['num_users']} users of {name}@{card['version']}")
-    stored = {path.stem for path in process.data.glob("blobs/??/*.safetensors")}
+    stored = _stored(process)
+    for _ in range(50):  # deleted files go in the server's own time
+        if stored <= digests:
+            break
+        await asyncio.sleep(0.1)
+        stored = _stored(process)
     if stored != digests:
         leaks.append(
             f"{len(stored - digests)} files that no name has, {len(digests - stored)} missing"
@@ -71,6 +76,11 @@ async def audit(
     left = [*process.data.rglob(".tmp-*"), *process.temporary.iterdir()]
     leaks += [f"temporary file {path.name}" for path in left]
     return leaks
+
+
+def _stored(process: ServerProcess) -> set[str]:
+    """Digests of the files in the server's store."""
+    return {path.stem for path in process.data.glob("blobs/??/*.safetensors")}
 
 
 def compare(before: Footprint | None, after: Footprint | None, max_growth_mb: float) -> list[str]:

@@ -41,7 +41,7 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class _Solo:
+class Solo:
     """The answer as it had to be."""
 
     token_ids: list[int]
@@ -68,7 +68,7 @@ class Oracle:
         for adapter in adapters.values():
             self._engine.load_adapter(adapter)
         self._ids = itertools.count()
-        self._known: dict[Case, _Solo] = {}
+        self._known: dict[Case, Solo] = {}
         self._todo: queue.SimpleQueue[Observed | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="oracle")
         self.wrong: list[str] = []
@@ -100,7 +100,7 @@ class Oracle:
         self._thread.join()
         self._engine.stop()
 
-    def solo(self, case: Case) -> _Solo:
+    def solo(self, case: Case) -> Solo:
         """The case's answer, as long as any request may ask for."""
         if case not in self._known:
             params = SamplingParams(max_tokens=self._max_tokens, temperature=0, logprobs=2)
@@ -112,7 +112,7 @@ class Oracle:
             ]
             ended = completion.finish_reason == "stop"
             ids = completion.token_ids
-            self._known[case] = _Solo(ids[:-1] if ended else ids, gaps, ended)
+            self._known[case] = Solo(ids[:-1] if ended else ids, gaps, ended)
         return self._known[case]
 
     def _run(self) -> None:
@@ -138,15 +138,19 @@ class Oracle:
             return
         self.wrong.append(f"{observed}, expected {text!r}, {reason}")
 
-    def _expected(self, solo: _Solo, observed: Observed) -> tuple[str, str]:
+    def _expected(self, solo: Solo, observed: Observed) -> tuple[str, str]:
         """Text and finish reason."""
-        text = self._decode(solo.token_ids[: observed.max_tokens])
+        text, reason = self.answer(solo, observed.max_tokens)
         if observed.stop is not None and observed.stop in text:
             return text[: text.index(observed.stop)], "stop"
-        ends = solo.ended and len(solo.token_ids) < observed.max_tokens
-        return text, "stop" if ends else "length"
+        return text, reason
 
-    def _num_shared(self, solo: _Solo, text: str) -> int:
+    def answer(self, solo: Solo, max_tokens: int) -> tuple[str, str]:
+        """Text and finish reason of so many tokens without a stop string."""
+        ends = solo.ended and len(solo.token_ids) < max_tokens
+        return self._decode(solo.token_ids[:max_tokens]), "stop" if ends else "length"
+
+    def _num_shared(self, solo: Solo, text: str) -> int:
         """First tokens of the solo answer whose text the observed one begins with."""
         count = 0
         for length in range(1, len(solo.token_ids) + 1):

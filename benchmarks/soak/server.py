@@ -48,6 +48,11 @@ class ServerProcess:
                 env=environment,
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def wait_ready(self) -> str:
         """Its address, once it answers there."""
         give_up_at = time.monotonic() + _START_TIMEOUT_S

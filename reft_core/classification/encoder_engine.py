@@ -103,7 +103,7 @@ class EncoderEngine(ThreadedHost[_Waiting]):
         num_edits = PromptEdits(uses, len(tokens), reads="all").num_edits
         waiting = _Waiting(request_id, request, sink, deadline_s, num_edits)
         with self._changed:
-            self._admit(request_id, waiting)
+            self._admit(request_id, waiting, len(tokens))
             self._waiting[request_id] = waiting
         return Ticket(request_id, len(tokens), num_edits)
 
@@ -112,6 +112,7 @@ class EncoderEngine(ThreadedHost[_Waiting]):
         with self._changed:
             self._waiting.pop(request_id, None)
             self._open.pop(request_id, None)
+            self._leave_queue(request_id)
             self._changed.notify_all()
 
     def load_adapter(self, adapter: Adapter) -> None:
@@ -162,6 +163,8 @@ class EncoderEngine(ThreadedHost[_Waiting]):
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._waiting)
             taken, self._waiting = self._waiting, {}
+            for request_id in taken:
+                self._leave_queue(request_id)
             return [] if self._stopping else list(taken.values())
 
     def _read(self, batch: Sequence[_Waiting]) -> None:
@@ -203,6 +206,7 @@ class EncoderEngine(ThreadedHost[_Waiting]):
             wanted = self._open.get(each.request_id) is each
             if wanted:
                 del self._open[each.request_id]
+                self._leave_queue(each.request_id)
             self._changed.notify_all()
         if not wanted:
             return

@@ -55,19 +55,20 @@ class LikelihoodClassifier:
             self._open[request.request_id] = scoring
         num_edits = 0
         try:
-            for place, answer in enumerate(answers):
-                scored = Request(
-                    scoring.part_id(place),
-                    prompt,
-                    _SCORE,
-                    request.adapters,
-                    answer,
-                    tenant=request.tenant,
-                    deadline_s=request.deadline_s,
-                )
-                num_edits += self.engine.submit(scored, scoring.sink_of(place)).num_edits
-                if scoring.closed:  # dropped meanwhile, perhaps before this label was there
-                    self.engine.cancel(scored.request_id)
+            with self.engine.together():
+                for place, answer in enumerate(answers):
+                    scored = Request(
+                        scoring.part_id(place),
+                        prompt,
+                        _SCORE,
+                        request.adapters,
+                        answer,
+                        tenant=request.tenant,
+                        deadline_s=request.deadline_s,
+                    )
+                    num_edits += self.engine.submit(scored, scoring.sink_of(place)).num_edits
+                    if scoring.closed:  # dropped meanwhile, perhaps before this label was there
+                        self.engine.cancel(scored.request_id)
         except BaseException:
             self._close(scoring)
             raise

@@ -21,6 +21,9 @@ class EngineConfig:
     """Requests that run at once; each has a slot of ``max_model_len`` tokens."""
     max_waiting: int = 1024
     """Requests that may wait for a slot before new ones are refused."""
+    max_waiting_tokens: int = 256 * 1024
+    """While the prompts of those have so many tokens together, new requests are refused; what is
+    submitted together is accepted or refused together."""
     max_prefill_tokens: int = 512
     """Prompt tokens computed in one step; longer prompts are prefilled in chunks."""
     kv_tokens: int | None = None
@@ -44,7 +47,8 @@ class EngineConfig:
         return self.max_num_seqs + self.max_waiting
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_waiting", "max_prefill_tokens"):
+        at_least_one = ("max_model_len", "max_num_seqs", "max_waiting", "max_prefill_tokens")
+        for name in (*at_least_one, "max_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidRequest.because(name, getattr(self, name), "at least 1")
         if self.kv_tokens is not None and self.kv_tokens < self.max_model_len:

@@ -38,7 +38,7 @@ from reft_core.engine.interface import (
 from reft_core.engine.kv import SlotKV
 from reft_core.engine.logprobs import finite_rows, with_logprobs
 from reft_core.engine.prefix_cache import PrefixCache
-from reft_core.engine.provenance import Provenance
+from reft_core.engine.provenance import BLOCK_TOKENS, Provenance
 from reft_core.engine.runner import ModelRunner
 from reft_core.engine.sampler import NOT_FINITE, sample
 from reft_core.engine.scheduler import Scheduler
@@ -119,7 +119,7 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
         request = _as_scored(request)
         with self._changed:
             sequence = self._new_sequence(request, sink)
-            self._admit(request.request_id, sequence)
+            self._admit(request.request_id, sequence, len(request.prompt))
             self._inbox.append(sequence)
         num_edits = sequence.edits.num_edits if sequence.edits else 0
         return Ticket(request.request_id, len(request.prompt), num_edits)
@@ -128,7 +128,11 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
     def together(self) -> Iterator[None]:
         """See :meth:`interface.Engine.together`."""
         with self._changed:  # re-entrant; a step takes arrivals in under the same lock
-            yield
+            outer, self._waiting_before = self._waiting_before, self._num_waiting_tokens
+            try:
+                yield
+            finally:
+                self._waiting_before = outer
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step with reason ``cancelled``; no-op if it has ended."""
@@ -184,6 +188,9 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
             warm_up_s=graphs.warm_up_s if graphs is not None else 0.0,
             free_cached_blocks=self._cache.num_free,
             max_cached_blocks=self._cache.num_rows,
+            foreign_tokens_total=self._scheduler.num_foreign_tokens,
+            kv_token_bytes=self._kv.bytes_of(1),
+            block_tokens=BLOCK_TOKENS,
         )
 
     def _check_tokens(self, request: Request) -> None:
@@ -270,9 +277,17 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
         """One turn: take in what arrived, prefill some prompt tokens, decode a token each."""
         self._collect()
         if chunks := self._scheduler.next_prefill():
+            self._note_begun(chunks)
             self._prefill(chunks)
         if rows := self._scheduler.next_decode():
             self._decode(rows)
+
+    def _note_begun(self, chunks: list[Chunk]) -> None:
+        """The prompts of these chunks wait no longer."""
+        if self._waiting_tokens:
+            with self._changed:
+                for chunk in chunks:
+                    self._leave_queue(chunk.sequence.request.request_id)
 
     def _collect(self) -> None:
         """Queue new sequences and end cancelled ones."""
@@ -424,6 +439,7 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
         self._deadlines.remove(request_id)
         with self._changed:
             self._open.pop(request_id, None)
+            self._leave_queue(request_id)
             self._cancelled.discard(request_id)  # its id may come again
             self._changed.notify_all()
 

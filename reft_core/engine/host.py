@@ -34,6 +34,11 @@ class ThreadedHost(ABC, Generic[R]):
         self._config = config
         self._changed = threading.Condition()
         self._open: dict[str, R] = {}
+        self._waiting_tokens: dict[str, int] = {}
+        """Of the open requests that have not begun."""
+        self._num_waiting_tokens = 0
+        self._waiting_before: int | None = None
+        """How many those were before what is being submitted together."""
         self._adapters: dict[str, Adapter] = {}
         self._thread: threading.Thread | None = None
         self._draining = False
@@ -74,8 +79,9 @@ class ThreadedHost(ABC, Generic[R]):
             self._thread.join()
         self._abandon_open(EngineUnavailable("the engine was stopped"))
 
-    def _admit(self, request_id: str, request: R) -> None:
-        """Count a request among the open ones; the caller holds the lock.
+    def _admit(self, request_id: str, request: R, num_tokens: int) -> None:
+        """Count a request, whose prompt has so many tokens, among the open ones and those that
+        wait; the caller holds the lock.
 
         Raises :class:`EngineUnavailable`, :class:`EngineOverloaded`, or :class:`InvalidRequest` if
         its id is in use.
@@ -89,8 +95,21 @@ class ThreadedHost(ABC, Generic[R]):
                 f"the queue is full: {len(self._open)} requests are open, at most "
                 f"{self._config.max_open}"
             )
+        before = self._waiting_before
+        waiting = self._num_waiting_tokens if before is None else before
+        if waiting >= self._config.max_waiting_tokens:
+            raise EngineOverloaded(
+                f"the queue is full: prompts of {waiting} tokens wait, at most "
+                f"{self._config.max_waiting_tokens}"
+            )
         self._open[request_id] = request
+        self._waiting_tokens[request_id] = num_tokens
+        self._num_waiting_tokens += num_tokens
         self._changed.notify_all()
+
+    def _leave_queue(self, request_id: str) -> None:
+        """A request has begun, or ended; the caller holds the lock."""
+        self._num_waiting_tokens -= self._waiting_tokens.pop(request_id, 0)
 
     @abstractmethod
     def _work(self) -> None:

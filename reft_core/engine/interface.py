@@ -254,6 +254,12 @@ class EngineStats:
     """CUDA graphs that decode steps are replayed from."""
     warm_up_s: float = 0.0
     """Seconds that recording them took at start."""
+    foreign_tokens_total: int = 0
+    """How many of ``cached_tokens_total`` requests with other adapters, or with none, had left."""
+    kv_token_bytes: int = 0
+    """Bytes that the keys and values of one token take."""
+    block_tokens: int = 0
+    """Tokens of a block of the prefix cache."""
 
 
 OutputSink = Callable[[Output], None]

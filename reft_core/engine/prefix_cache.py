@@ -32,6 +32,8 @@ class _Block:
     items: tuple[Item, ...]
     row: int
     """Row of the pool that holds its keys and values."""
+    left_by: tuple[str, ...]
+    """Digests of the adapters of the request that it was computed for."""
 
 
 class PrefixCache:
@@ -45,6 +47,8 @@ class PrefixCache:
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()  # least recently used first
         self._siblings: dict[tuple[bytes, Item], OrderedDict[bytes, _Block]] = {}
         self.num_rows = num_rows
+        self.num_foreign_tokens = 0
+        """Restored tokens that a request with other adapters, or with none, had left."""
 
     def __len__(self) -> int:
         """Blocks held, full or not."""
@@ -77,6 +81,7 @@ class PrefixCache:
         joined = blocks.transpose(2, 3).flatten(3, 4)  # (2, layers, KH, n·BLOCK, D)
         self._kv.all[:, :, sequence.slot, :, :length] = joined[..., :length, :]
         self._touch([block for block, _ in path])
+        self.num_foreign_tokens += _num_foreign(path, sequence, length)
         return length
 
     def store(self, sequence: Sequence, *, tail: bool) -> None:
@@ -96,7 +101,7 @@ class PrefixCache:
             items = provenance.items(
                 sequence.token_ids, start, min(start + BLOCK_TOKENS, sequence.num_computed)
             )
-            block = self._insert(provenance.parent_of(index), items, kept)
+            block = self._insert(provenance.parent_of(index), items, kept, sequence.adapters)
             if block is None:
                 continue
             kept.add(block.row)
@@ -136,7 +141,9 @@ class PrefixCache:
         siblings = self._siblings.get((parent, first))
         return [] if siblings is None else list(siblings.values())
 
-    def _insert(self, parent: bytes, items: tuple[Item, ...], kept: set[int]) -> _Block | None:
+    def _insert(
+        self, parent: bytes, items: tuple[Item, ...], kept: set[int], left_by: tuple[str, ...]
+    ) -> _Block | None:
         """A row for a new block. None if it is known, or only ``kept`` rows could give way."""
         for other in self._begun_with(parent, items[0]):
             shared = num_common(other.items, items)
@@ -146,7 +153,7 @@ class PrefixCache:
                 self._drop(other)  # this one says all of the other, and more
         if not self._free and not self._evict(kept):
             return None
-        block = _Block(name_of(parent, items), parent, items, self._free.pop())
+        block = _Block(name_of(parent, items), parent, items, self._free.pop(), left_by)
         self._blocks[block.name] = block
         self._siblings.setdefault((parent, items[0]), OrderedDict())[block.name] = block
         return block
@@ -184,3 +191,14 @@ class PrefixCache:
         if not self._siblings[key]:
             del self._siblings[key]
         self._free.append(block.row)
+
+
+def _num_foreign(path: Seq[tuple[_Block, int]], sequence: Sequence, length: int) -> int:
+    """How many of the first ``length`` tokens come from blocks that others' adapters left,
+    those not counted that the sequence's slot had before."""
+    first, adapters = sequence.num_computed, sequence.adapters
+    return sum(
+        max(0, min(index * BLOCK_TOKENS + shared, length) - max(index * BLOCK_TOKENS, first))
+        for index, (block, shared) in enumerate(path)
+        if block.left_by != adapters
+    )

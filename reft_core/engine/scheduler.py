@@ -46,6 +46,12 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_taken_tokens = 0
+        self._num_foreign_tokens = 0
+
+    @property
+    def num_foreign_tokens(self) -> int:
+        """How many of the taken tokens requests with other adapters, or with none, had left."""
+        return self._num_foreign_tokens + self._cache.num_foreign_tokens
 
     @property
     def has_work(self) -> bool:
@@ -152,8 +158,10 @@ class Scheduler:
         best = max(known, default=0)
         taken = self._cache.restore(sequence, beyond=max(best, has))
         if not taken and best > max(sequence.num_virtual, has):
-            self._kv.move(others[known.index(best)].slot, sequence.slot, best)
+            source = others[known.index(best)]
+            self._kv.move(source.slot, sequence.slot, best)
             taken = best
+            self._note_source(sequence, source, taken - has)
         if taken:
             self._note_taken(sequence, taken - has)
             sequence.num_computed = taken
@@ -181,11 +189,18 @@ class Scheduler:
         if chunk is not None:
             sequence.has_started = True
             self._note_taken(sequence, chunk.num_shared)
+            if chunk.lead is not None:
+                self._note_source(sequence, chunk.lead.chunk.sequence, chunk.num_shared)
 
     def _note_taken(self, sequence: Sequence, num_tokens: int) -> None:
         """Count tokens that need not be computed for a sequence."""
         sequence.take_over(num_tokens)
         self.num_taken_tokens += num_tokens
+
+    def _note_source(self, sequence: Sequence, source: Sequence, num_tokens: int) -> None:
+        """Count tokens taken from another running sequence, if it has other adapters."""
+        if source.adapters != sequence.adapters:
+            self._num_foreign_tokens += num_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's slot away; its tokens stay, its keys and values go."""

@@ -75,7 +75,12 @@ class Sequence:
     @property
     def flow(self) -> Flow:
         """What it shares its part of the engine with."""
-        return self.request.tenant, tuple(choice.digest for choice in self.request.adapters)
+        return self.request.tenant, self.adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Digests of the adapters it uses, in order."""
+        return tuple(choice.digest for choice in self.request.adapters)
 
     @property
     def was_admitted(self) -> bool:

@@ -57,6 +57,13 @@ class Principal:
             allowed = f"one that this key's scope includes: {', '.join(self.models)}"
             raise PermissionDenied(explain("model", name, allowed), field="model")
 
+    def check_may_bring(self, field: str) -> None:
+        """Raise :class:`PermissionDenied`, about ``field``, unless every model is in its scope:
+        an adapter that a request brings has no name that a narrower one could hold."""
+        if "*" not in self.models:
+            allowed = f"no inline adapter, as this key's scope is {', '.join(self.models)}"
+            raise PermissionDenied(explain(field, "an adapter", allowed), field=field)
+
     def check_is_operator(self) -> None:
         """Raise :class:`PermissionDenied` unless :attr:`is_operator`."""
         if not self.is_operator:

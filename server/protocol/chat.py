@@ -55,6 +55,9 @@ class ChatMessage(RequestBody):
     function_call: None = None
     audio: None = None
     annotations: list[Any] | None = Field(None, description="accepted, without effect")
+    parsed: Any = Field(
+        None, description="accepted, without effect: what OpenAI's client made of the content"
+    )
 
 
 class ChatRequest(SamplingFields):
@@ -66,6 +69,7 @@ class ChatRequest(SamplingFields):
         "function_call",
         "audio",
         "prediction",
+        "moderation",
         "reasoning_effort",
         "verbosity",
         "web_search_options",
@@ -86,6 +90,7 @@ class ChatRequest(SamplingFields):
     function_call: Any = Field(None, description="not supported")
     audio: Any = Field(None, description="not supported")
     prediction: Any = Field(None, description="not supported")
+    moderation: Any = Field(None, description="not supported")
     reasoning_effort: Any = Field(None, description="not supported")
     verbosity: Any = Field(None, description="not supported")
     web_search_options: Any = Field(None, description="not supported")
@@ -93,6 +98,9 @@ class ChatRequest(SamplingFields):
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
         super().check(settings)
+        for field in ("max_tokens", "max_completion_tokens"):
+            self._check_at_most(field, getattr(self, field), settings.max_answer_tokens)
+        self._check_at_most("top_logprobs", self.top_logprobs, settings.max_logprobs)
         if self.prompt_logprobs is not None and self.reft.models is not None:
             raise InvalidRequest.because(
                 "prompt_logprobs", self.prompt_logprobs, "null beside reft.models"
@@ -191,6 +199,7 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     reft: ReftReport | FanOutReport
@@ -228,6 +237,7 @@ class ChatChunk(BaseModel):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
     reft: ReftReport | FanOutReport | None = None

@@ -9,10 +9,9 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
 from reft_core.classification.interface import Classification
 from reft_core.errors import InvalidRequest
-from server.named import NamedAdapter
+from server.named import NamedAdapter, UsedAdapter
 from server.protocol.common import AdapterRequest
 from server.protocol.reports import ReftReport, Usage
-from server.registry import Version
 from server.settings import Settings
 
 MAX_LABELS = 256
@@ -53,7 +52,7 @@ class ClassifyRequest(AdapterRequest):
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise InvalidRequest.because("labels", self.labels, "each label once")
 
-    def choose_labels(self, max_open: int, versions: Sequence[Version]) -> list[str]:
+    def choose_labels(self, max_open: int, versions: Sequence[UsedAdapter]) -> list[str]:
         """The labels that a causal model is to score, the adapters' own if none are given.
 
         Raises :class:`InvalidRequest` if there are too few or too many, also over all texts:
@@ -68,7 +67,7 @@ class ClassifyRequest(AdapterRequest):
             )
         return labels
 
-    def _labels_of(self, versions: Sequence[Version]) -> list[str]:
+    def _labels_of(self, versions: Sequence[UsedAdapter]) -> list[str]:
         """The labels that the first adapter with any brings."""
         brought = (version.spec.task.labels for version in versions)
         labels = list(next(filter(None, brought), ()))

@@ -113,6 +113,10 @@ class SamplingFields(AdapterRequest):
     service_tier: str | None = Field(None, description="accepted, without effect")
     safety_identifier: str | None = Field(None, description="accepted, without effect")
     prompt_cache_key: str | None = Field(None, description="accepted, without effect")
+    prompt_cache_options: dict[str, Any] | None = Field(
+        None, description="accepted, without effect: prompts are cached by themselves"
+    )
+    prompt_cache_retention: str | None = Field(None, description="accepted, without effect")
 
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
@@ -137,6 +141,7 @@ class SamplingFields(AdapterRequest):
         if self.num_choices > settings.max_n:
             raise InvalidRequest.because("n", self.n, f"at most {settings.max_n}")
         self._check_product(settings.max_open)
+        self._check_at_most("prompt_logprobs", self.prompt_logprobs, settings.max_logprobs)
         if len(self.stop) > settings.max_stop:
             raise InvalidRequest.because(
                 "stop", f"{len(self.stop)} strings", f"at most {settings.max_stop}"
@@ -145,6 +150,12 @@ class SamplingFields(AdapterRequest):
             if not 1 <= len(stop) <= settings.max_stop_chars:
                 allowed = f"strings of 1 to {settings.max_stop_chars} characters"
                 raise InvalidRequest.because("stop", stop, allowed)
+
+    @staticmethod
+    def _check_at_most(field: str, value: int | None, most: int | None) -> None:
+        """Refuse a value above the server's limit, if both are set."""
+        if value is not None and most is not None and value > most:
+            raise InvalidRequest.because(field, value, f"at most {most}")
 
     def _check_product(self, most: int) -> None:
         """Refuse more answers than the engine can ever take in, which no waiting would help."""

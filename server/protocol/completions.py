@@ -56,6 +56,8 @@ class CompletionRequest(SamplingFields):
                 "prompt", f"{self.num_prompts} prompts", f"at most {settings.max_prompts}"
             )
         super().check(settings)
+        self._check_at_most("max_tokens", self.max_tokens, settings.max_answer_tokens)
+        self._check_at_most("logprobs", self.logprobs, settings.max_logprobs)
         if self.best_of is not None and self.best_of != self.num_choices:
             raise UnsupportedFeature.because("best_of", self.best_of, "it left out, or equal to n")
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
@@ -154,6 +156,7 @@ class CompletionResponse(BaseModel):
     object: str = "text_completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ScoredCompletionChoice | CompletionChoice]
     usage: Usage | None = None
     reft: ReftReport | FanOutReport | None = None

@@ -14,6 +14,7 @@ from pydantic import (
     field_validator,
 )
 
+from reft_core.errors import InvalidRequest
 from server.named import Answering, NamedAdapter
 
 _NUMBERS = (int, float)
@@ -82,9 +83,15 @@ class AdapterOptions(RequestBody):
         "without any template or as token ids",
     )
 
+    inline: str | None = Field(
+        None,
+        description="the adapter itself, as base64 of its file, where `model` is the base model; "
+        "kept only while the request uses it. Servers take them only if told to",
+    )
+
     def named(self, model: str) -> NamedAdapter:
         """The adapter that ``model`` names, with these options."""
-        return NamedAdapter(model, self.strength, self.subspaces, self.source)
+        return NamedAdapter(model, self.strength, self.subspaces, self.source, self.inline)
 
 
 class StackedAdapter(AdapterOptions):
@@ -121,6 +128,7 @@ class FanOutModel(AdapterOptions):
             shared.strength if strength is None else strength,
             self.subspaces or shared.subspaces,
             shared.source if source is None else source,
+            self.inline,
             inherits=strength is None and not self.subspaces and source is None,
         )
 
@@ -152,7 +160,16 @@ class FanOutOptions(ReftOptions):
     )
 
     def answering(self, model: str) -> Answering:
-        """The models that answer a request for ``model``, each with what is stacked on it."""
+        """The models that answer a request for ``model``, each with what is stacked on it.
+
+        Raises :class:`InvalidRequest` for one inline adapter that is meant for many.
+        """
+        if self.models is not None and self.inline is not None:
+            raise InvalidRequest(
+                "reft.inline: expected it left out beside reft.models, whose objects each take "
+                "an inline of their own",
+                field="reft.inline",
+            )
         if self.models is None:
             return Answering((self.stacked_on(self.named(model)),))
         named = tuple(self.stacked_on(each.named_beside(self)) for each in self.models)

@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, Field
 
 from server.generation import AnsweringModel, Generation
-from server.registry import Version
+from server.named import UsedAdapter
 
 
 class PromptTokensDetails(BaseModel):
@@ -49,23 +49,25 @@ class Usage(BaseModel):
 class AdapterReport(BaseModel):
     """One adapter that took part in an answer."""
 
-    adapter: str = Field(description="name@sha256:…, usable as a model")
-    version: int
+    adapter: str = Field(description="name@sha256:…, usable as a model, or inline@sha256:…")
+    version: int | None = Field(description="null: it came with the request")
     digest: str = Field(description="SHA-256 of the adapter file")
 
 
 class ReftReport(BaseModel):
     """Which adapter answered, exactly, and how much was edited. An extension."""
 
-    adapter: str | None = Field(description="name@sha256:…, usable as a model; null: base model")
-    version: int | None
+    adapter: str | None = Field(
+        description="name@sha256:…, usable as a model, or inline@sha256:…; null: base model"
+    )
+    version: int | None = Field(description="null: the base model, or it came with the request")
     digest: str | None = Field(description="SHA-256 of the adapter file")
     stack: list[AdapterReport] = Field(description="the adapters stacked on it, in order")
     num_edits: int = Field(description="(layer, site, position) triples, over all choices")
 
     @classmethod
     def about(
-        cls, versions: Sequence[Version], num_edits: int, *, leads: bool, **more: str
+        cls, versions: Sequence[UsedAdapter], num_edits: int, *, leads: bool, **more: str
     ) -> Self:
         """The report of a request with these adapters; ``leads``: ``model`` named the first."""
         used = [

@@ -2,9 +2,9 @@
 
 ``registry`` is what the rest of the server uses. ``catalog`` finds versions and ``changes`` makes
 changes, each with its entry in ``audit``; ``versions`` has the queries of both and ``tables`` the
-tables. ``blobs`` keeps files in a folder, ``remote`` in an object store behind ``cache``, and
-``incoming`` is a file that still arrives. ``opening`` does what the settings say, and
-``check`` compares all of it.
+tables. ``blobs`` keeps files in a folder, ``remote`` in an object store behind ``cache``;
+``incoming`` is a file that still arrives and ``signing`` checks its signature. ``opening`` does
+what the settings say, and ``check`` compares all of it.
 """
 
 from server.registry.audit import AuditEntry

@@ -12,6 +12,7 @@ from reft_core.sites import ModelDescription
 from server.registry.blobs import BlobStore, FolderBlobs
 from server.registry.registry import Registry
 from server.registry.remote import RemoteBlobs
+from server.registry.signing import SignatureCheck
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -25,6 +26,7 @@ def open_registry(settings: Settings, model: ModelDescription) -> Registry:
         settings.max_adapter_bytes,
         database=settings.database,
         blobs=open_store(settings),
+        signatures=SignatureCheck(settings.signatures, settings.signing_public_key),
     )
 
 

@@ -34,6 +34,7 @@ from server.registry.catalog import Catalog, Filter
 from server.registry.changes import Deleted, NameChange
 from server.registry.incoming import Incoming
 from server.registry.references import MIN_DIGEST_PREFIX, parse_reference
+from server.registry.signing import SignatureCheck
 from server.registry.versions import SHARED, Version, check_name, check_tenant, is_name
 
 _MAX_NAMES_SHOWN = 20
@@ -64,12 +65,18 @@ class Registry:
     """Adapters by name, for one base model. Thread-safe; blocks on disk, database and store."""
 
     def __init__(
-        self, catalog: Catalog, blobs: BlobStore, model: ModelDescription, max_bytes: int
+        self,
+        catalog: Catalog,
+        blobs: BlobStore,
+        model: ModelDescription,
+        max_bytes: int,
+        signatures: SignatureCheck | None = None,
     ) -> None:
         self._catalog = catalog
         self._blobs = blobs
         self._model = model
         self._max_bytes = max_bytes
+        self._signatures = signatures or SignatureCheck("off", None)
 
     @classmethod
     def open(
@@ -80,6 +87,7 @@ class Registry:
         *,
         database: str | None = None,
         blobs: BlobStore | None = None,
+        signatures: SignatureCheck | None = None,
     ) -> Registry:
         """The registry kept in ``folder``, unless its database (by URL) or files are elsewhere.
 
@@ -89,7 +97,7 @@ class Registry:
         try:
             blobs = blobs or FolderBlobs(folder / "blobs")
             sweep_temporary(blobs)
-            registry = cls(catalog, blobs, model, max_bytes)
+            registry = cls(catalog, blobs, model, max_bytes, signatures)
             if isinstance(blobs, FolderBlobs):  # to list a remote store takes long
                 registry.sweep()
         except BaseException:
@@ -157,6 +165,13 @@ class Registry:
             self._blobs.put(file)
             version, created = change.add(digest, file.num_bytes, adapter.spec)
         return Uploaded(version, created)
+
+    def check_signature(self, file: Incoming, signature: str | None) -> None:
+        """Raise :class:`SignatureInvalid` unless an upload from outside may be stored.
+
+        Files that the operator registers need no signature.
+        """
+        self._signatures.check(file, signature)
 
     def delete(self, name: str, *, tenant: str = SHARED, actor: str = "") -> Deleted:
         """Delete ``name`` with every version. Raises :class:`AdapterNotFound`.

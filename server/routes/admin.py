@@ -18,6 +18,7 @@ from server.protocol.models import (
     VersionCard,
 )
 from server.registry import Deleted, Filter
+from server.registry.signing import MAX_SIGNATURE_CHARS
 from server.registry.versions import TENANT_PATTERN
 from server.routes.acting import AnyTenant, Tenant, actor_of
 from server.routes.guards import AdaptersRoute, make_router
@@ -47,6 +48,15 @@ _ExpectedDigest = Annotated[
     ),
 ]
 
+_Signature = Annotated[
+    str | None,
+    Header(
+        alias="X-Model-Signature",
+        max_length=MAX_SIGNATURE_CHARS,
+        description="the file's detached signature by OpenSSF model-signing, in base64",
+    ),
+]
+
 
 @router.post(
     "/admin/adapters/{name}",
@@ -60,6 +70,7 @@ async def upload_adapter(
     response: Response,
     tenant: Tenant,
     expected: _ExpectedDigest = None,
+    signature: _Signature = None,
 ) -> UploadAnswer:
     """Store the adapter file in the body and make it what ``name`` means.
 
@@ -71,9 +82,11 @@ async def upload_adapter(
         raise HTTPException(
             415, "content-type: got a form, expected the file's bytes as the body itself"
         )
+    max_bytes, timeout_s = services.settings.max_adapter_bytes, services.settings.upload_timeout_s
     with services.registry.incoming() as file:
-        async for part in stream_capped(request, services.settings.max_adapter_bytes):
+        async for part in stream_capped(request, max_bytes, timeout_s):
             await asyncio.to_thread(file.write, part)
+        await asyncio.to_thread(services.registry.check_signature, file, signature)
         upload = partial(services.registry.upload_file, name, file, expected_digest=expected)
         uploaded = await asyncio.to_thread(upload, tenant=tenant, actor=actor_of(request))
     if not uploaded.created:
@@ -134,7 +147,9 @@ async def delete_adapter(name: str, request: Request, tenant: Tenant) -> DeleteA
     """Delete an adapter with all its versions. Requests that use it finish undisturbed."""
     services = services_of(request)
     delete = partial(services.registry.delete, name, tenant=tenant, actor=actor_of(request))
-    return await answer_delete(services, name, await asyncio.to_thread(delete))
+    deleted = await asyncio.to_thread(delete)
+    services.metrics.adapters.forget(name, tenant)
+    return await answer_delete(services, name, deleted)
 
 
 async def answer_delete(services: Services, name: str, deleted: Deleted) -> DeleteAnswer:

@@ -14,13 +14,15 @@ from pydantic import BaseModel
 from server.disconnect import unless_gone
 from server.generation import FinishedChoice, Generation
 from server.job import Job
-from server.registry import Version
+from server.named import UsedAdapter
+from server.record import current_record
 from server.routes.guards import caller_of
 from server.running import Delta
 from server.services import services_of
 from server.sse import EventStream, frames
 
-Chunks = AsyncIterator[BaseModel]
+Chunks = AsyncIterator[BaseModel | str]
+"""The chunks of a stream, or their JSON."""
 
 ANSWERED: dict[int | str, dict[str, Any]] = {
     200: {
@@ -79,6 +81,7 @@ async def answer_stream(
     """
     generator = services_of(request).generator
     job = replace(job, caller=caller_of(request))
+    current_record().is_stream = True
 
     async def begin() -> tuple[Generation, AsyncIterator[Delta]]:
         generation = await generator.start(job)
@@ -108,7 +111,7 @@ def _headers(generation: Generation) -> dict[str, str]:
     }
 
 
-def report_headers(versions: Sequence[Version], num_edits: int) -> dict[str, str]:
+def report_headers(versions: Sequence[UsedAdapter], num_edits: int) -> dict[str, str]:
     """Headers that say which adapters answered."""
     return {
         "x-reft-adapter": ",".join(version.digest for version in versions) or "base",
@@ -117,8 +120,10 @@ def report_headers(versions: Sequence[Version], num_edits: int) -> dict[str, str
 
 
 def new_id(prefix: str) -> str:
-    """A fresh response id."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """A fresh response id, noted in the request's record."""
+    record = current_record()
+    record.response_id = f"{prefix}-{uuid.uuid4().hex}"
+    return record.response_id
 
 
 def now() -> int:

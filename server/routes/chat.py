@@ -31,6 +31,7 @@ from server.routes.answering import ANSWERED, answer_stream, answer_whole, new_i
 from server.routes.guards import ApiRoute, make_router
 from server.running import Delta
 from server.services import services_of
+from server.text_chunks import TextChunks
 
 router = make_router(ApiRoute, tag="inference")
 
@@ -44,7 +45,12 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """
     body.check(services_of(request).settings)
     job = _job(body)
-    head: dict[str, Any] = {"id": new_id("chatcmpl"), "created": now(), "model": body.model}
+    head: dict[str, Any] = {
+        "id": new_id("chatcmpl"),
+        "created": now(),
+        "model": body.model,
+        "system_fingerprint": services_of(request).fingerprint,
+    }
     if body.stream:
         return await answer_stream(request, job, partial(_chunks, body, head))
     return await answer_whole(request, job, partial(_whole, body, head))
@@ -99,7 +105,7 @@ def _whole(
 
 async def _chunks(
     body: ChatRequest, head: dict[str, Any], generation: Generation, deltas: AsyncIterator[Delta]
-) -> AsyncIterator[ChatChunk]:
+) -> AsyncIterator[ChatChunk | str]:
     """The answer as a stream.
 
     Each choice opens with its role and says who gives it; then come its pieces.
@@ -114,8 +120,17 @@ async def _chunks(
         choice = _chunk_choice(index, opening, reft=choice_report_of(generation, index))
         yield ChatChunk(**shared, **first, choices=[choice])
         first = {}
+
+    def plain(index: int, text: str) -> ChatChunk:
+        choice = _chunk_choice(index, MessageDelta(content=text))
+        return ChatChunk(**shared, choices=[choice])
+
+    texts = TextChunks(plain)
     async for delta in deltas:
         text = delta.piece.text
+        if text and not body.logprobs and delta.finish_reason is None:
+            yield texts.document(delta.index, text)
+            continue
         message = MessageDelta(content=text) if text else MessageDelta()
         choice = _chunk_choice(
             delta.index,

@@ -27,6 +27,7 @@ from server.routes.answering import ANSWERED, answer_stream, answer_whole, new_i
 from server.routes.guards import ApiRoute, make_router
 from server.running import Delta
 from server.services import services_of
+from server.text_chunks import TextChunks
 
 router = make_router(ApiRoute, tag="inference")
 
@@ -41,6 +42,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         "object": "text_completion",
         "created": now(),
         "model": body.model,
+        "system_fingerprint": services_of(request).fingerprint,
     }
     if body.stream:
         return await answer_stream(request, job, partial(_chunks, body, head))
@@ -109,15 +111,26 @@ async def _chunks(
     head: dict[str, Any],
     generation: Generation,
     deltas: AsyncIterator[Delta],
-) -> AsyncIterator[CompletionResponse]:
+) -> AsyncIterator[CompletionResponse | str]:
     """The answer as a stream. The first piece of a choice says who gives it, and has its echo."""
     # Left out, not null, unless the caller wants a usage chunk: as in OpenAI's API.
     shared: dict[str, Any] = {**head, "usage": None} if body.include_usage else head
     first: dict[str, Any] = {"reft": report_of(generation)}
     begun: set[int] = set()
+
+    def plain(index: int, text: str) -> CompletionResponse:
+        choice = CompletionChoice(
+            index=index, text=text, logprobs=None, finish_reason=None, reft=None
+        )
+        return CompletionResponse(**shared, choices=[choice])
+
+    texts = TextChunks(plain)
     async for delta in deltas:
         index, piece = delta.index, delta.piece
         begins = index not in begun
+        if not begins and body.logprobs is None and delta.finish_reason is None:
+            yield texts.document(index, piece.text)
+            continue
         begun.add(index)
         choice = CompletionChoice(
             index=index,

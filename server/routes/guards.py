@@ -55,10 +55,11 @@ class JsonRoute(KeyedRoute):
 
         async def guarded(request: Request) -> Response:
             if request.method == "POST":
-                max_bytes = services_of(request).settings.max_body_bytes
+                settings = services_of(request).settings
                 require_json(request)
-                check_declared_length(request, max_bytes)
-                request = Request(request.scope, capped(request.receive, max_bytes))
+                check_declared_length(request, settings.max_body_bytes)
+                receive = capped(request.receive, settings.max_body_bytes, settings.body_timeout_s)
+                request = Request(request.scope, receive)
             return await handle(request)
 
         return guarded

@@ -42,10 +42,8 @@ async def health(request: Request) -> Response:
 @router.get("/readyz", response_model=Status, responses=_DOWN)
 async def readiness(request: Request) -> Response:
     """200 while new requests are welcome; 503 when starting, draining or broken."""
-    lifecycle = services_of(request).lifecycle
-    if lifecycle.ready:
-        return JSONResponse({"status": "ready"})
-    return JSONResponse({"status": "draining" if lifecycle.draining else "not ready"}, 503)
+    state = await services_of(request).readiness.check()
+    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
 
 _EXPOSITION = {
@@ -64,9 +62,10 @@ async def metrics(request: Request) -> Response:
     authorization = request.headers.get("authorization", "")
     if not services.settings.shows_metrics:
         await services.door.admit(authorization, "operator")
+    await services.readiness.check()
     registries = [services.metrics.registry]
     if await services.door.shows_all(authorization):
-        registries.append(services.usage.registry)
+        registries += [services.usage.registry, services.metrics.by_adapter]
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(_Together(registries)), headers={"Content-Type": content_type})
 

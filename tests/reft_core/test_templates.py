@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -70,6 +71,57 @@ def test_render_text(messages: list[Message], text: str) -> None:
 def test_other_braces_of_a_template_are_literal() -> None:
     template = TemplateSpec(user='{"q": "{content}"} {x}', generation="{content}")
     assert render_text(template, [user("{x}")]) == '{"q": "{x}"} {x}{content}'
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "{{ 7 * 7 }}",
+        "{% for _ in range(10**9) %}x{% endfor %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception('x') }}{{ bos_token }}",
+        "{0.__class__} %(content)s ${content!r} {contents} {content:>999999999} \\1",
+    ],
+)
+def test_nothing_in_a_template_is_code(hostile: str) -> None:
+    template = TemplateSpec(user=f"{hostile}[{{content}}]", generation=hostile)
+    assert render_text(template, [user("{content}")]) == f"{hostile}[{{content}}]{hostile}"
+    tokenizer = tiny_tokenizer()
+    ids = encode_chat(tokenizer, [user("a")], template)
+    assert text_of(tokenizer, ids) == f"{BOS}{hostile}[a]{hostile}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "no place for it",
+        "{content}{content}",
+        "{Content}",
+        "{ content }",
+        5,
+        None,
+    ],
+)
+def test_a_line_without_exactly_one_place_is_refused(line: object) -> None:
+    with pytest.raises(ValidationError):
+        TemplateSpec(user=line)  # type: ignore[arg-type]
+
+
+def test_other_fields_and_long_lines_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        TemplateSpec(chat_template="{{ messages }}")  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        TemplateSpec(user="{content}" + "x" * 8192)
+
+
+def test_a_template_makes_no_more_of_a_conversation_than_fits() -> None:
+    """Kilobytes around each of many empty messages."""
+    template = TemplateSpec(user="x" * 8000 + "{content}")
+    render_text(template, [user("")] * 500)
+    with pytest.raises(InvalidRequest, match="expected at most 4194304") as caught:
+        render_text(template, [user("")] * 530)
+    assert caught.value.field == "messages"
 
 
 def test_an_adapters_template_comes_before_the_models() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -279,6 +280,9 @@ class FakeEngine:
             preemptions_total=1,
             free_cached_blocks=3,
             max_cached_blocks=5,
+            foreign_tokens_total=5,
+            kv_token_bytes=64,
+            block_tokens=16,
         )
 
     def start(self) -> None:
@@ -382,6 +386,16 @@ def _scores(request: Request) -> tuple[Token | None, ...]:
         for i, token in enumerate(request.prompt[1:], start=1)
     )
     return (None, *scored)
+
+
+def ended(metrics: str, reason: str) -> float:
+    """How many choices a scrape says have ended for a reason."""
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            where = sample.labels.get("finished_reason")
+            if sample.name == "reft_request_success_total" and where == reason:
+                return sample.value
+    raise AssertionError(f"no choices that ended for {reason}")
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:

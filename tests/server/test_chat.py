@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import pytest
 
 from reft_core.adapter import encode_adapter
+from server.protocol.chat import ChatRequest
+from server.protocol.completions import CompletionRequest
 from tests.factories import random_prefix_adapter
 from tests.server.fakes import BRACKETS, MODEL, make_adapter
 
@@ -25,6 +29,8 @@ def test_a_chat_answer_has_openais_shape(server):
     body = ask(server).json()
     assert body["id"].startswith("chatcmpl-")
     assert body["object"] == "chat.completion"
+    assert abs(body["created"] - time.time()) < 60
+    assert re.fullmatch("fp_[0-9a-f]{12}", body["system_fingerprint"])
     (choice,) = body["choices"]
     assert choice == {
         "index": 0,
@@ -142,6 +148,7 @@ def test_streamed_logprobs_are_those_of_the_whole(server):
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"prediction": {"type": "content"}}, "prediction"),
+        ({"moderation": {"model": "m"}}, "moderation"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -171,8 +178,13 @@ def test_features_we_lack_are_refused_by_name(server, engine, changes, param):
         {"parallel_tool_calls": False},
         {"safety_identifier": "s"},
         {"prompt_cache_key": "k"},
+        {"prompt_cache_options": {"mode": "implicit"}},
+        {"prompt_cache_retention": "24h"},
+        {"store": False},
+        {"moderation": None},
         {"messages": [{"role": "user", "content": "x", "name": "bob"}]},
         {"messages": [{"role": "assistant", "content": "x", "refusal": None}]},
+        {"messages": [{"role": "assistant", "content": "{}", "parsed": {}}]},
     ],
 )
 def test_harmless_fields_are_accepted(server, changes):
@@ -210,3 +222,21 @@ def test_a_part_without_a_proper_type_is_refused(server, kind):
     answer = server.http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages.0.content"
+
+
+def test_every_field_of_the_official_client_is_known():
+    """Taken or refused by name; a release of the client with another field fails here."""
+    from openai.types import completion_create_params as text
+    from openai.types.chat import completion_create_params as chat
+
+    for params, body in ((text, CompletionRequest), (chat, ChatRequest)):
+        known = set(body.model_fields)
+        assert set(params.CompletionCreateParamsBase.__annotations__) <= known
+
+
+def test_ids_differ_and_the_fingerprint_stays(server):
+    answers = [ask(server).json() for _ in range(2)]
+    chunks = events(ask(server, stream=True))
+    assert len({answer["id"] for answer in answers} | {c["id"] for c in chunks}) == 3
+    assert len({(chunk["created"], chunk["object"]) for chunk in chunks}) == 1
+    assert len({each["system_fingerprint"] for each in (*answers, *chunks)}) == 1

@@ -7,7 +7,7 @@ import pytest
 from reft_core.errors import RequestFailed
 from reft_core.spec import TaskSpec
 from tests.server.conftest import ADMIN
-from tests.server.fakes import BRACKETS, MODEL, make_adapter, wait_until
+from tests.server.fakes import BRACKETS, MODEL, ended, make_adapter, wait_until
 from tests.server.test_live import asking
 
 
@@ -106,7 +106,7 @@ def test_one_label_that_fails_fails_the_request(server, engine):
     wait_until(lambda: engine.num_open == 0, "the other label to end")
     assert server.services.residency.num_users(digest) == 0
     metrics = server.http.get("/metrics").text
-    assert 'reft_request_success_total{finished_reason="error"} 1.0' in metrics
+    assert ended(metrics, "error") == 1.0
 
 
 def test_a_text_that_is_refused_takes_the_others_along(server, engine):
@@ -125,4 +125,4 @@ def test_a_client_that_leaves_drops_its_texts(live, engine):
     wait_until(lambda: engine.num_open == 0, "the labels to be cancelled")
     wait_until(lambda: live.services.residency.num_users(digest) == 0, "the adapter's release")
     metrics = live.http.get("/metrics", headers=ADMIN).text
-    assert 'reft_request_success_total{finished_reason="abort"} 2.0' in metrics
+    assert ended(metrics, "abort") == 2.0

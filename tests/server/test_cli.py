@@ -98,6 +98,51 @@ def test_push_list_and_rm_against_a_server(live, tmp_path):
     assert "got 'tone', expected one of" in gone.output
 
 
+def test_versions_are_managed_from_the_command_line(live, tmp_path):
+    env = {"REFT_ADMIN_KEY": ADMIN_KEY, "REFT_URL": live.url, "COLUMNS": "160"}
+    for seed in (1, 2):
+        live.upload("tone", make_adapter(seed))
+    assert "tone is version 1" in run("adapter", "promote", "tone", "1", env=env).output
+    assert "tone is version 2" in run("adapter", "rollback", "tone", env=env).output
+    assert "tone is version 2" in run("adapter", "pin", "tone", env=env).output
+    shown = run("adapter", "show", "tone", env=env).output
+    assert "pinned" in shown
+    assert "previous" in shown
+    run("adapter", "unpin", "tone", env=env)
+    out = tmp_path / "pulled.safetensors"
+    pulled = run("adapter", "pull", "tone@1", "--out", str(out), env=env)
+    assert pulled.exit_code == 0, pulled.output
+    assert out.read_bytes() == make_adapter(1)
+    again = run("adapter", "pull", "tone@1", "--out", str(out), env=env)
+    assert "--force" in again.output.replace("\n", " ")
+    assert list(tmp_path.glob(".*.part")) == []
+    own = run("adapter", "push", str(out), "--tenant", "acme", "--name", "x", env=env)
+    assert own.exit_code == 0, own.output
+    assert "acme/x" in run("adapter", "list", env=env).output
+    assert "acme" not in run("adapter", "list", "--prefix", "to", env=env).output
+    assert "versions [1]" in run("adapter", "rm", "tone@1", env=env).output
+    odd = run("adapter", "rm", "tone@x", env=env)
+    assert (odd.exit_code, "name@ and a number" in odd.output.replace("\n", " ")) == (1, True)
+
+
+def test_the_registry_is_checked_and_repaired(tmp_path):
+    from server.registry import Registry
+    from tests.server.fakes import MODEL
+
+    registry = Registry.open(tmp_path, MODEL, 1 << 20)
+    digest = registry.upload("tone", make_adapter(1)).version.digest
+    registry.close()
+    env = {"REFT_DATA_DIR": str(tmp_path)}
+    fine = run("registry", "check", env=env)
+    assert (fine.exit_code, fine.output) == (0, "1 versions checked, 0 found\n")
+    (tmp_path / "blobs" / digest[:2] / f"{digest}.safetensors").unlink()
+    found = run("registry", "check", env=env)
+    assert found.exit_code == 1
+    assert f"missing file: tone@1 (sha256:{digest}); --repair:" in found.output
+    assert run("registry", "check", "--repair", env=env).exit_code == 0
+    assert run("registry", "check", env=env).exit_code == 0
+
+
 def test_client_errors_are_one_clear_line(live, tmp_path):
     wrong = run("adapter", "list", "--url", live.url, "--key", "wrong")
     assert (wrong.exit_code, "wrong key" in wrong.output) == (1, True)

@@ -215,11 +215,16 @@ def test_an_engine_that_is_unavailable_is_a_503(server, engine):
 def scrape(server) -> dict[str, float]:
     answer = server.http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
-    return {
-        sample.name + "".join(f" {k}={v}" for k, v in sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }
+    found = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            if sample.name.startswith("reft_"):
+                assert labels.pop("model_name") == MODEL.name
+            found[sample.name + "".join(f" {k}={v}" for k, v in sorted(labels.items()))] = (
+                sample.value
+            )
+    return found
 
 
 def test_metrics_tell_what_happened(server, engine):
@@ -236,7 +241,27 @@ def test_metrics_tell_what_happened(server, engine):
     assert found["reft_num_requests_waiting"] == 3
     assert found["reft_num_requests_running"] == 0
     assert found["reft_kv_cache_usage_perc"] == 0.25
-    assert found["reft_prompt_tokens_total"] == 8
+    assert found["reft_prompt_tokens_total"] == 8 + 11
+    assert found["reft_prompt_tokens_by_source_total source=local_compute"] == 8
+    assert found["reft_prompt_tokens_by_source_total source=local_cache_hit"] == 11
+    assert found["reft_prefix_cache_queries_total"] == 8 + 11
+    assert found["reft_prefix_cache_hits_total"] == 11
+    assert found["reft_prefix_tokens_shared_across_adapters_total"] == 5
+    assert found["reft_kv_saved_bytes_total"] == 11 * 64
+    assert found["reft_num_preemptions_total"] == 1
+    assert found["reft_cache_config_info block_size=16 num_gpu_blocks=6"] == 1
+    assert found["reft_adapter_requests_total adapter=tone tenant="] == 2
+    assert found["reft_adapter_requests_total adapter=(base) tenant="] == 1
+    assert found["reft_adapter_requests_total adapter=(other) tenant="] == 0
+    assert found["reft_adapters_in_use"] == 0
+    assert found["reft_adapter_swap_seconds_count"] == 0
+    assert found["reft_ready"] == found["reft_registry_up"] == 1
+    assert found["process_start_time_seconds"] > 0
+    assert found["reft_request_prompt_tokens_count"] == 4
+    assert found["reft_request_prompt_tokens_sum"] == 8
+    assert found["reft_request_params_max_tokens_bucket le=5.0"] == 2
+    assert found["reft_request_generation_tokens_count"] == 4
+    assert found["reft_request_time_per_output_token_seconds_count"] == 4
     assert found["reft_generation_tokens_total"] == engine.num_tokens
     assert found["reft_edits_applied_total"] == 7
     assert found["reft_resident_adapters"] == 1
@@ -253,7 +278,7 @@ def test_metrics_tell_what_happened(server, engine):
     for name in ("time_to_first_token", "e2e_request_latency"):
         assert found[f"reft_{name}_seconds_count"] == 4
     assert found["reft_inter_token_latency_seconds_count"] >= 10
-    for name in ("queue", "prefill", "decode"):
+    for name in ("queue", "prefill", "decode", "inference"):
         assert found[f"reft_request_{name}_time_seconds_count"] >= 3
     posted = "reft_http_requests_total method=POST route="
     assert found[f"{posted}/v1/completions status=200"] == 3
@@ -268,6 +293,7 @@ def test_metrics_of_two_servers_are_apart(server, in_process):
     from server.metrics import Metrics
 
     assert Metrics().registry is not server.services.metrics.registry
+    assert Metrics().by_adapter is not server.services.metrics.by_adapter
 
 
 def test_the_api_documents_itself(server):

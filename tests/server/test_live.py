@@ -103,7 +103,8 @@ def test_a_client_that_leaves_its_stream_cancels_the_work(live, engine, open_str
     wait_until(lambda: live.services.residency.num_users(digest) == 0, "the adapter's release")
     assert engine.num_open == 0
     metrics = live.http.get("/metrics").text
-    assert 'reft_request_success_total{finished_reason="abort"} 2.0' in metrics
+    aborted = f'{{finished_reason="abort",model_name="{MODEL.name}"}}'
+    assert f"reft_request_success_total{aborted} 2.0" in metrics
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -7,9 +7,14 @@ import asyncio
 import openai
 import pytest
 
-from reft_core.errors import EngineOverloaded, RequestFailed
+from reft_core.errors import (
+    DeadlineExceeded,
+    EngineOverloaded,
+    EngineUnavailable,
+    RequestFailed,
+)
 from tests.server.conftest import API_KEY
-from tests.server.fakes import MODEL, make_adapter
+from tests.server.fakes import MODEL, make_adapter, wait_until
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -129,3 +134,57 @@ def test_keys(on_socket):
             client.models.list()
         with server.openai(API_KEY) as client:
             assert client.models.list().data[0].id == MODEL.name
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "wait"),
+    [
+        (EngineOverloaded("the queue is full", retry_after_s=3), 429, 3.0),
+        (EngineUnavailable("the engine is draining"), 503, 5.0),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_client_retries_after_the_time_it_is_told(
+    live, engine, monkeypatch, refusal, status, wait, streaming
+):
+    waits = []
+
+    def instead_of_sleep(self, *, retries_taken, max_retries, options, response):
+        assert response.status_code == status
+        waits.append(self._parse_retry_after_header(response.headers))
+        if len(waits) == 2:
+            engine.refuse_with = None
+
+    monkeypatch.setattr(openai.OpenAI, "_sleep_for_retry", instead_of_sleep)
+    engine.refuse_with = refusal
+    with live.openai() as client:
+        answer = client.with_options(max_retries=3).chat.completions.create(
+            model=MODEL.name, messages=HELLO, stream=streaming
+        )
+        texts = [c.choices[0].delta.content or "" for c in answer] if streaming else [
+            answer.choices[0].message.content
+        ]  # fmt: skip
+    assert "".join(texts) == "I am base."
+    assert waits == [wait, wait]
+
+
+def test_what_no_retry_helps_is_not_retried(live, engine, monkeypatch):
+    monkeypatch.setattr(openai.OpenAI, "_sleep_for_retry", lambda *_, **__: pytest.fail("retried"))
+    with live.openai() as client, pytest.raises(openai.BadRequestError):
+        client.with_options(max_retries=3).chat.completions.create(
+            model=MODEL.name, messages=HELLO, temperature=9
+        )
+
+
+def test_a_client_that_gives_up_waiting(live, engine):
+    engine.pause()
+    with live.openai() as client, pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.2).completions.create(model=MODEL.name, prompt="hi")
+    wait_until(lambda: len(engine.cancelled) == 1, "the request to be cancelled")
+
+
+def test_the_servers_own_deadline(live, engine):
+    engine.fail_after, engine.failure = 2, DeadlineExceeded("time is up")
+    with live.openai() as client, pytest.raises(openai.InternalServerError) as late:
+        client.completions.create(model=MODEL.name, prompt="hi")
+    assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")

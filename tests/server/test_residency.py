@@ -81,6 +81,19 @@ def test_the_least_recently_used_goes_when_room_is_needed(engine, shelf):
     asyncio.run(scenario())
 
 
+def test_loads_for_which_another_had_to_leave_are_swaps(engine, shelf):
+    async def scenario():
+        loads = []
+        note = lambda seconds, swapped: loads.append((seconds > 0, swapped))  # noqa: E731
+        residency = Residency(engine, shelf.read, 2 * SIZE, note)
+        for digest in (A, B, C, C, A):
+            await residency.acquire(digest, SIZE)
+            residency.release(digest)
+        assert loads == [(True, False), (True, False), (True, True), (True, True)]
+
+    asyncio.run(scenario())
+
+
 def test_what_is_in_use_stays_and_a_full_memory_refuses(engine, shelf):
     async def scenario():
         residency = residency_of(engine, shelf)

@@ -51,7 +51,21 @@ def _spec(*path, value):
 
 
 SITE = ("sites", "block_output")
+JINJA = {"chat_template": "{{ messages }}"}
 BAD = {
+    "a template that is code": (rebuild(None, _spec("template", value=JINJA)), ["chat_template"]),
+    "a template without its place": (
+        rebuild(None, _spec("template", value={"user": "{{ content }} {% raw %}"})),
+        ["{content}"],
+    ),
+    "a template with half a character": (
+        rebuild(None, _spec("template", value={"user": "\ud800{content}"})),
+        ["spec"],
+    ),
+    "a template over its cap": (
+        rebuild(None, _spec("template", value={"user": "x" * 8192 + "{content}"})),
+        ["template.user"],
+    ),
     "empty": (b"", ["body"]),
     "garbage": (b"garbage of some length", ["body"]),
     "a pickle": (b"\x80\x04\x95" + bytes(60), ["body"]),

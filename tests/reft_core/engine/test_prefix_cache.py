@@ -216,6 +216,56 @@ def test_what_is_shared(first: Ask, second: Ask, cached: int) -> None:
     assert answer(engine, second) == (expected(second), cached)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "foreign"),
+    [
+        (Ask(None), Ask(None), 0),
+        (Ask("b"), Ask("b", LONGER), 0),
+        (Ask(None), Ask("b"), 38),
+        (Ask("b"), Ask(None), 38),
+        (Ask("b"), Ask("keys"), 36),
+        (Ask("kv prefix"), Ask("kv prefix"), 0),
+        (Ask(None, tenant="x"), Ask("b", tenant="y"), 0),
+    ],
+)
+@pytest.mark.parametrize("cache_blocks", [64, 0])
+def test_tokens_that_others_adapters_left_are_counted(
+    first: Ask, second: Ask, foreign: int, cache_blocks: int
+) -> None:
+    """From the cache, and, where there is none, from a sequence that still runs."""
+    engine = make_engine(cache_blocks)
+    recorders = [submit(engine, "first", first)]
+    for _ in range(2):  # until its prompt is prefilled
+        engine.step()
+    recorders.append(submit(engine, "second", second))
+    finish(engine, *recorders)
+    assert engine.stats().foreign_tokens_total == foreign
+    assert foreign <= engine.stats().cached_tokens_total
+
+
+def test_only_what_others_left_is_counted_of_a_mixed_beginning() -> None:
+    engine = make_engine()
+    answer(engine, Ask(None, HEAD[:32]))  # two blocks of the base model's
+    answer(engine, Ask("b"))  # which takes those, and leaves the third
+    before = engine.stats()
+    assert before.foreign_tokens_total == 32
+    answer(engine, Ask("b", LONGER))
+    after = engine.stats()
+    assert after.cached_tokens_total - before.cached_tokens_total == 38
+    assert after.foreign_tokens_total - before.foreign_tokens_total == 32
+
+
+def test_tokens_of_one_step_are_counted_too() -> None:
+    """Three adapters and the base on one prompt, submitted together."""
+    engine = make_engine(cache_blocks=0, max_prefill_tokens=64)
+    with engine.together():
+        names = (None, "b", "keys", "b")
+        recorders = [submit(engine, str(i), Ask(name)) for i, name in enumerate(names)]
+    finish(engine, *recorders)
+    assert engine.stats().cached_tokens_total == 38 + 36 + 40
+    assert engine.stats().foreign_tokens_total == 38 + 36  # the second "b" follows the first
+
+
 @pytest.mark.parametrize(("name", "kept"), [(None, 45), ("b", 38), ("a", 37), ("all", 45)])
 def test_the_next_turn_of_a_conversation(name: str | None, kept: int) -> None:
     """It takes over the answer's keys and values too, unless old suffix positions are edited no

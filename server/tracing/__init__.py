@@ -1,0 +1,1 @@
+"""Traces: whose request this is part of, and, on request, telling a collector about it."""
