@@ -32,7 +32,7 @@ class Options:
     max_examples: int = 400
     """Cases that Schemathesis draws of each route, and sequences of them."""
     schema_seconds: int = 300
-    """Time after which it begins nothing new."""
+    """Time that it takes: where cases are left over, it draws more of them."""
     num_bodies: int = 10_000
     num_files: int = 120_000
     num_folders: int = 3000
