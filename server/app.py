@@ -31,7 +31,6 @@ from server.grammars import Grammars
 from server.inline import InlineReader
 from server.keys import Door, KeyStore, Rates
 from server.keys.door import check_exposure
-from server.keys.usage import Usage
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -144,7 +143,6 @@ def _build_services(
     except BaseException:
         registry.close()
         raise
-    usage = Usage()
     compiler = GrammarCompiler(loaded, settings.grammar_limits())
     grammars = Grammars(compiler, most=settings.max_grammars, timeout_s=settings.grammar_timeout_s)
     residency = Residency(
@@ -195,8 +193,7 @@ def _build_services(
         readiness=readiness,
         key_store=key_store,
         door=Door(settings, key_store),
-        rates=Rates(usage),
-        usage=usage,
+        rates=Rates(metrics.tenants),
     )
 
 

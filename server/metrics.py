@@ -14,6 +14,7 @@ from reft_core.engine.interface import AdapterHost, Timings
 from server.adapter_usage import AdapterUsage
 from server.engine_metrics import EngineMetrics
 from server.exposition import Exposition
+from server.keys.usage import Usage
 from server.residency import Residency
 
 MetricsCompat = Literal["none", "vllm"]
@@ -34,13 +35,17 @@ class Metrics:
     def __init__(self, compat: MetricsCompat = "none", most_adapters: int = 50) -> None:
         self.adapters = AdapterUsage(most_adapters)
         """Which adapters are asked for."""
+        self.tenants = Usage()
+        """What each tenant uses."""
         as_vllm = compat == "vllm"
         self._own = CollectorRegistry()
-        self._expositions = [Exposition(each, as_vllm) for each in (self._own, self.adapters)]
-        self.registry, self.by_adapter = CollectorRegistry(), CollectorRegistry()
-        """What a scrape reads; the second has what names adapters."""
+        sources = (self._own, self.adapters, self.tenants.registry)
+        self._expositions = [Exposition(each, as_vllm) for each in sources]
+        self.registry, self.for_operators = CollectorRegistry(), CollectorRegistry()
+        """What a scrape reads; the second has what names adapters and tenants."""
         self.registry.register(self._expositions[0])
-        self.by_adapter.register(self._expositions[1])
+        for exposition in self._expositions[1:]:
+            self.for_operators.register(exposition)
         ProcessCollector(registry=self.registry)
         self._finished = Counter(
             "reft_request_success",

@@ -17,7 +17,6 @@ from reft_core.loading import LoadedModel
 from server.generator import Generator
 from server.grammars import Grammars
 from server.keys import Door, KeyStore, Rates
-from server.keys.usage import Usage
 from server.labelling import Labeller
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
@@ -50,7 +49,6 @@ class Services:
     key_store: KeyStore
     door: Door
     rates: Rates
-    usage: Usage
     started_at: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property

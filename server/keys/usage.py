@@ -5,6 +5,10 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter
 
 
+LIMITS = ("requests", "tokens", "concurrency")
+"""What a key has limits of."""
+
+
 class TenantUsage:
     """The counters of one tenant."""
 
@@ -12,12 +16,11 @@ class TenantUsage:
         self.requests = usage.requests.labels(tenant)
         self.prompt_tokens = usage.prompt_tokens.labels(tenant)
         self.generation_tokens = usage.generation_tokens.labels(tenant)
-        self._refused = usage.refused
-        self._tenant = tenant
+        self._refused = {limit: usage.refused.labels(tenant, limit) for limit in LIMITS}
 
     def count_refused(self, limit: str) -> None:
         """A request was over its key's ``limit``."""
-        self._refused.labels(self._tenant, limit).inc()
+        self._refused[limit].inc()
 
 
 class Usage:
@@ -28,7 +31,7 @@ class Usage:
         self.requests = self._counter("requests", "Requests let in", "tenant")
         self.refused = self._counter(
             "requests_refused",
-            "Requests over a limit of their key: requests, tokens or concurrency",
+            f"Requests over a limit of their key: {', '.join(LIMITS)}",
             "tenant",
             "limit",
         )

@@ -65,7 +65,7 @@ async def metrics(request: Request) -> Response:
     await services.readiness.check()
     registries = [services.metrics.registry]
     if await services.door.shows_all(authorization):
-        registries += [services.usage.registry, services.metrics.by_adapter]
+        registries.append(services.metrics.for_operators)
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(_Together(registries)), headers={"Content-Type": content_type})
 

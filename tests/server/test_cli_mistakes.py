@@ -59,7 +59,6 @@ def test_usage(args, mention):
         (["serve", "--port", "99999"], ("port: got '99999'", "0 to 65535")),
         (["serve", "--dtype", "int3"], ("dtype: got 'int3'", "bfloat16")),
         (["serve", "--host", "0.0.0.0"], ("host", "REFT_API_KEY")),
-        (["serve", "--host", "192.0.2.7"], ("host", "REFT_API_KEY")),
         (["serve", "--config", "/no/reft.yaml"], ("config: got '/no/reft.yaml'", "No such file")),
         (["serve", "--data-dir", "/dev/null/x"], ("data_dir: got '/dev/null/x'", "--data-dir")),
         (["chat", "-m", "x", "--url", NOBODY], (NOBODY, "reft serve", "--url")),

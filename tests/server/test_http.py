@@ -293,7 +293,7 @@ def test_metrics_of_two_servers_are_apart(server, in_process):
     from server.metrics import Metrics
 
     assert Metrics().registry is not server.services.metrics.registry
-    assert Metrics().by_adapter is not server.services.metrics.by_adapter
+    assert Metrics().for_operators is not server.services.metrics.for_operators
 
 
 def test_the_api_documents_itself(server):

@@ -202,7 +202,7 @@ def test_the_admin_key_is_needed(in_process, shelf, route):
         for headers in ({}, {"Authorization": f"Bearer {API_KEY}"}):
             assert post(server, route, headers, name="x").status_code == 401
     with in_process(adapter_load_dir=shelf, admin_key=None) as server:
-        assert post(server, route, name="x").status_code == 404
+        assert post(server, route, name="x").status_code == 401
 
 
 def test_a_body_over_its_cap(in_process, shelf):

@@ -15,6 +15,7 @@ from server.text_chunks import TextChunks, as_document
 from tests.server.fakes import MODEL
 
 HEAD: dict[str, Any] = {"id": "x-1", "created": 7, "model": 'a "name" \\ with\n all of it'}
+HEAD["system_fingerprint"] = "reft-1"
 
 
 def completion(index: int, text: str) -> CompletionResponse:

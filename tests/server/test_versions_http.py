@@ -99,7 +99,7 @@ def test_the_audit_log_has_pages(server):
     server.http.delete("/admin/adapters/tone", headers=ADMIN)
     page = server.http.get("/admin/audit", params={"limit": 3}, headers=ADMIN).json()
     assert [entry["action"] for entry in page["data"]] == ["delete", "delete", "upload"]
-    assert page["data"][0]["actor"] == "admin"
+    assert "admin" in page["data"][0]["actor"]
     assert page["has_more"]
     before = {"before": page["data"][-1]["id"]}
     rest = server.http.get("/admin/audit", params=before, headers=ADMIN).json()
