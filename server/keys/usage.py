@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter
 
-
 LIMITS = ("requests", "tokens", "concurrency")
 """What a key has limits of."""
 
