@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from reft_core.errors import InvalidRequest, RequestFailed
-from server.cli import app
+from server.cli.main import app
 from server.client.bench_report import percentile, summarise
 from server.client.connection import options
 from server.client.measure import Run, Seen, measure
