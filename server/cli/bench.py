@@ -12,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reft_core.errors import ReftError
 from server.cli.errors import console, one_line_errors
+from server.cli.options import Key, Url
 from server.cli.text import safe
+from server.client.address import DEFAULT_URL, api_url
 
 _INTERRUPTED = 130
 
@@ -41,10 +43,8 @@ def bench(
         bool, typer.Option("--ignore-eos", help="Always --max-tokens; not every server knows it")
     ] = False,
     warmup: Annotated[int, typer.Option(min=0, help="Requests before those that count")] = 2,
-    url: Annotated[
-        str, typer.Option(envvar="REFT_URL", help="The server")
-    ] = "http://127.0.0.1:8000",
-    key: Annotated[str | None, typer.Option(envvar="REFT_API_KEY", help="Its key")] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without a byte")] = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, on standard output")] = False,
 ) -> None:
@@ -68,7 +68,7 @@ def bench(
                 raise ReftError("model: the server lists none; name one with --model")
             models = (cards[0]["id"],)
         shape = Shape(models, requests, max_tokens, temperature, ignore_eos, completions)
-        connection = options(url, key, timeout)
+        connection = options(api_url(url), key, timeout)
         if warmup:
             first = Shape(models, warmup, max_tokens, temperature, ignore_eos, completions)
             warm = measure(connection, shape.path, bodies(first, given), concurrency, _nothing)

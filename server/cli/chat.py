@@ -14,6 +14,7 @@ from rich.console import Console
 
 from reft_core.errors import InvalidRequest
 from server.cli.errors import console, one_line_errors
+from server.cli.options import Key
 
 if TYPE_CHECKING:
     from server.client.chat import Chat
@@ -46,7 +47,7 @@ def chat(
     url: Annotated[
         str | None, typer.Option(envvar="REFT_URL", help="A running server; default: starts one")
     ] = None,
-    key: Annotated[str | None, typer.Option(envvar="REFT_API_KEY", help="Its key")] = None,
+    key: Key = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for a server")] = 600.0,
     base: Annotated[
         str | None,

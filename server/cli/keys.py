@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from reft_core.errors import ReftError, explain
 from server.cli.errors import console, one_line_errors
-from server.cli.http import call
+from server.cli.options import DataDir
 from server.cli.text import safe
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ keys_app = typer.Typer(
 Url = Annotated[str | None, typer.Option(help="A running server; default: the database itself")]
 AdminKey = Annotated[
     str | None, typer.Option("--key", envvar="REFT_ADMIN_KEY", help="An admin key, with --url")
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Where the server keeps its database; as for reft serve")
 ]
 _DAY_S = 86400
 
@@ -125,7 +121,7 @@ def revoke(
     """Revoke a key for good. Servers notice within REFT_KEY_CACHE_S seconds."""
     with one_line_errors():
         if url is not None:
-            _call(url, key, "DELETE", f"/{_checked_id(key_id)}")
+            _call(url, key, "DELETE", _checked_id(key_id))
         else:
             with _store(data_dir) as store:
                 if store.revoke(_checked_id(key_id)) is None:
@@ -140,7 +136,8 @@ def _create(
     from server.protocol.keys import CreatedKey, KeyCard
 
     if url is not None:
-        made = CreatedKey.model_validate(_call(url, key, "POST", "", wanted.model_dump_json()))
+        body = wanted.model_dump(mode="json")
+        made = CreatedKey.model_validate(_call(url, key, "POST", json=body))
         return made.key, made
     with _store(data_dir) as store:
         text, stored = store.create(wanted)
@@ -154,8 +151,7 @@ def _cards(
     from server.protocol.keys import KeyCard, KeyList
 
     if url is not None:
-        query = "" if tenant is None else f"?tenant={urllib.parse.quote(tenant, safe='')}"
-        return KeyList.model_validate(_call(url, key, "GET", query)).data
+        return KeyList.model_validate(_call(url, key, "GET", query={"tenant": tenant})).data
     with _store(data_dir) as store:
         return [KeyCard.of(stored) for stored in store.all(tenant)]
 
@@ -185,8 +181,11 @@ def _shown_time(seconds: int | None) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
 
 
-def _call(url: str, key: str | None, method: str, path: str, body: str | None = None) -> Any:
+def _call(url: str, key: str | None, method: str, key_id: str = "", **asked: Any) -> Any:
     """The answer of ``/admin/keys``. Raises :class:`ReftError`."""
+    from server.client.admin import AdminClient
+
     if key is None:
         raise ReftError("key: missing, but --url needs an admin key; set REFT_ADMIN_KEY")
-    return call(url, key, method, f"/admin/keys{path}", body)
+    path = f"/admin/keys/{key_id}" if key_id else "/admin/keys"
+    return AdminClient(url, key).call(method, path, **asked)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from server.cli.errors import one_line_errors
+from server.cli.options import DataDir
 
 registry_app = typer.Typer(
     help="Check and repair the catalog and the store of adapter files.", no_args_is_help=True
@@ -22,7 +22,7 @@ def registry() -> None:
 @registry_app.command()
 def check(
     repair: Annotated[bool, typer.Option(help="Repair what can be")] = False,
-    data_dir: Annotated[Path | None, typer.Option(help="Where adapters are kept")] = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Compare every version with its file, and look for files that belong to none.
 

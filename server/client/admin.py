@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from reft_core.errors import ReftError
+import httpx
 
-_TIMEOUT_S = 120
+from server.client.address import server_url
+from server.client.connection import document, in_words, options, refusal
+
+_TIMEOUT_S = 120.0
+_CHUNK_BYTES = 1 << 18
+_KEY_IN = "REFT_ADMIN_KEY"
 
 
 class AdminClient:
     """Talks to one server with an admin key, about one tenant's names."""
 
     def __init__(self, url: str, key: str, tenant: str = "") -> None:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise ReftError(f"url: got {url!r}, expected one that begins with http:// or https://")
-        self._url = url.rstrip("/")
-        self._key = key
+        self._url = server_url(url)
+        self._options = options(self._url, key, _TIMEOUT_S)
         self._tenant = tenant
 
     def call(
@@ -31,68 +30,66 @@ class AdminClient:
         method: str,
         path: str,
         *,
-        file: Path | None = None,
         query: Mapping[str, str | int | None] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Any:
-        """The JSON answer of a route. ``file`` is sent as the body, without being read whole.
+        json: Any = None,
+    ) -> dict[str, Any]:
+        """The JSON answer of a route. Raises :class:`ReftError` with the server's reason."""
+        with self._open(method, path, query=query, json=json) as response:
+            response.read()
+            return document(response, _KEY_IN)
 
-        Raises :class:`ReftError` with the server's reason.
+    def upload(
+        self,
+        path: str,
+        file: Path,
+        headers: Mapping[str, str],
+        on_sent: Callable[[int], None],
+    ) -> dict[str, Any]:
+        """Send ``file`` as the body, without reading it whole, and return the JSON answer.
+
+        ``on_sent`` is told the bytes of each piece. Raises :class:`ReftError`.
         """
-        if file is None:
-            with self._open(method, path, None, query, headers or {}) as response:
-                return json.load(response)
-        length = {"Content-Length": str(file.stat().st_size)}
-        with (
-            file.open("rb") as body,
-            self._open(method, path, body, query, {**(headers or {}), **length}) as response,
-        ):
-            return json.load(response)
+        given = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(file.stat().st_size),
+            **headers,
+        }
+        with self._open("POST", path, content=_pieces(file, on_sent), headers=given) as response:
+            response.read()
+            return document(response, _KEY_IN)
 
     def download(self, path: str, out: Path) -> str:
         """Write the file of a route to ``out``, and return its SHA-256 as the server says it."""
-        with self._open("GET", path, None, None, {}) as response, out.open("wb") as file:
-            shutil.copyfileobj(response, file)
-            return str(response.headers["ETag"]).strip('"')
+        with self._open("GET", path) as response, out.open("wb") as file:
+            for piece in response.iter_bytes():
+                file.write(piece)
+            return str(response.headers.get("ETag", "")).strip('"')
 
+    @contextmanager
     def _open(
         self,
         method: str,
         path: str,
-        body: Any,
-        query: Mapping[str, str | int | None] | None,
-        headers: Mapping[str, str],
-    ) -> Any:
-        """The response to one request, to be closed."""
+        *,
+        query: Mapping[str, str | int | None] | None = None,
+        **body: Any,
+    ) -> Iterator[httpx.Response]:
+        """The successful response to one request, its body not read yet."""
         given = {"tenant": self._tenant or None} | dict(query or {})
-        asked = urllib.parse.urlencode({k: v for k, v in given.items() if v is not None})
-        request = urllib.request.Request(
-            f"{self._url}{path}{'?' if asked else ''}{asked}",
-            data=body,
-            method=method,
-            headers={
-                "Authorization": f"Bearer {self._key}",
-                "Content-Type": "application/octet-stream",
-                **headers,
-            },
-        )
-        try:
-            return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise ReftError(_reason(error)) from None
-        except urllib.error.URLError as error:
-            raise ReftError(f"{self._url}: {error.reason}") from None
+        asked = {name: value for name, value in given.items() if value is not None}
+        with (
+            in_words(self._url, has_timeout=False),
+            httpx.Client(**self._options) as http,
+            http.stream(method, path, params=asked, **body) as response,
+        ):
+            if not response.is_success:
+                response.read()
+                raise refusal(response, _KEY_IN)
+            yield response
 
 
-def adapter_path(name: str, rest: str = "") -> str:
-    """The path of an adapter's routes."""
-    return f"/admin/adapters/{urllib.parse.quote(name, safe='@:')}{rest}"
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    """What the server said, or else its status."""
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{error.url}: HTTP {error.code}"
+def _pieces(path: Path, on_sent: Callable[[int], None]) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK_BYTES):
+            yield piece
+            on_sent(len(piece))

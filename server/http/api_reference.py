@@ -1,6 +1,7 @@
 """The API reference, written from the OpenAPI document.
 
-``python -m server.http.api_reference FILE`` writes it. Everything in it is read off the application, so a route or a field needs no line here.
+``python -m server.http.api_reference FILE`` writes it. Everything in it is read off the
+application, so a route or a field needs no line here.
 """
 
 from __future__ import annotations
