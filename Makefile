@@ -112,8 +112,8 @@ chaos:  ## kill -9 a real server 200 times while adapters change (CHAOS_KILLS=20
 
 docs:  ## write the pages that come from the code: the API, the settings, the methods
 	@scripts/install test
-	@$(BIN)/python -m server.api_reference docs/api.md
-	@$(BIN)/python -m server.settings_reference docs/settings.md
+	@$(BIN)/python -m server.http.api_reference docs/api.md
+	@$(BIN)/python -m server.settings.reference docs/settings.md
 	@$(BIN)/reft methods --markdown > docs/methods.md
 
 clean:  ## remove the environments and caches

@@ -47,15 +47,15 @@ from reft_core.grammar import GrammarCompiler
 from reft_core.loading import LoadedModel, load_model
 from reft_core.sites import ModelDescription
 from reft_core.spec import PositionSpec
-from server.generator import Generator
-from server.grammars import Grammars
-from server.inline import InlineReader
-from server.job import Job
-from server.logs import configure_logging
-from server.metrics import Metrics
-from server.named import Answering, NamedAdapter
+from server.adapters.residency import Residency
+from server.answering.generator import Generator
+from server.answering.grammars import Grammars
+from server.answering.inline import InlineReader
+from server.answering.job import Job
+from server.answering.named import Answering, NamedAdapter
+from server.observability.logs import configure_logging
+from server.observability.metrics import Metrics
 from server.registry import Registry
-from server.residency import Residency
 
 MIX = 10
 """Adapters that the stream of requests draws from."""

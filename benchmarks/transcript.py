@@ -21,7 +21,7 @@ import openai
 from benchmarks.peers.protocol import ROOT
 from benchmarks.provenance import RESULTS
 from benchmarks.soak.server import ServerProcess
-from server.demo import EXAMPLES
+from server.cli.demo import EXAMPLES
 
 ADDRESS = "http://127.0.0.1:8000"
 PAGE = ROOT / "docs" / "clients.md"

@@ -26,7 +26,7 @@
     └── TrainingError             a training config or data set cannot be used
 
 Messages follow one form: *field*: got *value*, expected *allowed*. HTTP status codes
-are the server's business (``server/errors.py``).
+are the server's business (``server/http/errors.py``).
 """
 
 from __future__ import annotations

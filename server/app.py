@@ -25,21 +25,23 @@ from reft_core.loading import (
     model_kind,
     read_config,
 )
-from server.errors import install_handlers
-from server.generator import Generator
-from server.grammars import Grammars
-from server.inline import InlineReader
+from server.adapters.pins import Pins
+from server.adapters.residency import Residency
+from server.adapters.upkeep import Upkeep
+from server.answering.generator import Generator
+from server.answering.grammars import Grammars
+from server.answering.inline import InlineReader
+from server.answering.labelling import Labeller
+from server.http.errors import install_handlers
+from server.http.lifecycle import Lifecycle
+from server.http.middleware import RequestContext
+from server.http.openapi import document
+from server.http.readiness import Readiness
 from server.keys import Door, KeyStore, Rates
 from server.keys.door import check_exposure
-from server.labelling import Labeller
-from server.lifecycle import Lifecycle
-from server.metrics import Metrics
-from server.middleware import RequestContext
-from server.openapi import document
-from server.pins import Pins
-from server.readiness import Readiness
+from server.observability.metrics import Metrics
+from server.observability.tracing.telemetry import telemetry_for
 from server.registry import Registry, open_registry
-from server.residency import Residency
 from server.routes import (
     admin,
     audit,
@@ -55,8 +57,6 @@ from server.routes import (
 )
 from server.services import Services
 from server.settings import Settings
-from server.tracing.telemetry import telemetry_for
-from server.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
 

@@ -14,18 +14,18 @@ from reft_core import __version__
 from reft_core.engine.interface import AdapterHost
 from reft_core.errors import UnsupportedFeature
 from reft_core.loading import LoadedModel
-from server.generator import Generator
-from server.grammars import Grammars
+from server.adapters.pins import Pins
+from server.adapters.residency import Residency
+from server.adapters.upkeep import Upkeep
+from server.answering.generator import Generator
+from server.answering.grammars import Grammars
+from server.answering.labelling import Labeller
+from server.http.lifecycle import Lifecycle
+from server.http.readiness import Readiness
 from server.keys import Door, KeyStore, Rates
-from server.labelling import Labeller
-from server.lifecycle import Lifecycle
-from server.metrics import Metrics
-from server.pins import Pins
-from server.readiness import Readiness
+from server.observability.metrics import Metrics
 from server.registry import Registry
-from server.residency import Residency
 from server.settings import Settings
-from server.upkeep import Upkeep
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from benchmarks.chaos.backends import BACKENDS
 from benchmarks.chaos.run import Options, run
 from benchmarks.provenance import provenance, save
-from server.logs import configure_logging
+from server.observability.logs import configure_logging
 
 _MOST_SHOWN = 20
 

@@ -63,8 +63,8 @@ class KillableServer:
 def serve(model: Path, log: Path, settings: dict[str, Any], ready: Connection) -> None:
     """The life of a server process."""
     from server.app import create_app
-    from server.logs import configure_logging
-    from server.run import DrainingServer
+    from server.http.run import DrainingServer
+    from server.observability.logs import configure_logging
     from server.settings import Settings
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

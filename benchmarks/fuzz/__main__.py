@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.fuzz import contract, conversions, files, wire
 from benchmarks.fuzz.serving import serving
 from benchmarks.provenance import provenance, save
-from server.logs import configure_logging
+from server.observability.logs import configure_logging
 
 _MOST_SHOWN = 20
 _KEPT = Path("runs/fuzz")

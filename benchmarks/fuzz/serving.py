@@ -17,7 +17,7 @@ from benchmarks.fuzz.base import good_files, tiny_loaded
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from server.app import create_app
-from server.run import DrainingServer
+from server.http.run import DrainingServer
 from server.settings import Settings
 
 API_KEY = "api-key-under-attack"

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from benchmarks.load.run import Options, run
 from benchmarks.provenance import provenance, save
-from server.logs import configure_logging
+from server.observability.logs import configure_logging
 
 _LAST_LINE = ("requests", "lost", "wrong_adapter", "http_over_engine")
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 
 from benchmarks.soak.run import Options, run
-from server.logs import configure_logging
+from server.observability.logs import configure_logging
 
 _MOST_SHOWN = 20
 

@@ -1,4 +1,4 @@
-"""What talks to a running server: the chat in a terminal, and the benchmark.
+"""What talks to a running server: the chat in a terminal, the benchmark, the admin's commands.
 
-Both know OpenAI's API and what this server adds to it, and nothing of its insides.
+They know OpenAI's API and what this server adds to it, and nothing of its insides.
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from server.cli_text import printable
+from server.cli.text import printable
 from server.client.measure import Run, Seen
 
 PERCENTILES = (50, 95, 99)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reft_core.errors import InvalidRequest, ReftError
-from server.cli_text import printable
+from server.cli.text import printable
 from server.client.answer import Answer
 from server.client.connection import Client
 from server.client.conversation import BASE, Conversation, parse_strength

@@ -6,42 +6,35 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 
-from reft_core.errors import InvalidRequest, ReftError
+from reft_core.errors import ReftError
+from server.client.address import api_url
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_LISTED = 1000
 """Models asked for in one listing."""
 _CONNECT_TIMEOUT_S = 10.0
+_KEY_IN = "REFT_API_KEY"
 
 
 class StreamFailed(ReftError):
     """A stream ended with an error in the place of its next event."""
 
 
-def api_url(url: str) -> str:
-    """The address under which the API is: ``url``, with ``/v1`` if it does not end in it."""
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-        raise InvalidRequest.because("url", url, f"an address such as {DEFAULT_URL}")
-    stripped = url.rstrip("/")
-    return stripped if stripped.endswith("/v1") else f"{stripped}/v1"
-
-
-def options(url: str, key: str | None, timeout_s: float) -> dict[str, Any]:
-    """What an httpx client of the server at ``url`` is made with."""
+def options(base_url: str, key: str | None, timeout_s: float) -> dict[str, Any]:
+    """What an httpx client of what is below ``base_url`` is made with."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
-    return {"base_url": api_url(url), "headers": headers, "timeout": timeout}
+    return {"base_url": base_url, "headers": headers, "timeout": timeout}
 
 
 class Client:
     """One server, asked one thing at a time."""
 
     def __init__(self, url: str, key: str | None, timeout_s: float = 600.0) -> None:
-        self._http = httpx.Client(**options(url, key, timeout_s))
+        self._http = httpx.Client(**options(api_url(url), key, timeout_s))
 
     def __enter__(self) -> Self:
         return self
@@ -70,18 +63,9 @@ class Client:
                 if (chunk := event(line)) is not None:
                     yield chunk
 
-    def _get(self, path: str) -> Any:
+    def _get(self, path: str) -> dict[str, Any]:
         with in_words(self._url):
-            response = self._http.get(path)
-        if response.is_error:
-            raise refusal(response)
-        try:
-            found = response.json()
-        except ValueError:
-            raise _no_api(response) from None
-        if not isinstance(found, dict):
-            raise _no_api(response)
-        return found
+            return document(self._http.get(path))
 
     @property
     def _url(self) -> str:
@@ -89,8 +73,11 @@ class Client:
 
 
 @contextmanager
-def in_words(url: str) -> Iterator[None]:
-    """Turn failures of a connection to ``url`` into a :class:`ReftError` that says what to do."""
+def in_words(url: str, *, has_timeout: bool = True) -> Iterator[None]:
+    """Turn failures of a connection to ``url`` into a :class:`ReftError` that says what to do.
+
+    ``has_timeout`` says whether the command has the option ``--timeout``.
+    """
     try:
         yield
     except httpx.ConnectError as error:
@@ -99,9 +86,9 @@ def in_words(url: str) -> Iterator[None]:
             "or give the address of one with --url"
         ) from None
     except httpx.TimeoutException:
+        more = ", or allow more with --timeout" if has_timeout else ""
         raise ReftError(
-            f"url: {url} did not answer in time; see whether the server is busy (/metrics), or "
-            "allow more with --timeout"
+            f"url: {url} did not answer in time; see whether the server is busy (/metrics){more}"
         ) from None
     except httpx.TransportError as error:
         raise ReftError(f"url: the connection to {url} broke off ({_reason(error)})") from None
@@ -126,8 +113,24 @@ def event(line: str) -> dict[str, Any] | None:
     return found
 
 
-def refusal(response: httpx.Response) -> ReftError:
-    """What a response with an error status says, and what to do about it. Its body was read."""
+def document(response: httpx.Response, key_in: str = _KEY_IN) -> dict[str, Any]:
+    """The object that a response says, whose body was read. Raises :class:`ReftError`."""
+    if not response.is_success:
+        raise refusal(response, key_in)
+    try:
+        found = response.json()
+    except ValueError:
+        raise _no_api(response) from None
+    if not isinstance(found, dict):
+        raise _no_api(response)
+    return found
+
+
+def refusal(response: httpx.Response, key_in: str = _KEY_IN) -> ReftError:
+    """What a response with an error status says, and what to do about it. Its body was read.
+
+    ``key_in`` is the variable that the command takes its key from.
+    """
     try:
         message = _message(response.json())
     except ValueError:
@@ -135,7 +138,7 @@ def refusal(response: httpx.Response) -> ReftError:
     if message is None:
         return _no_api(response)
     if response.status_code == 401:
-        message += "; give it with --key or in REFT_API_KEY"
+        message += f"; give it with --key or in {key_in}"
     elif response.status_code == 429 and (seconds := response.headers.get("retry-after")):
         message += f"; try again in {seconds} s"
     return ReftError(message)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from reft_core.errors import EngineUnavailable
-from server.cli_serve import load_app
+from server.cli.serve import load_app
 
 if TYPE_CHECKING:
     from server.settings import Settings
@@ -21,8 +21,8 @@ def embedded_server(settings: Settings) -> Iterator[str]:
 
     Raises what loading raises, and :class:`EngineUnavailable` if the server ends at once.
     """
-    from server.logs import configure_logging
-    from server.run import DrainingServer
+    from server.http.run import DrainingServer
+    from server.observability.logs import configure_logging
 
     configure_logging("error", settings.log_format)
     app, _, _ = load_app(settings)

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from server.cli_text import printable
+from server.cli.text import printable
 from server.client.answer import Answer
 
 _LEAST_WIDTH = 28

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from reft_core.errors import InvalidRequest, UnsupportedFeature
-from server.choice import LikelyToken, TokenText
+from server.answering.choice import LikelyToken, TokenText
 from server.protocol.common import FinishReason, SamplingFields
 from server.protocol.options import RequestBody
 from server.protocol.prompt_logprobs import PromptLogprobs

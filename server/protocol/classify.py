@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
 from reft_core.classification.interface import Classification
 from reft_core.errors import InvalidRequest
-from server.named import NamedAdapter, UsedAdapter
+from server.answering.named import NamedAdapter, UsedAdapter
 from server.protocol.common import AdapterRequest
 from server.protocol.reports import ReftReport, Usage
 from server.settings import Settings

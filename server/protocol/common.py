@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from reft_core.engine.interface import SamplingParams
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from reft_core.grammar import GrammarSpec
-from server.named import Answering
+from server.answering.named import Answering
 from server.protocol.options import FanOutOptions, ReftOptions, RequestBody
 from server.protocol.structured import ResponseFormat, StructuredOutputs, grammar_of
 from server.settings import Settings

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, Field
 
 from reft_core.errors import InvalidRequest, UnsupportedFeature
-from server.choice import TokenText
-from server.echo import ScoredPrompt
+from server.answering.choice import TokenText
+from server.answering.echo import ScoredPrompt
 from server.protocol.common import FinishReason, SamplingFields
 from server.protocol.prompt_logprobs import PromptLogprobs
 from server.protocol.reports import ChoiceReport, FanOutReport, ReftReport, Usage

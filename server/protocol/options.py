@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from reft_core.errors import InvalidRequest
-from server.named import Answering, NamedAdapter
+from server.answering.named import Answering, NamedAdapter
 
 _NUMBERS = (int, float)
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from server.choice import TokenText
+from server.answering.choice import TokenText
 
 
 class PromptLogprob(BaseModel):

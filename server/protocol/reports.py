@@ -7,8 +7,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, Field
 
-from server.generation import AnsweringModel, Generation
-from server.named import UsedAdapter
+from server.answering.generation import AnsweringModel, Generation
+from server.answering.named import UsedAdapter
 
 
 class PromptTokensDetails(BaseModel):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import Header, HTTPException, Query, Request, Response
 
 from reft_core.spec import DIGEST_PATTERN
-from server.body import stream_capped
+from server.http.body import stream_capped
 from server.protocol.models import (
     AdapterDetail,
     AdapterList,

@@ -11,15 +11,15 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from server.disconnect import unless_gone
-from server.generation import FinishedChoice, Generation
-from server.job import Job
-from server.named import UsedAdapter
-from server.record import current_record
+from server.answering.generation import FinishedChoice, Generation
+from server.answering.job import Job
+from server.answering.named import UsedAdapter
+from server.answering.running import Delta
+from server.http.disconnect import unless_gone
+from server.http.sse import EventStream, frames
+from server.observability.record import current_record
 from server.routes.guards import caller_of
-from server.running import Delta
 from server.services import services_of
-from server.sse import EventStream, frames
 
 Chunks = AsyncIterator[BaseModel | str]
 """The chunks of a stream, or their JSON."""

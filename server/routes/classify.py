@@ -6,8 +6,8 @@ from functools import partial
 
 from fastapi import Request, Response
 
-from server.disconnect import unless_gone
-from server.labelling import LabelJob
+from server.answering.labelling import LabelJob
+from server.http.disconnect import unless_gone
 from server.protocol.classify import ClassifiedText, ClassifyRequest, ClassifyResponse
 from server.protocol.reports import ReftReport, Usage
 from server.routes.answering import ANSWERED, new_id, now, report_headers

@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_text
-from server.choice import TokenText
-from server.generation import FinishedChoice, Generation
-from server.job import Job
+from server.answering.choice import TokenText
+from server.answering.generation import FinishedChoice, Generation
+from server.answering.job import Job
+from server.answering.running import Delta
+from server.answering.text_chunks import TextChunks
 from server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -25,9 +27,7 @@ from server.protocol.prompt_logprobs import prompt_logprobs_of
 from server.protocol.reports import Usage, choice_report_of, report_of
 from server.routes.answering import ANSWERED, answer_stream, answer_whole, new_id, now
 from server.routes.guards import ApiRoute, make_router
-from server.running import Delta
 from server.services import services_of
-from server.text_chunks import TextChunks
 
 router = make_router(ApiRoute, tag="inference")
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
-from server.body import capped, check_declared_length, require_json
+from server.http.body import capped, check_declared_length, require_json
 from server.keys import Caller, Principal
 from server.keys.door import Need
 from server.protocol.common import ErrorBody

@@ -21,8 +21,8 @@ from reft_core.errors import (
     ReftError,
     UnsupportedFeature,
 )
+from server.adapters.load_dir import read_below
 from server.keys import Principal
-from server.load_dir import read_below
 from server.protocol.loading import (
     LoadLoraRequest,
     LoadRequest,

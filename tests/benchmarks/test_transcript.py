@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from benchmarks.transcript import ADDRESS, PAGE, cells, lm_eval_part
-from server.demo import EXAMPLES
+from server.cli.demo import EXAMPLES
 
 
 def test_the_page_has_every_part_of_the_example() -> None:

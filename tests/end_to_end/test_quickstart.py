@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from server.cli_adapters import adapters_app
+from server.cli.adapters import adapters_app
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "quickstart.md"

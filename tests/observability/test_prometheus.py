@@ -21,7 +21,7 @@ import yaml
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from server.app import create_app
-from server.run import DrainingServer
+from server.http.run import DrainingServer
 from server.settings import Settings
 from tests.factories import random_adapter_bytes
 from tests.observability.prometheus import (

@@ -16,7 +16,7 @@ from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.loading import LoadedModel
 from server.app import create_app
-from server.run import DrainingServer
+from server.http.run import DrainingServer
 from server.services import Services
 from server.settings import Settings
 from tests.server.fakes import FakeEngine, make_loaded, make_tiny_loaded, wait_until

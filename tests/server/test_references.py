@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from server import api_reference, settings_reference
+from server.http import api_reference
 from server.settings import Settings
+from server.settings import reference as settings_reference
 
 DOCS = Path(__file__).parents[2] / "docs"
 

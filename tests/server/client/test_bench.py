@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from reft_core.errors import InvalidRequest, RequestFailed
-from server.cli import app
+from server.cli.main import app
+from server.client.address import api_url
 from server.client.bench_report import percentile, summarise
 from server.client.connection import options
 from server.client.measure import Run, Seen, measure
@@ -158,7 +159,7 @@ def test_as_many_at_a_time_as_asked(live, engine):
     def work() -> None:
         asked = bodies(shape(models=(MODEL.name,), num_requests=7), None)
         path = "/chat/completions"
-        found.append(measure(options(live.url, None, 20), path, asked, 3, lambda _: None))
+        found.append(measure(options(api_url(live.url), None, 20), path, asked, 3, lambda _: None))
 
     thread = threading.Thread(target=work)
     thread.start()

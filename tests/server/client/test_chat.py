@@ -24,7 +24,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from reft_core.errors import ReftError
-from server.cli import app
+from server.cli.main import app
 from server.client.answer import Answer
 from server.client.chat import COMMANDS, Chat
 from server.client.connection import Client
@@ -312,7 +312,7 @@ def test_one_message_as_json(server):
 )
 def test_mistakes_are_one_line(args, mention, monkeypatch):
     # Logs would go to a stream that ends with the command, and stay there for later tests.
-    monkeypatch.setattr("server.logs.configure_logging", lambda *_: None)
+    monkeypatch.setattr("server.observability.logs.configure_logging", lambda *_: None)
     result = run(*args)
     assert result.exit_code == 1
     assert mention in result.stderr

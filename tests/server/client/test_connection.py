@@ -8,12 +8,14 @@ import httpx
 import pytest
 
 from reft_core.errors import InvalidRequest, ReftError
-from server.client.connection import Client, StreamFailed, api_url, event, in_words, refusal
+from server.client.address import api_url, server_url
+from server.client.connection import Client, StreamFailed, event, in_words, refusal
 
 
 @pytest.mark.parametrize("url", ["http://x:1", "http://x:1/", "http://x:1/v1", "http://x:1/v1/"])
 def test_an_address_is_taken_with_and_without_its_path(url):
     assert api_url(url) == "http://x:1/v1"
+    assert server_url(url) == "http://x:1"
 
 
 @pytest.mark.parametrize("url", ["x:1", "file:///etc/passwd", "http://", ""])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from server.cli import app
+from server.cli.main import app
 from server.keys.store import open_store
 from server.settings import Settings
 from tests.server.conftest import ADMIN_KEY

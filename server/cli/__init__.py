@@ -1,0 +1,1 @@
+"""The ``reft`` command, a module for each of its commands."""

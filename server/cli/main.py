@@ -1,0 +1,62 @@
+"""The ``reft`` command. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli.adapters import adapters_app
+from server.cli.bench import bench
+from server.cli.chat import chat
+from server.cli.config import config_app
+from server.cli.errors import OneLineGroup, one_line_errors
+from server.cli.keys import keys_app
+from server.cli.methods import methods
+from server.cli.registry import registry_app
+from server.cli.serve import demo, serve
+
+app = typer.Typer(
+    name="reft",
+    help="Train and serve ReFT adapters over one frozen language model.",
+    cls=OneLineGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(demo)
+app.command()(chat)
+app.command()(bench)
+app.add_typer(adapters_app, name="adapter")
+app.add_typer(keys_app, name="key")
+app.add_typer(registry_app, name="registry")
+app.add_typer(config_app, name="config")
+app.command()(methods)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value pairs that replace the file's")
+    ] = None,
+) -> None:
+    """Train an adapter."""
+    with one_line_errors():
+        from trainer.cli import train_command
+
+        train_command(config, overrides or [])
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from reft_core import __version__
+
+    typer.echo(__version__)

@@ -1,0 +1,187 @@
+"""``reft adapter push``, ``list`` and the like: the adapters of a running server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from reft_core.errors import InvalidRequest, ReftError
+from server.cli.errors import one_line_errors
+from server.cli.files import check_free
+from server.cli.options import AdminKey, Tenant, Url
+from server.cli.transfer import shown_progress
+from server.client.address import DEFAULT_URL, adapter_path
+
+if TYPE_CHECKING:
+    from server.client.admin import AdminClient
+
+Name = Annotated[str, typer.Argument(help="The adapter")]
+Reference = Annotated[str, typer.Argument(help="name, name@3 or name@sha256:…")]
+_PAGE = 200
+
+
+def push(
+    file: Annotated[Path, typer.Argument(help="An adapter file")],
+    key: AdminKey,
+    name: Annotated[str | None, typer.Option(help="Served under; default: its own name")] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="Its signature file by OpenSSF model-signing")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    tenant: Tenant = "",
+) -> None:
+    """Upload an adapter; it replaces what its name meant."""
+    with one_line_errors():
+        from reft_core.adapter import read_adapter
+
+        adapter = read_adapter(file)
+        headers = {"X-Expected-SHA256": adapter.digest}
+        if signature is not None:
+            headers["X-Model-Signature"] = base64.b64encode(signature.read_bytes()).decode()
+        path = adapter_path(name or adapter.spec.name)
+        with shown_progress(file) as on_sent:
+            answer = _client(url, key, tenant).upload(path, file, headers, on_sent)
+        state = "uploaded" if answer["created"] else "was there already"
+        typer.echo(f"{answer['name']} version {answer['version']} {state} ({answer['digest']})")
+
+
+def list_(
+    key: AdminKey,
+    url: Url = DEFAULT_URL,
+    tenant: Annotated[str | None, typer.Option(help="Of this tenant; default: of all")] = None,
+    prefix: Annotated[str, typer.Option(help="Names that begin so")] = "",
+    method: Annotated[str | None, typer.Option(help="Such as loreft")] = None,
+    base: Annotated[str | None, typer.Option(help="Name of the base model")] = None,
+) -> None:
+    """List the adapters of a server."""
+    with one_line_errors():
+        client = _client(url, key)
+        table = Table("name", "version", "method", "digest", "bytes", "in use by")
+        admit = {"tenant": tenant, "prefix": prefix or None, "method": method, "base": base}
+        after: dict[str, str] = {}
+        more = True
+        while more:
+            page = client.call("GET", "/admin/adapters", query={**admit, **after, "limit": _PAGE})
+            for card in page["data"]:
+                users = "not loaded" if card["num_users"] is None else str(card["num_users"])
+                owner = f"{card['tenant']}/" if card["tenant"] else ""
+                table.add_row(
+                    f"{owner}{card['name']}",
+                    str(card["version"]),
+                    card["method"],
+                    card["digest"][:12],
+                    f"{card['num_bytes']:,}",
+                    users,
+                )
+                after = {"after": card["name"], "after_tenant": card["tenant"]}
+            more = page["has_more"]
+        Console().print(table)
+
+
+def show(name: Reference, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant = "") -> None:
+    """Show the versions of an adapter, and which is current."""
+    with one_line_errors():
+        answer = _client(url, key, tenant).call("GET", adapter_path(name))
+        table = Table("version", "", "digest", "bytes", "in use by")
+        for card in answer["versions"]:
+            notes = {answer["current"]: "current", answer["previous"]: "previous"}
+            users = "not loaded" if card["num_users"] is None else str(card["num_users"])
+            table.add_row(
+                str(card["version"]),
+                notes.get(card["version"], ""),
+                card["digest"],
+                f"{card['num_bytes']:,}",
+                users,
+            )
+        spec = answer["spec"]
+        typer.echo(f"{answer['name']}: {spec['method']} on {spec['base']['name']}")
+        if answer["pinned"]:
+            typer.echo("pinned: stays loaded")
+        Console().print(table)
+
+
+def promote(
+    name: Name,
+    version: Annotated[int, typer.Argument(help="Its number", min=1)],
+    key: AdminKey,
+    url: Url = DEFAULT_URL,
+    tenant: Tenant = "",
+) -> None:
+    """Make one version what the name means."""
+    _change("POST", adapter_path(name, f"/versions/{version}/promote"), url, key, tenant)
+
+
+def rollback(name: Name, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant = "") -> None:
+    """Make current again what was before."""
+    _change("POST", adapter_path(name, "/rollback"), url, key, tenant)
+
+
+def pin(name: Name, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant = "") -> None:
+    """Keep an adapter loaded, whatever else is asked for."""
+    _change("PUT", adapter_path(name, "/pin"), url, key, tenant)
+
+
+def unpin(name: Name, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant = "") -> None:
+    """Keep an adapter loaded no longer than others."""
+    _change("DELETE", adapter_path(name, "/pin"), url, key, tenant)
+
+
+def pull(
+    name: Reference,
+    key: AdminKey,
+    out: Annotated[Path | None, typer.Option(help="Default: <name>.safetensors")] = None,
+    force: Annotated[bool, typer.Option(help="Replace the file that is there")] = False,
+    url: Url = DEFAULT_URL,
+    tenant: Tenant = "",
+) -> None:
+    """Download an adapter file, exactly as it was uploaded."""
+    with one_line_errors():
+        out = out or Path(f"{name.partition('@')[0]}.safetensors")
+        check_free(out, force)
+        scratch = out.with_name(f".{out.name}.part")
+        try:
+            digest = _client(url, key, tenant).download(adapter_path(name, "/file"), scratch)
+            with scratch.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != digest:
+                raise ReftError(f"{name}: got bytes of SHA-256 {found}, expected {digest}")
+            os.replace(scratch, out)
+        finally:
+            scratch.unlink(missing_ok=True)
+        typer.echo(f"{out} ({digest})")
+
+
+def rm(
+    name: Annotated[str, typer.Argument(help="name, or name@3 for one version")],
+    key: AdminKey,
+    url: Url = DEFAULT_URL,
+    tenant: Tenant = "",
+) -> None:
+    """Delete an adapter with all its versions, or one version. Requests that use it finish."""
+    with one_line_errors():
+        plain, at, number = name.partition("@")
+        if at and not number.isdigit():
+            raise InvalidRequest.because("name", name, "name, or name@ and a number")
+        path = adapter_path(plain, f"/versions/{number}" if at else "")
+        answer = _client(url, key, tenant).call("DELETE", path)
+        typer.echo(f"{plain} deleted, versions {answer['deleted_versions']}")
+
+
+def _change(method: str, path: str, url: str, key: str, tenant: str) -> None:
+    """Make a change and say what the name means now."""
+    with one_line_errors():
+        card = _client(url, key, tenant).call(method, path)
+        typer.echo(f"{card['name']} is version {card['version']} ({card['digest']})")
+
+
+def _client(url: str, key: str, tenant: str = "") -> AdminClient:
+    from server.client.admin import AdminClient
+
+    return AdminClient(url, key, tenant)

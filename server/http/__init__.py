@@ -1,0 +1,1 @@
+"""The plumbing under every route: connections, bodies, errors, streams, start and end."""

@@ -1,0 +1,1 @@
+"""What is learnt of requests and of the engine: metrics, records, logs, traces."""
