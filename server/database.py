@@ -179,4 +179,4 @@ def _as_unavailable() -> Iterator[None]:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
         reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
-        raise DatabaseUnavailable(f"the database does not answer: {reason}") from error
+        raise DatabaseUnavailable("the database does not answer", reason=reason) from error
