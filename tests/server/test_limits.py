@@ -6,7 +6,7 @@ import json
 import socket
 import struct
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -194,6 +194,62 @@ def test_headers_that_are_long(on_socket, excess, status):
             assert read_to_end(connection).startswith(b"HTTP/1.1 200 ")
         else:
             assert error_of(read_to_end(connection)) == (431, "request_header_fields_too_large")
+
+
+@pytest.mark.parametrize(
+    ("request_head", "rest"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n", b"x"),
+        (head_of("/admin/adapters/strange", 500), b"x"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),
+    ],
+    ids=["a body that nobody wants", "a body that was refused", "an empty line"],
+)
+def test_what_comes_after_an_answer_does_not_keep_the_connection(on_socket, request_head, rest):
+    with on_socket(header_timeout_s=0.3) as server, connected(server) as connection:
+        connection.sendall(request_head)
+        wait_until(lambda: b"}" in connection.recv(4096), "the answer")
+        connection.sendall(rest)
+        assert b"HTTP/1.1" not in read_to_end(connection)
+
+
+def test_a_body_that_comes_after_its_answer_leaves_time_for_another_request(on_socket):
+    with on_socket(header_timeout_s=0.6) as server, connected(server) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+        wait_until(lambda: b"}" in connection.recv(4096), "the answer")
+        connection.sendall(b"xy")
+        time.sleep(0.4)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+        time.sleep(0.4)
+        connection.sendall(b"Connection: close\r\n\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200 ")
+
+
+CHUNKED = (
+    f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    "Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+).encode()
+
+
+@pytest.mark.parametrize("padding", [b"0\r\nX-Trailer: ", b"1;ext="], ids=["trailer", "extension"])
+def test_what_is_no_body_between_chunks_is_bounded(on_socket, padding):
+    with on_socket(max_header_bytes=4096) as server, connected(server) as connection:
+        connection.sendall(CHUNKED + b"1\r\n{\r\n" + padding)
+        with suppress(ConnectionError):
+            for _ in range(64):
+                connection.sendall(b"x" * 1024)
+                time.sleep(0.002)
+            assert connection.recv(1) == b""
+
+
+def test_a_body_in_tiny_chunks_is_no_long_head(on_socket):
+    body = json.dumps(ASK | {"user": "x" * 2000}).encode()
+    with on_socket(max_header_bytes=4096) as server, connected(server) as connection:
+        connection.sendall(CHUNKED)
+        for byte in body:
+            connection.sendall(b"1\r\n%c\r\n" % byte)
+        connection.sendall(b"0\r\nX-Trailer: y\r\n\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/admin/adapters/late"])
