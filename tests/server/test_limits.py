@@ -22,6 +22,7 @@ from tests.server.fakes import MODEL, make_adapter, make_tiny_loaded, wait_until
 ASK: dict[str, Any] = {"model": MODEL.name, "prompt": "hi", "max_tokens": 4}
 CHAT = {"model": MODEL.name, "messages": [{"role": "user", "content": "hi"}]}
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+CLASSIFY = "/v1/classify"
 
 
 def is_error(answer: httpx.Response, status: int, code: str) -> bool:
@@ -51,6 +52,8 @@ FIELDS = [
     ({"max_stop": 2}, COMPLETIONS, ASK, {"stop": ["x"] * 2}, {"stop": ["x"] * 3}, "invalid_value"),
     ({"max_stop_chars": 4}, COMPLETIONS, ASK, {"stop": "x" * 4}, {"stop": "x" * 5},
      "invalid_value"),
+    ({"max_prompt_tokens": 30}, CLASSIFY, {"model": MODEL.name, "labels": ["a", "b"]},
+     {"input": "hi"}, {"input": ["hi", "x" * 31]}, "context_length_exceeded"),
     ({"max_fan_out": 2}, COMPLETIONS, ASK, {"reft": {"models": [MODEL.name] * 2}},
      {"reft": {"models": [MODEL.name] * 3}}, "invalid_value"),
 ]  # fmt: skip
