@@ -32,7 +32,7 @@ from server.protocol.loading import (
 )
 from server.protocol.models import DeleteAnswer, UploadAnswer, VersionCard
 from server.registry.registry import Uploaded
-from server.routes.acting import Tenant, actor_of
+from server.routes.acting import Tenant, actor_of, users_of
 from server.routes.admin import delete_adapter
 from server.routes.guards import AdminRoute, caller_of, make_router
 from server.services import services_of
@@ -55,9 +55,8 @@ async def load_adapter(body: LoadRequest, request: Request, tenant: Tenant) -> U
 
     The same bytes again are no error and no new version.
     """
-    services = services_of(request)
     uploaded = await _load(request, tenant, body.name, body.path, field="path")
-    users = services.residency.num_users(uploaded.version.digest)
+    users = users_of(request, uploaded.version.digest)
     card = VersionCard.of(uploaded.version, users)
     return UploadAnswer(**card.model_dump(), created=uploaded.created)
 
