@@ -38,10 +38,14 @@ _LONGEST_ALLOWED = 1000
 
 
 class ReftError(Exception):
-    """Base class. ``field`` names the offending input, when there is one."""
+    """Base class. ``field`` names the offending input, when there is one.
 
-    def __init__(self, message: str, *, field: str | None = None) -> None:
-        super().__init__(message)
+    A ``reason`` is for operators: ``str`` has it, and so have logs, but not ``message``, which is
+    what callers of a server are told.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, reason: str = "") -> None:
+        super().__init__(f"{message}: {reason}" if reason else message)
         self.message = message
         self.field = None if field is None else shown(field)
 

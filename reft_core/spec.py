@@ -33,6 +33,8 @@ SITE_PATTERN = r"^(block_output|attn_output|mlp_output|heads|linear:[A-Za-z0-9_.
 Site = Annotated[str, StringConstraints(pattern=SITE_PATTERN)]
 StorageDtype = Literal["float32", "float16", "bfloat16"]
 _Short = Annotated[str, StringConstraints(max_length=256)]
+# What databases are searched by; not all of them hold this character.
+_Searched = Annotated[str, StringConstraints(max_length=256, pattern=r"^[^\x00]*$")]
 _Text = Annotated[str, StringConstraints(max_length=8192)]
 _Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 
@@ -46,7 +48,7 @@ class _Document(BaseModel):
 class BaseModelSpec(_Document):
     """The base model an adapter was trained on."""
 
-    name: _Short = Field(description="hub id or folder name; for people, not compared")
+    name: _Searched = Field(description="hub id or folder name; for people, not compared")
     architecture: _Short = Field(description="transformers' model_type, such as 'llama'")
     hidden_size: int = Field(ge=1, le=65536)
     num_layers: int = Field(ge=1, le=MAX_LAYERS)
@@ -257,7 +259,7 @@ class AdapterSpec(_Document):
     description: _Text = ""
     licence: _Short = ""
     base: BaseModelSpec
-    method: _Short
+    method: _Searched
     dtype: StorageDtype = "float32"
     positions: PositionSpec
     sites: dict[Site, SiteSpec] = Field(default_factory=dict, max_length=256)

@@ -42,6 +42,17 @@ _POOL = {"pool_size": 8, "max_overflow": 32, "pool_timeout": 10, "pool_pre_ping"
 """Connections to PostgreSQL: as many threads may ask at once, and it may have been restarted."""
 
 
+_PATIENCE = {
+    "connect_timeout": "5",  # seconds
+    "tcp_user_timeout": "10000",  # milliseconds until sent bytes are confirmed
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "2",
+}
+"""What bounds the wait for a PostgreSQL that has gone without a word, unless the URL says else: as
+long, a request waits for its answer, and a thread with it."""
+
+
 def sqlite_url(path: Path) -> str:
     """The URL of an SQLite file."""
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
@@ -126,7 +137,7 @@ def _create_engine(url: URL) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     try:
-        return create_engine(url, **_POOL)
+        return create_engine(url.set(query=_PATIENCE | url.query), **_POOL)
     except (ModuleNotFoundError, NoSuchModuleError):
         raise InvalidRequest(
             explain("database_url", f"{url.drivername}://…", "reft-serve[postgres] installed"),
@@ -179,4 +190,4 @@ def _as_unavailable() -> Iterator[None]:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
         reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
-        raise DatabaseUnavailable(f"the database does not answer: {reason}") from error
+        raise DatabaseUnavailable("the database does not answer", reason=reason) from error

@@ -12,6 +12,7 @@ from reft_core.classification.interface import (
     TextRequest,
     TextTicket,
 )
+from reft_core.engine.admission import check_length
 from reft_core.errors import InvalidRequest, ReftError
 from reft_core.templates import encode_text
 
@@ -30,6 +31,8 @@ class EncoderClassifier:
     def submit(self, request: TextRequest, sink: ClassificationSink) -> TextTicket:
         """Accept a text; see :meth:`interface.Classifier.submit`."""
         tokens = encode_text(self._tokenizer, request.text)
+        if request.max_tokens is not None:
+            check_length("input", len(tokens), request.max_tokens)
         known = self._known_labels(request)
         labels = request.labels or known
         for label in labels:

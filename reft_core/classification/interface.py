@@ -30,6 +30,8 @@ class TextRequest:
     """See :class:`engine.interface.Request`; an encoder keeps nothing of a text."""
     deadline_s: float | None = None
     """Seconds from submission after which it ends with :class:`DeadlineExceeded`."""
+    max_tokens: int | None = None
+    """Most tokens of the text, as the model is given it; None: as many as the context holds."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from reft_core.classification.interface import (
     TextRequest,
     TextTicket,
 )
+from reft_core.engine.admission import check_length
 from reft_core.engine.interface import AdapterChoice, Engine, Output, Request, SamplingParams
 from reft_core.errors import EngineUnavailable, InvalidRequest, ReftError
 from reft_core.templates import encode_chat
@@ -48,6 +49,8 @@ class LikelihoodClassifier:
             for label in labels
         ]
         prompt = self._prompt(request)
+        if request.max_tokens is not None:
+            check_length("input", len(prompt), request.max_tokens)
         scoring = _Scoring(request.request_id, labels, sink, self._close)
         with self._lock:
             if request.request_id in self._open:

@@ -200,6 +200,8 @@ class Residency:
                 f"an adapter of {resident.num_bytes} bytes does not fit into the adapter memory "
                 f"of {self._budget_bytes}"
             )
+        if resident.brought is not None:
+            self._check_brought(resident.num_bytes)
         self._queue.append(resident)
         resident.turn = asyncio.get_running_loop().create_future()
         self._admit()
@@ -211,6 +213,16 @@ class Residency:
                 f"adapter memory is full: adapters in use leave no room for {resident.num_bytes} "
                 f"bytes of {self._budget_bytes}; try again later"
             ) from None
+
+    def _check_brought(self, num_bytes: int) -> None:
+        """Refuse an adapter that is in memory while it waits, as no file has it, beside too many
+        of its kind."""
+        waiting = sum(other.num_bytes for other in self._queue if other.brought is not None)
+        if waiting + num_bytes > self._budget_bytes:
+            raise EngineOverloaded(
+                f"adapter memory is full, and {waiting} bytes of adapters that requests brought "
+                "wait for room; try again later"
+            )
 
     def _admit(self) -> None:
         """Let those who wait for room in, in their order, as far as there is any."""

@@ -74,6 +74,8 @@ class Labeller:
         metrics: Metrics,
         inline: InlineReader,
         timeout_s: float | None = None,
+        *,
+        max_text_tokens: int | None = None,
     ) -> None:
         self._classifier = classifier
         self._registry = registry
@@ -82,6 +84,7 @@ class Labeller:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._timeout_s = timeout_s
+        self._max_text_tokens = max_text_tokens
 
     async def run(self, job: LabelJob) -> Labelled:
         """The whole outcome. Raises what makes the request, or any of its texts, fail."""
@@ -127,6 +130,7 @@ class Labeller:
                 base_template=not resolved.leads,
                 tenant=job.caller.tenant,
                 deadline_s=self._timeout_s,
+                max_tokens=self._max_text_tokens,
             )
             for text in job.texts
         ]

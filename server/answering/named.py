@@ -10,7 +10,14 @@ from functools import cache, partial
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.interface import AdapterChoice
-from reft_core.errors import AdapterError, InvalidRequest, PermissionDenied, RequestFailed
+from reft_core.errors import (
+    AdapterError,
+    AdapterNotFound,
+    InvalidRequest,
+    PermissionDenied,
+    RequestFailed,
+    explain,
+)
 from reft_core.templates import encode_text
 from server.answering.inline import InlineAdapter, InlineReader
 from server.keys import Principal
@@ -84,8 +91,7 @@ def resolve(
     versions: list[UsedAdapter] = []
     choices: list[AdapterChoice] = []
     for place, each in enumerate(named):
-        version: UsedAdapter | None = registry.resolve(each.model, tenant=principal.tenant)
-        principal.check_may_use(each.model if version is None else version.name)
+        version: UsedAdapter | None = look_up(each.model, registry, principal)
         if each.inline is not None:
             version = _read_inline(each, place, version, inline, principal)
         if version is None:
@@ -96,6 +102,23 @@ def resolve(
         tokens = encode(source) if isinstance(source, str) else source
         choices.append(AdapterChoice(version.digest, each.strength, each.subspaces, tuple(tokens)))
     return Resolved(tuple(versions), tuple(choices), leads=len(versions) == len(named))
+
+
+def look_up(model: str, registry: Registry, principal: Principal) -> Version | None:
+    """What ``model`` means to a principal that may use it; None for the base model.
+
+    Blocks on the catalog. Raises :class:`PermissionDenied`, and :class:`AdapterNotFound`, which
+    names what there is only to those who may use all of it.
+    """
+    try:
+        version = registry.resolve(model, tenant=principal.tenant)
+    except AdapterNotFound:
+        if principal.may_use_all:
+            raise
+        allowed = "one of those that GET /v1/models lists for this key"
+        raise AdapterNotFound(explain("model", model, allowed), field="model") from None
+    principal.check_may_use(model if version is None else version.name)
+    return version
 
 
 def resolve_all(
@@ -117,7 +140,7 @@ def resolve_all(
     beside, names = answering.beside, [named[0].model for named in answering.named]
     if beside is None or beside in names:
         return found
-    if registry.resolve(beside, tenant=principal.tenant) is not None:
+    if beside != registry.base_name:
         raise InvalidRequest.because("model", beside, "the base model, or one of reft.models")
     return found
 

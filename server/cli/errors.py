@@ -48,7 +48,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except ReftError as error:
-        _fail(error.message)
+        _fail(str(error))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])

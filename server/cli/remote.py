@@ -70,7 +70,7 @@ def list_(
         while more:
             page = client.call("GET", "/admin/adapters", query={**admit, **after, "limit": _PAGE})
             for card in page["data"]:
-                users = "not loaded" if card["num_users"] is None else str(card["num_users"])
+                users = "none seen" if card["num_users"] is None else str(card["num_users"])
                 owner = f"{card['tenant']}/" if card["tenant"] else ""
                 table.add_row(
                     f"{owner}{card['name']}",
@@ -92,7 +92,7 @@ def show(name: Reference, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant 
         table = Table("version", "", "digest", "bytes", "in use by")
         for card in answer["versions"]:
             notes = {answer["current"]: "current", answer["previous"]: "previous"}
-            users = "not loaded" if card["num_users"] is None else str(card["num_users"])
+            users = "none seen" if card["num_users"] is None else str(card["num_users"])
             table.add_row(
                 str(card["version"]),
                 notes.get(card["version"], ""),

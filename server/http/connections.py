@@ -57,6 +57,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._awaiting_head: asyncio.TimerHandle | None = None
         self._awaiting_reader: asyncio.TimerHandle | None = None
         self._in_head = False
+        self._in_message = False
+        self._has_body = False
         self._num_head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -75,19 +77,24 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come, and refuse a head that is too long."""
+        """Parse what has come, and refuse a head that is too long, or what else is no body."""
         if self.transport.is_closing():
             return
+        self._has_body = False
         super().data_received(data)
-        self._num_head_bytes += len(data)
-        if self._in_head and self._num_head_bytes > self.limits.max_header_bytes:
+        # Extensions of chunks, and trailers, are kept too until the request is answered.
+        self._num_head_bytes = 0 if self._has_body else self._num_head_bytes + len(data)
+        if self.cycle is not None and self.cycle.response_complete:
+            self._await_head()  # uvicorn waits no longer once anything comes, be it no request
+        if self._in_message and self._num_head_bytes > self.limits.max_header_bytes:
             allowed = f"at most {self.limits.max_header_bytes} bytes"
             self._refuse(431, f"headers: got {self._num_head_bytes} bytes, expected {allowed}")
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self._in_head, self._num_head_bytes = True, 0
+        self._in_head, self._in_message, self._num_head_bytes = True, True, 0
+        self._awaiting_head = _stopped(self._awaiting_head)
         self._await_head()
 
     def on_headers_complete(self) -> None:
@@ -95,6 +102,16 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._awaiting_head = _stopped(self._awaiting_head)
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Some of a body has come."""
+        self._has_body = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """All of a request has come."""
+        self._in_message = False
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """An answer is written, though perhaps not read."""
@@ -147,7 +164,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer a request that no route will see, and close."""
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self._in_head and (self.cycle is None or self.cycle.response_complete):
             body = json.dumps(http_error_body(status, message)).encode()
             head = (
                 f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"

@@ -47,6 +47,11 @@ class Principal:
         """What an audit log calls it."""
         return f"{self.name} ({self.id})" if self.id else self.name
 
+    @property
+    def may_use_all(self) -> bool:
+        """Whether its scope leaves nothing out."""
+        return "*" in self.models
+
     def may_use(self, name: str) -> bool:
         """Whether its scope includes the model ``name`` (without a version)."""
         return any(fnmatchcase(name, pattern) for pattern in self.models)
@@ -60,9 +65,17 @@ class Principal:
     def check_may_bring(self, field: str) -> None:
         """Raise :class:`PermissionDenied`, about ``field``, unless every model is in its scope:
         an adapter that a request brings has no name that a narrower one could hold."""
-        if "*" not in self.models:
+        if not self.may_use_all:
             allowed = f"no inline adapter, as this key's scope is {', '.join(self.models)}"
             raise PermissionDenied(explain(field, "an adapter", allowed), field=field)
+
+    def check_may_grant(self, models: tuple[str, ...]) -> None:
+        """Raise :class:`PermissionDenied` unless a scope of these patterns is within its own."""
+        for pattern in models:
+            # A star is matched by a star alone, so what a pattern matches holds for all it means.
+            if not self.may_use(pattern):
+                allowed = f"patterns within this key's scope: {', '.join(self.models)}"
+                raise PermissionDenied(explain("models", pattern, allowed), field="models")
 
     def check_is_operator(self) -> None:
         """Raise :class:`PermissionDenied` unless :attr:`is_operator`."""

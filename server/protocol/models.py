@@ -82,7 +82,10 @@ class VersionCard(BaseModel):
     digest: str
     num_bytes: int
     created_at: int = Field(description="seconds since 1970, UTC")
-    num_users: int | None = Field(description="requests using it now; null: not in the engine")
+    num_users: int | None = Field(
+        description="requests using it now, whosever they are; null: not in the engine, or the key "
+        "is not an operator's"
+    )
     tenant: str = Field("", description="whose name it is; empty: shared by all")
     method: str = ""
     base: str = Field("", description="name of the base model in its spec")

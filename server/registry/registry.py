@@ -110,6 +110,11 @@ class Registry:
         self._catalog.close()
 
     @property
+    def base_name(self) -> str:
+        """What requests call the base model."""
+        return self._model.name
+
+    @property
     def engine(self) -> Engine:
         """The database, for other parts that have tables of their own in it."""
         return self._catalog.engine

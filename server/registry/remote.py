@@ -123,5 +123,5 @@ def _storage_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise StorageUnavailable(
-            f"the store of adapter files does not answer: {type(error).__name__}: {error}"
+            "the store of adapter files does not answer", reason=f"{type(error).__name__}: {error}"
         ) from error

@@ -8,6 +8,7 @@ from fastapi import Depends, Query, Request
 
 from server.registry.versions import TENANT_PATTERN
 from server.routes.guards import caller_of
+from server.services import services_of
 
 _Asked = Annotated[
     str | None,
@@ -41,6 +42,14 @@ def _looking_at(request: Request, tenant: _AskedOrAll = None) -> str | None:
 
 Tenant = Annotated[str, Depends(_acting_for)]
 AnyTenant = Annotated[str | None, Depends(_looking_at)]
+
+
+def users_of(request: Request, digest: str) -> int | None:
+    """Requests that use an adapter now, for operators alone: tenants with the same bytes share
+    one, and must not see each other's use. None otherwise, or if it is not in the engine."""
+    if not caller_of(request).principal.is_operator:
+        return None
+    return services_of(request).residency.num_users(digest)
 
 
 def actor_of(request: Request) -> str:

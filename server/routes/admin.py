@@ -20,7 +20,7 @@ from server.protocol.models import (
 from server.registry import Deleted, Filter
 from server.registry.signing import MAX_SIGNATURE_CHARS
 from server.registry.versions import TENANT_PATTERN
-from server.routes.acting import AnyTenant, Tenant, actor_of
+from server.routes.acting import AnyTenant, Tenant, actor_of, users_of
 from server.routes.guards import AdaptersRoute, make_router
 from server.routes.listing import NO_NUL, After, Limit, answer_from_thread
 from server.services import Services, services_of
@@ -93,7 +93,7 @@ async def upload_adapter(
         response.status_code = 200
     await services.pins.refresh()
     version = uploaded.version
-    users = services.residency.num_users(version.digest)
+    users = users_of(request, version.digest)
     return UploadAnswer(**VersionCard.of(version, users).model_dump(), created=uploaded.created)
 
 
@@ -114,7 +114,7 @@ async def list_adapters(
     more = None if limit is None else limit + 1
     found = await asyncio.to_thread(services.registry.page, admit, after, after_tenant, more)
     versions = found[:limit]
-    users = [services.residency.num_users(version.digest) for version in versions]
+    users = [users_of(request, version.digest) for version in versions]
 
     def build() -> AdapterList:
         cards = map(VersionCard.of, versions, users)
@@ -135,7 +135,7 @@ async def get_adapter(name: str, request: Request, tenant: Tenant) -> AdapterDet
         previous=found.previous,
         pinned=found.pinned,
         versions=[
-            VersionCard.of(version, services.residency.num_users(version.digest))
+            VersionCard.of(version, users_of(request, version.digest))
             for version in found.versions
         ],
         spec=found.version.spec.model_dump(mode="json"),

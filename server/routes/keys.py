@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from typing import Annotated
 
 import structlog
-from fastapi import HTTPException, Request, Response
+from fastapi import HTTPException, Path, Request, Response
 
 from reft_core.errors import explain
 from server.keys import NewKey
 from server.protocol.keys import CreatedKey, KeyCard, KeyList
 from server.routes.acting import AnyTenant
 from server.routes.guards import AdminRoute, caller_of, make_router
+from server.routes.listing import NO_NUL
 from server.services import services_of
 
 log = structlog.get_logger(__name__)
 
 router = make_router(AdminRoute, tag="keys")
+
+_KeyId = Annotated[str, Path(max_length=96, pattern=NO_NUL)]
 
 
 @router.post("/admin/keys", status_code=201)
@@ -29,6 +33,7 @@ async def create_key(body: NewKey, request: Request, response: Response) -> Crea
     services = services_of(request)
     principal = caller_of(request).principal
     principal.acting_for(body.tenant)
+    principal.check_may_grant(body.models)
     create = partial(services.key_store.create, body, actor=principal.actor)
     text, key = await asyncio.to_thread(create)
     services.door.forget(key.id)
@@ -45,7 +50,7 @@ async def list_keys(request: Request, tenant: AnyTenant) -> KeyList:
 
 
 @router.delete("/admin/keys/{key_id}")
-async def revoke_key(key_id: str, request: Request) -> KeyCard:
+async def revoke_key(key_id: _KeyId, request: Request) -> KeyCard:
     """Revoke a key for good: at once in this process, within seconds in others."""
     services = services_of(request)
     principal = caller_of(request).principal

@@ -18,6 +18,7 @@ from reft_core.errors import (
     AdapterMismatch,
     AdapterNotFound,
     InvalidRequest,
+    PermissionDenied,
     ReftError,
     UnsupportedFeature,
 )
@@ -31,9 +32,9 @@ from server.protocol.loading import (
 )
 from server.protocol.models import DeleteAnswer, UploadAnswer, VersionCard
 from server.registry.registry import Uploaded
-from server.routes.acting import Tenant, actor_of
+from server.routes.acting import Tenant, actor_of, users_of
 from server.routes.admin import delete_adapter
-from server.routes.guards import AdminRoute, make_router
+from server.routes.guards import AdminRoute, caller_of, make_router
 from server.services import services_of
 
 
@@ -54,9 +55,8 @@ async def load_adapter(body: LoadRequest, request: Request, tenant: Tenant) -> U
 
     The same bytes again are no error and no new version.
     """
-    services = services_of(request)
     uploaded = await _load(request, tenant, body.name, body.path, field="path")
-    users = services.residency.num_users(uploaded.version.digest)
+    users = users_of(request, uploaded.version.digest)
     card = VersionCard.of(uploaded.version, users)
     return UploadAnswer(**card.model_dump(), created=uploaded.created)
 
@@ -95,6 +95,7 @@ async def _load(
 ) -> Uploaded:
     """Upload the file at ``path``; errors name the body's own fields."""
     services, actor = services_of(request), actor_of(request)
+    _check_scope(request, name, field=named)
     root = services.settings.adapter_load_dir
     if root is None:
         raise UnsupportedFeature(
@@ -121,10 +122,19 @@ async def _load(
 
 async def _unload(request: Request, tenant: str, name: str, *, field: str) -> DeleteAnswer:
     """Delete an adapter; errors name the body's own field."""
+    _check_scope(request, name, field=field)
     try:
         return await delete_adapter(name, request, tenant)
     except ReftError as error:
         raise _renamed(error, {"model": field, "name": field}) from error
+
+
+def _check_scope(request: Request, name: str, *, field: str) -> None:
+    """Refuse an adapter's name that is not in the key's scope."""
+    try:
+        caller_of(request).principal.check_may_use(name)
+    except PermissionDenied as error:
+        raise error.within(field) from error
 
 
 async def _is_known(request: Request, tenant: str, name: str) -> bool:

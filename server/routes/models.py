@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 
 from fastapi import Request, Response
 
 from server.keys import Principal
+from server.named import look_up
 from server.protocol.models import ModelCard, ModelList
 from server.registry import Registry, Version
 from server.routes.guards import ApiRoute, caller_of, make_router
@@ -57,9 +57,7 @@ async def get_model(model_id: str, request: Request) -> ModelCard:
     services = services_of(request)
     engine = services.engine
     principal = caller_of(request).principal
-    resolve = partial(services.registry.resolve, tenant=principal.tenant)
-    version = await asyncio.to_thread(resolve, model_id)
-    principal.check_may_use(model_id if version is None else version.name)
+    version = await asyncio.to_thread(look_up, model_id, services.registry, principal)
     if version is None:
         return ModelCard.of_base(engine.model, services.started_at, engine.max_model_len)
     return ModelCard.of_adapter(version, engine.model, engine.max_model_len, model_id)

@@ -11,7 +11,7 @@ from fastapi import Path, Request, Response
 
 from server.protocol.models import DeleteAnswer, VersionCard
 from server.registry import Version
-from server.routes.acting import Tenant, actor_of
+from server.routes.acting import Tenant, actor_of, users_of
 from server.routes.admin import answer_delete
 from server.routes.guards import AdaptersRoute, caller_of, make_router
 from server.services import services_of
@@ -108,6 +108,5 @@ async def _pin(name: str, request: Request, tenant: str, *, pinned: bool) -> Ver
 
 async def _answer(request: Request, version: Version) -> VersionCard:
     """The card of what a name means now, once memory is as it should be."""
-    services = services_of(request)
-    await services.pins.refresh()
-    return VersionCard.of(version, services.residency.num_users(version.digest))
+    await services_of(request).pins.refresh()
+    return VersionCard.of(version, users_of(request, version.digest))

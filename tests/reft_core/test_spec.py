@@ -393,6 +393,14 @@ def test_a_document_that_contradicts_itself_is_refused(change: dict[str, Any], r
         AdapterSpec.model_validate(document | change | {"sites": sites})
 
 
+@pytest.mark.parametrize("change", [{"method": "a\0"}, {"base": {"name": "a\0"}}])
+def test_what_a_database_could_not_hold_is_refused(change: dict[str, Any]) -> None:
+    fields = full_spec().model_dump()
+    fields["base"] |= change.pop("base", {})
+    with pytest.raises(ValidationError, match="match pattern"):
+        AdapterSpec(**fields | change)
+
+
 def test_a_spec_is_frozen() -> None:
     spec = full_spec()
     with pytest.raises(ValidationError, match="frozen"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import sqlite3
 import threading
 from contextlib import closing
@@ -17,7 +18,15 @@ import server.registry.tables  # noqa: F401  # its tables are in the metadata
 from benchmarks.services.ports import free_port
 from reft_core.adapter import decode_adapter
 from reft_core.errors import DatabaseUnavailable, InvalidRequest
-from server.database import lock, metadata, open_database, reading, sqlite_url, writing
+from server.database import (
+    _PATIENCE,
+    lock,
+    metadata,
+    open_database,
+    reading,
+    sqlite_url,
+    writing,
+)
 from server.registry import Catalog, Filter, Version
 from tests.server.fakes import make_adapter
 
@@ -148,6 +157,25 @@ def test_a_database_that_does_not_answer_is_unavailable():
     with pytest.raises(DatabaseUnavailable) as caught:
         open_database(url)
     assert "hush" not in str(caught.value)
+
+
+def test_a_database_that_says_nothing_is_unavailable_before_long(monkeypatch):
+    monkeypatch.setitem(_PATIENCE, "connect_timeout", "2")  # the least there is
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://user@127.0.0.1:{silent.getsockname()[1]}/x"
+        with pytest.raises(DatabaseUnavailable):
+            open_database(url)
+
+
+def test_the_url_may_say_how_long_a_database_is_waited_for(postgres):
+    for more, expected in (("", "10"), ("&keepalives_idle=77", "77")):
+        url = postgres.new_database()
+        engine = open_database(url + ("&" if "?" in url else "?") + "application_name=x" + more)
+        with reading(engine) as connection:
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            assert driver.info.get_parameters()["keepalives_idle"] == expected
+        engine.dispose()
 
 
 def test_sqlite_writes_through_to_the_disk(tmp_path: Path):

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from reft_core.adapter import decode_adapter
 from reft_core.errors import EngineOverloaded, RequestFailed
 from server.adapters.residency import Residency
 from tests.server.fakes import FakeEngine, make_adapter, make_tokenizer
@@ -286,6 +287,35 @@ def test_a_cold_adapter_waits_for_room_and_a_hot_one_does_not(engine, shelf):
         await waiting
         assert engine.adapters == {A, C}
         assert (residency.num_waiting, residency.num_evictions) == (0, 1)
+
+    asyncio.run(scenario())
+
+
+def test_what_requests_brought_waits_in_as_much_memory_as_there_is_room(engine, shelf):
+    adapters = {digest: decode_adapter(data, digest=digest) for digest, data in FILES.items()}
+
+    async def scenario():
+        residency = residency_of(engine, shelf, room_for=2, wait_s=60)
+        for digest in (A, B):
+            await residency.acquire(digest, SIZE)
+
+        def bring(digest: str) -> asyncio.Task[None]:
+            return asyncio.create_task(residency.acquire(digest, SIZE, adapters[digest]))
+
+        waiting = [bring(C), bring(D)]
+        await settle()
+        with pytest.raises(EngineOverloaded, match="brought"):
+            await bring(E)
+        named = start(residency, E)  # its bytes are not in memory yet
+        await settle()
+        assert residency.num_waiting == 3
+        for digest in (A, B):
+            residency.release(digest)
+        await asyncio.gather(*waiting)
+        for digest in (C, D):
+            residency.release(digest)
+        await named
+        assert engine.adapters == {E}
 
     asyncio.run(scenario())
 

@@ -90,7 +90,7 @@ def test_push_list_and_rm_against_a_server(live, tmp_path):
     assert "was there already" in again.output
     listed = run("adapter", "list", env=env)
     assert "tone" in listed.output
-    assert "not loaded" in listed.output
+    assert "none seen" in listed.output
     removed = run("adapter", "rm", "tone", env=env)
     assert "tone deleted" in removed.output
     gone = run("adapter", "rm", "tone", env=env)

@@ -6,7 +6,7 @@ import json
 import socket
 import struct
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -22,6 +22,7 @@ from tests.server.fakes import MODEL, make_adapter, make_tiny_loaded, wait_until
 ASK: dict[str, Any] = {"model": MODEL.name, "prompt": "hi", "max_tokens": 4}
 CHAT = {"model": MODEL.name, "messages": [{"role": "user", "content": "hi"}]}
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+CLASSIFY = "/v1/classify"
 
 
 def is_error(answer: httpx.Response, status: int, code: str) -> bool:
@@ -51,6 +52,8 @@ FIELDS = [
     ({"max_stop": 2}, COMPLETIONS, ASK, {"stop": ["x"] * 2}, {"stop": ["x"] * 3}, "invalid_value"),
     ({"max_stop_chars": 4}, COMPLETIONS, ASK, {"stop": "x" * 4}, {"stop": "x" * 5},
      "invalid_value"),
+    ({"max_prompt_tokens": 30}, CLASSIFY, {"model": MODEL.name, "labels": ["a", "b"]},
+     {"input": "hi"}, {"input": ["hi", "x" * 31]}, "context_length_exceeded"),
     ({"max_fan_out": 2}, COMPLETIONS, ASK, {"reft": {"models": [MODEL.name] * 2}},
      {"reft": {"models": [MODEL.name] * 3}}, "invalid_value"),
 ]  # fmt: skip
@@ -194,6 +197,62 @@ def test_headers_that_are_long(on_socket, excess, status):
             assert read_to_end(connection).startswith(b"HTTP/1.1 200 ")
         else:
             assert error_of(read_to_end(connection)) == (431, "request_header_fields_too_large")
+
+
+@pytest.mark.parametrize(
+    ("request_head", "rest"),
+    [
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n", b"x"),
+        (head_of("/admin/adapters/strange", 500), b"x"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),
+    ],
+    ids=["a body that nobody wants", "a body that was refused", "an empty line"],
+)
+def test_what_comes_after_an_answer_does_not_keep_the_connection(on_socket, request_head, rest):
+    with on_socket(header_timeout_s=0.3) as server, connected(server) as connection:
+        connection.sendall(request_head)
+        wait_until(lambda: b"}" in connection.recv(4096), "the answer")
+        connection.sendall(rest)
+        assert b"HTTP/1.1" not in read_to_end(connection)
+
+
+def test_a_body_that_comes_after_its_answer_leaves_time_for_another_request(on_socket):
+    with on_socket(header_timeout_s=0.6) as server, connected(server) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+        wait_until(lambda: b"}" in connection.recv(4096), "the answer")
+        connection.sendall(b"xy")
+        time.sleep(0.4)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+        time.sleep(0.4)
+        connection.sendall(b"Connection: close\r\n\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200 ")
+
+
+CHUNKED = (
+    f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    "Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+).encode()
+
+
+@pytest.mark.parametrize("padding", [b"0\r\nX-Trailer: ", b"1;ext="], ids=["trailer", "extension"])
+def test_what_is_no_body_between_chunks_is_bounded(on_socket, padding):
+    with on_socket(max_header_bytes=4096) as server, connected(server) as connection:
+        connection.sendall(CHUNKED + b"1\r\n{\r\n" + padding)
+        with suppress(ConnectionError):
+            for _ in range(64):
+                connection.sendall(b"x" * 1024)
+                time.sleep(0.002)
+            assert connection.recv(1) == b""
+
+
+def test_a_body_in_tiny_chunks_is_no_long_head(on_socket):
+    body = json.dumps(ASK | {"user": "x" * 2000}).encode()
+    with on_socket(max_header_bytes=4096) as server, connected(server) as connection:
+        connection.sendall(CHUNKED)
+        for byte in body:
+            connection.sendall(b"1\r\n%c\r\n" % byte)
+        connection.sendall(b"0\r\nX-Trailer: y\r\n\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/admin/adapters/late"])

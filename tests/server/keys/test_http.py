@@ -10,7 +10,8 @@ import pytest
 from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.keys import NewKey
+from reft_core.errors import DatabaseUnavailable
+from server.keys import NewKey, secret
 from tests.server.conftest import ADMIN, ADMIN_KEY, API_KEY, Server
 from tests.server.fakes import MODEL, make_adapter, wait_until
 
@@ -398,3 +399,68 @@ def test_logs_say_which_key_asked_and_never_the_key(closed, caplog):
     assert made["id"] in str([record.__dict__ for record in caplog.records])
     for secret in (headers["Authorization"].split("_")[2], made["key"].split("_")[2], ADMIN_KEY):
         assert secret not in str([record.__dict__ for record in caplog.records])
+
+
+# What callers are not told ------------------------------------------------------------------
+
+
+def test_outages_do_not_tell_callers_where_things_are(closed, monkeypatch, caplog):
+    def find(key_id: str) -> None:
+        raise DatabaseUnavailable("the database does not answer", reason="10.1.2.3 as user reft")
+
+    monkeypatch.setattr(closed.services.key_store, "find", find)
+    stranger = {"Authorization": f"Bearer {secret.generate()[0]}"}
+    answer = closed.http.post("/v1/completions", json=ASK, headers=stranger)
+    assert is_error(answer, 503, "database_unavailable")
+    assert answer.json()["error"]["message"] == "the database does not answer"
+    assert "10.1.2.3" in str([record.__dict__ for record in caplog.records])
+
+
+def test_a_narrow_key_is_not_told_names_that_it_may_not_use(two_adapters):
+    reft = {"models": ["support-nice"]}
+    narrow, wide = key_of(two_adapters, models=("support-*",)), key_of(two_adapters)
+    for headers, tells in ((narrow, False), (wide, True)):
+        answers = posts(two_adapters, headers, "nobody")
+        answers += posts(two_adapters, headers, "nobody", reft=reft)[:2]
+        answers.append(two_adapters.http.get("/v1/models/nobody", headers=headers))
+        for answer in answers[:3] + answers[5:]:
+            assert is_error(answer, 404, "model_not_found")
+            assert ("sales" in answer.text) is tells
+        for answer in answers:
+            assert "sales" not in answer.text or tells
+
+
+@pytest.mark.parametrize(("within", "granted"), [(True, ("support-b", "support-*x")), (False, "*")])
+def test_a_narrow_admin_makes_no_key_that_reaches_further(closed, within, granted):
+    admin = key_of(closed, tenant="acme", kind="admin", models=("support-*",))
+    for pattern in granted:
+        body = {"name": "n", "tenant": "acme", "models": [pattern]}
+        answer = closed.http.post("/admin/keys", json=body, headers=admin)
+        assert answer.status_code == 201 if within else forbidden(answer)
+
+
+def test_a_narrow_operator_loads_and_unloads_only_what_is_in_its_scope(in_process, tmp_path):
+    (tmp_path / "tone.safetensors").write_bytes(make_adapter(1))
+    with in_process(adapter_load_dir=tmp_path) as server:
+        headers = key_of(server, kind="admin", models=("support-*",))
+        server.upload("sales", make_adapter(2))
+        load = {"name": "sales", "path": "tone.safetensors"}
+        lora = {"lora_name": "sales", "lora_path": "tone.safetensors", "load_inplace": True}
+        for path, body in (
+            ("load_adapter", load),
+            ("unload_adapter", {"name": "sales"}),
+            ("load_lora_adapter", lora),
+            ("unload_lora_adapter", {"lora_name": "sales"}),
+        ):
+            assert forbidden(server.http.post(f"/v1/{path}", json=body, headers=headers))
+        mine = load | {"name": "support-tone"}
+        answer = server.http.post("/v1/load_adapter", json=mine, headers=headers)
+        assert answer.status_code == 200, answer.text
+
+
+def test_no_database_is_asked_for_a_key_that_it_cannot_look_for(closed, monkeypatch):
+    def revoke(*_: Any, **__: Any) -> None:
+        raise AssertionError("PostgreSQL takes no NUL")
+
+    monkeypatch.setattr(closed.services.key_store, "revoke", revoke)
+    assert closed.http.delete("/admin/keys/a%00b", headers=ADMIN).status_code == 400

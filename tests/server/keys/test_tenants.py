@@ -259,3 +259,21 @@ def test_classification_keeps_tenants_apart_too(tiny):
     assert cached(one) == 0
     assert cached(one) > 50
     assert cached(other) == 0
+
+
+def test_the_same_bytes_tell_a_tenant_nothing_of_anothers_use(two):
+    data = make_adapter(77)
+    for tenant in ("acme", "globex"):
+        assert put(two, "twin", data, ADMIN, tenant=tenant).status_code == 201
+    for answer in posts(two, key_of(two, tenant="globex"), "twin"):
+        assert answer.status_code == 200
+    for fields in ({"kind": "admin"}, {"may_upload": True}):
+        headers = key_of(two, tenant="acme", **fields)
+        (card,) = two.http.get("/admin/adapters/twin", headers=headers).json()["versions"]
+        listed = two.http.get("/admin/adapters", headers=headers).json()["data"]
+        cards = [card, *listed, put(two, "twin", data, headers).json()]
+        promote = "/admin/adapters/twin/versions/1/promote"
+        cards.append(two.http.post(promote, headers=headers).json())
+        assert {card["num_users"] for card in cards} == {None}
+    detail = two.http.get("/admin/adapters/twin", headers=ADMIN, params={"tenant": "acme"}).json()
+    assert detail["versions"][0]["num_users"] == 0
