@@ -135,8 +135,7 @@ async def get_adapter(name: str, request: Request, tenant: Tenant) -> AdapterDet
         previous=found.previous,
         pinned=found.pinned,
         versions=[
-            VersionCard.of(version, users_of(request, version.digest))
-            for version in found.versions
+            VersionCard.of(version, users_of(request, version.digest)) for version in found.versions
         ],
         spec=found.version.spec.model_dump(mode="json"),
     )

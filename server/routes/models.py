@@ -6,8 +6,8 @@ import asyncio
 
 from fastapi import Request, Response
 
+from server.answering.named import look_up
 from server.keys import Principal
-from server.named import look_up
 from server.protocol.models import ModelCard, ModelList
 from server.registry import Registry, Version
 from server.routes.guards import ApiRoute, caller_of, make_router

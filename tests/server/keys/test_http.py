@@ -397,8 +397,8 @@ def test_logs_say_which_key_asked_and_never_the_key(closed, caplog):
         closed.http.post("/v1/completions", json=ASK, headers=headers)
         made = closed.http.post("/admin/keys", json={"name": "n"}, headers=ADMIN).json()
     assert made["id"] in str([record.__dict__ for record in caplog.records])
-    for secret in (headers["Authorization"].split("_")[2], made["key"].split("_")[2], ADMIN_KEY):
-        assert secret not in str([record.__dict__ for record in caplog.records])
+    for hidden in (headers["Authorization"].split("_")[2], made["key"].split("_")[2], ADMIN_KEY):
+        assert hidden not in str([record.__dict__ for record in caplog.records])
 
 
 # What callers are not told ------------------------------------------------------------------
