@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from reft_core import __version__
 from reft_core.adapter import read_adapter
 from reft_core.classification import EncoderEngine, classifier_on
 from reft_core.engine.interface import AdapterHost, Engine
-from reft_core.errors import InvalidRequest
+from reft_core.errors import AdapterError, InvalidRequest
 from reft_core.grammar import GrammarCompiler
 from reft_core.loading import (
     DEFAULT_CACHE,
@@ -139,7 +139,7 @@ def _build_services(
     key_store = KeyStore(registry.engine)
     try:
         check_exposure(settings, key_store)
-        register_files(registry, settings.adapters, settings.max_adapter_bytes)
+        register_files(registry, adapter_files(settings.adapters), settings.max_adapter_bytes)
     except BaseException:
         registry.close()
         raise
@@ -206,19 +206,31 @@ def _build_services(
     )
 
 
-def register_files(registry: Registry, paths: tuple[Path, ...], max_bytes: int) -> None:
-    """Upload the operator's own adapter files, each under the name in its spec.
+def adapter_files(paths: Iterable[Path]) -> list[Path]:
+    """The adapter files at ``paths``: a folder means every ``.safetensors`` file directly in it.
 
-    A folder means every ``.safetensors`` file directly in it. Raises
-    :class:`InvalidRequest` for a path without any, and what an upload raises.
+    Raises :class:`InvalidRequest` for a path without any.
     """
+    found: list[Path] = []
     for path in paths:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
             raise InvalidRequest.because(
-                "adapters", str(path), "an adapter file, or a folder with some"
+                "adapters", str(path), "an adapter file, or a folder with some directly in it"
             )
-        for file in files:
+        found += files
+    return found
+
+
+def register_files(registry: Registry, files: Iterable[Path], max_bytes: int) -> None:
+    """Upload the operator's own adapter files, each under the name in its spec.
+
+    Raises what an upload raises, with the file's name.
+    """
+    for file in files:
+        try:
             name = read_adapter(file, max_bytes=max_bytes).spec.name
             uploaded = registry.upload(name, file.read_bytes())
-            log.info("adapter registered", name=name, version=uploaded.version.number)
+        except AdapterError as error:
+            raise error.within(str(file)) from None
+        log.info("adapter registered", name=name, version=uploaded.version.number)

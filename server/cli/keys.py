@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from reft_core.errors import ReftError, explain
 from server.cli.errors import console, one_line_errors
 from server.cli.options import DataDir
-from server.cli.text import safe
+from server.cli.settings import Config, settings_of_data
+from server.cli.text import print_table, safe
 
 if TYPE_CHECKING:
     from server.keys import KeyStore, NewKey
@@ -59,6 +59,7 @@ def create(
     url: Url = None,
     key: AdminKey = None,
     data_dir: DataDir = None,
+    config: Config = None,
 ) -> None:
     """Make a key and print it, once, on standard output."""
     with one_line_errors():
@@ -75,12 +76,13 @@ def create(
             max_concurrency=max_concurrency,
             expires_in_s=None if expires_in_days is None else round(expires_in_days * _DAY_S),
         )
-        text, card = _create(wanted, url, key, data_dir)
+        text, card, place = _create(wanted, url, key, data_dir, config)
         owner = f"tenant {card.tenant}" if card.tenant else "no tenant"
         console.print(
-            f"{card.kind} key {card.id} of {owner}; it is not shown again:",
+            f"{card.kind} key {card.id} of {owner}, in {place}; it is not shown again:",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
         typer.echo(text)
 
@@ -91,11 +93,21 @@ def list_(
     url: Url = None,
     key: AdminKey = None,
     data_dir: DataDir = None,
+    config: Config = None,
 ) -> None:
     """List keys, also those that expired or were revoked."""
     with one_line_errors():
-        cards = _cards(tenant, url, key, data_dir)
-        table = Table("id", "name", "tenant", "kind", "state", "models", "last used", "expires")
+        cards = _cards(tenant, url, key, data_dir, config)
+        table = Table(
+            Column("id", no_wrap=True),
+            "name",
+            "tenant",
+            "kind",
+            "state",
+            "models",
+            "last used",
+            "expires",
+        )
         for card in cards:
             models = " ".join(card.models) + (" (may upload)" if card.may_upload else "")
             table.add_row(
@@ -108,7 +120,7 @@ def list_(
                 _shown_time(card.last_used_at),
                 _shown_time(card.expires_at),
             )
-        Console().print(table)
+        print_table(table)
 
 
 @keys_app.command()
@@ -117,53 +129,55 @@ def revoke(
     url: Url = None,
     key: AdminKey = None,
     data_dir: DataDir = None,
+    config: Config = None,
 ) -> None:
     """Revoke a key for good. Servers notice within REFT_KEY_CACHE_S seconds."""
     with one_line_errors():
         if url is not None:
             _call(url, key, "DELETE", _checked_id(key_id))
         else:
-            with _store(data_dir) as store:
+            with _store(config, data_dir) as store:
                 if store.revoke(_checked_id(key_id)) is None:
                     raise ReftError(explain("key_id", key_id, "an id that 'reft key list' shows"))
         typer.echo(f"{key_id} revoked")
 
 
 def _create(
-    wanted: NewKey, url: str | None, key: str | None, data_dir: Path | None
-) -> tuple[str, KeyCard]:
-    """The new key's text and card."""
+    wanted: NewKey, url: str | None, key: str | None, data_dir: Path | None, config: Path | None
+) -> tuple[str, KeyCard, str]:
+    """The new key's text and card, and where it was put."""
+    from server.keys.store import open_store
     from server.protocol.keys import CreatedKey, KeyCard
 
     if url is not None:
         body = wanted.model_dump(mode="json")
         made = CreatedKey.model_validate(_call(url, key, "POST", json=body))
-        return made.key, made
-    with _store(data_dir) as store:
+        return made.key, made, url
+    settings = settings_of_data(config, data_dir, may_be_new=True)
+    place = str(settings.catalog_file) if settings.database_url is None else "the database"
+    with open_store(settings) as store:
         text, stored = store.create(wanted)
-        return text, KeyCard.of(stored)
+        return text, KeyCard.of(stored), place
 
 
 def _cards(
-    tenant: str | None, url: str | None, key: str | None, data_dir: Path | None
+    tenant: str | None, url: str | None, key: str | None, data_dir: Path | None, config: Path | None
 ) -> list[KeyCard]:
     """The cards of all keys, or of a tenant's."""
     from server.protocol.keys import KeyCard, KeyList
 
     if url is not None:
         return KeyList.model_validate(_call(url, key, "GET", query={"tenant": tenant})).data
-    with _store(data_dir) as store:
+    with _store(config, data_dir) as store:
         return [KeyCard.of(stored) for stored in store.all(tenant)]
 
 
 @contextmanager
-def _store(data_dir: Path | None) -> Iterator[KeyStore]:
-    """The table of keys of the settings' database."""
+def _store(config: Path | None, data_dir: Path | None) -> Iterator[KeyStore]:
+    """The table of keys of the settings' database, which has to be there."""
     from server.keys.store import open_store
-    from server.settings import Settings
 
-    settings = Settings() if data_dir is None else Settings(data_dir=data_dir)
-    with open_store(settings) as store:
+    with open_store(settings_of_data(config, data_dir)) as store:
         yield store
 
 

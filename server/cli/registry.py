@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from server.cli.errors import one_line_errors
 from server.cli.options import DataDir
+from server.cli.settings import Config, settings_of_data
 
 registry_app = typer.Typer(
     help="Check and repair the catalog and the store of adapter files.", no_args_is_help=True
@@ -23,19 +24,19 @@ def registry() -> None:
 def check(
     repair: Annotated[bool, typer.Option(help="Repair what can be")] = False,
     data_dir: DataDir = None,
+    config: Config = None,
 ) -> None:
     """Compare every version with its file, and look for files that belong to none.
 
-    Where database and files are is taken from the REFT_ variables that the server has. May run
-    beside servers. The exit status is 1 if something was found and not repaired.
+    Where database and files are is taken from the settings that the server has: its file and its
+    REFT_ variables. May run beside servers. The exit status is 1 if something was found and not
+    repaired.
     """
     with one_line_errors():
         from server.registry import Catalog, open_store
         from server.registry.check import RegistryCheck
-        from server.settings import Settings
 
-        given: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
-        settings = Settings(**given)
+        settings = settings_of_data(config, data_dir)
         catalog = Catalog.at(settings.database)
         try:
             checking = RegistryCheck(catalog, open_store(settings))

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from reft_core.errors import InvalidRequest, ReftError
 from server.cli.errors import one_line_errors
 from server.cli.files import check_free
 from server.cli.options import AdminKey, Tenant, Url
+from server.cli.text import print_table
 from server.cli.transfer import shown_progress
 from server.client.address import DEFAULT_URL, adapter_path
 
@@ -82,7 +82,7 @@ def list_(
                 )
                 after = {"after": card["name"], "after_tenant": card["tenant"]}
             more = page["has_more"]
-        Console().print(table)
+        print_table(table)
 
 
 def show(name: Reference, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant = "") -> None:
@@ -104,7 +104,7 @@ def show(name: Reference, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant 
         typer.echo(f"{answer['name']}: {spec['method']} on {spec['base']['name']}")
         if answer["pinned"]:
             typer.echo("pinned: stays loaded")
-        Console().print(table)
+        print_table(table)
 
 
 def promote(
@@ -125,12 +125,12 @@ def rollback(name: Name, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant =
 
 def pin(name: Name, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant = "") -> None:
     """Keep an adapter loaded, whatever else is asked for."""
-    _change("PUT", adapter_path(name, "/pin"), url, key, tenant)
+    _change("PUT", adapter_path(name, "/pin"), url, key, tenant, "; it stays loaded")
 
 
 def unpin(name: Name, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant = "") -> None:
     """Keep an adapter loaded no longer than others."""
-    _change("DELETE", adapter_path(name, "/pin"), url, key, tenant)
+    _change("DELETE", adapter_path(name, "/pin"), url, key, tenant, "; no longer pinned")
 
 
 def pull(
@@ -171,14 +171,15 @@ def rm(
             raise InvalidRequest.because("name", name, "name, or name@ and a number")
         path = adapter_path(plain, f"/versions/{number}" if at else "")
         answer = _client(url, key, tenant).call("DELETE", path)
-        typer.echo(f"{plain} deleted, versions {answer['deleted_versions']}")
+        deleted = ", ".join(map(str, answer["deleted_versions"]))
+        typer.echo(f"{plain} deleted: version {deleted}")
 
 
-def _change(method: str, path: str, url: str, key: str, tenant: str) -> None:
-    """Make a change and say what the name means now."""
+def _change(method: str, path: str, url: str, key: str, tenant: str, more: str = "") -> None:
+    """Make a change and say what the name means now, and ``more``."""
     with one_line_errors():
         card = _client(url, key, tenant).call(method, path)
-        typer.echo(f"{card['name']} is version {card['version']} ({card['digest']})")
+        typer.echo(f"{card['name']} is version {card['version']} ({card['digest']}){more}")
 
 
 def _client(url: str, key: str, tenant: str = "") -> AdminClient:

@@ -91,19 +91,26 @@ def load_app(settings: Settings) -> tuple[FastAPI, str, list[str]]:
         check_exposure(settings, store)
     is_json = settings.log_format == "json"  # then nothing but records is written
     with nullcontext() if is_json else console.status(f"Loading {settings.model} …"):
-        from server.app import build_engine, create_app, load_base_model, register_files
+        from server.app import (
+            adapter_files,
+            build_engine,
+            create_app,
+            load_base_model,
+            register_files,
+        )
         from server.observability.logs import adopt_library_loggers, hide_progress_bars
         from server.registry import open_registry
 
-        if is_json:
-            adopt_library_loggers()
+        adopt_library_loggers()
+        if is_json or not console.is_terminal:
             hide_progress_bars()
+        files = adapter_files(settings.adapters)
         loaded = load_base_model(settings)
         engine = build_engine(settings, loaded)
         # Here and not at the application's start, so that a bad file is one clear line.
         registry = open_registry(settings, loaded.description)
         try:
-            register_files(registry, settings.adapters, settings.max_adapter_bytes)
+            register_files(registry, files, settings.max_adapter_bytes)
             names = [version.name for version in registry.all_current()]
         finally:
             registry.close()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reft_core.errors import InvalidRequest
 from server.cli.errors import console
 from server.settings.fields import Field, all_fields
 
@@ -78,6 +79,24 @@ def load_with_flags(config: Path | None, flags: dict[str, Any]) -> Settings:
     return sourced.settings
 
 
+def settings_of_data(
+    config: Path | None, data_dir: Path | None, *, may_be_new: bool = False
+) -> Settings:
+    """The settings of the server whose database a command opens itself.
+
+    Raises :class:`InvalidRequest`, also where there is no database yet, unless it ``may_be_new``:
+    a mistyped folder would become an empty one.
+    """
+    settings = load_with_flags(config, {} if data_dir is None else {"data_dir": str(data_dir)})
+    if not may_be_new and settings.database_url is None and not settings.catalog_file.exists():
+        raise InvalidRequest.because(
+            "data_dir",
+            str(settings.data_dir),
+            "the folder of a server that has run; set --data-dir",
+        )
+    return settings
+
+
 def _dressed(
     command: Callable[..., None], function: Callable[..., None], more: list[inspect.Parameter]
 ) -> Callable[..., None]:
@@ -113,11 +132,18 @@ def _option(field: Field) -> inspect.Parameter:
         help=f"{_sentence(field)} Default: {field.shown(field.default)}",
         metavar=None if field.is_switch else _metavar(field),
         show_default=False,
-        rich_help_panel=None if field.name in _SHOWN_FIRST else "More settings",
+        rich_help_panel=_panel(field),
         autocompletion=(lambda: list(field.choices)) if field.choices else None,
     )
     kind: Any = list[str] if field.is_list else bool if field.is_switch else str
     return _parameter(field.name, Annotated[kind | None, option], None)
+
+
+def _panel(field: Field) -> str | None:
+    """The box of the help that has the flag. Switches' two names would cut the others short."""
+    if field.name in _SHOWN_FIRST:
+        return None
+    return "Switches" if field.is_switch else "More settings"
 
 
 def _sentence(field: Field) -> str:

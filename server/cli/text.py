@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+
+_PIPE_WIDTH = 1000
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -17,6 +21,16 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def print_table(table: Table) -> None:
+    """``table`` on standard output with nothing cut off; in a pipe or file, a row is one line."""
+    for column in table.columns:
+        column.overflow = "fold"
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPE_WIDTH)
+    console.print(table)
 
 
 def safe(text: Any) -> str:

@@ -59,6 +59,7 @@ class Chat:
         word, _, rest = line.strip().removeprefix("/").partition(" ")
         if word in ("quit", "exit"):
             return False
+        word = _ALSO.get(word, word)
         if word not in COMMANDS:
             near = difflib.get_close_matches(word, COMMANDS, n=1)
             expected = f"'/{near[0]}'" if near else "one of those that /help lists"
@@ -174,6 +175,9 @@ class Command:
     run: Callable[[Chat, str], None]
     takes_models: bool = False
 
+
+_ALSO = {"model": "use"}
+"""What the flags call it."""
 
 COMMANDS: dict[str, Command] = {
     "use": Command("name@2", "let this model answer: name, name@version", Chat.use, True),

@@ -95,7 +95,7 @@ class Door:
         if principal is not None and need == "operator" and principal.kind == "admin":
             principal.check_is_operator()
         if principal is not None:
-            raise unauthorised(f"a {principal.kind} key, expected {_EXPECTED[need]}")
+            raise unauthorised(f"got a key of kind {principal.kind!r}, expected {_EXPECTED[need]}")
         given = _bearer(authorization)
         raise unauthorised(
             f"{'missing' if given is None else 'wrong'} key, expected 'Bearer <key>' with "

@@ -29,7 +29,8 @@ def configure_logging(level: str, style: Literal["console", "json"]) -> None:
     else:
         # The fancier formatters print local variables, and with them prompts and keys.
         plain = structlog.dev.plain_traceback
-        renderer = [structlog.dev.ConsoleRenderer(exception_formatter=plain)]
+        colors = sys.stderr.isatty()
+        renderer = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

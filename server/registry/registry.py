@@ -358,7 +358,14 @@ class Registry:
             return orphaned
 
     def _not_found(self, model: str, tenant: str) -> AdapterNotFound:
-        """The error for an unknown model, naming those there are."""
+        """The error for an unknown model, naming those there are, or a known one's versions."""
+        reference = parse_reference(model)
+        if reference is not None and reference.number is not None:
+            numbers = [each.number for each in self._catalog.versions(reference.name, tenant)]
+            if numbers and reference.number not in numbers:
+                shown = [f"@{number}" for number in numbers[-_MAX_NAMES_SHOWN:]]
+                allowed = f"a version of {reference.name} that is there: {', '.join(shown)}"
+                return AdapterNotFound(explain("model", model, allowed), field="model")
         names = self._catalog.names(_MAX_NAMES_SHOWN + 1, tenant)
         known = ", ".join([f"{self._model.name} (base)", *names[:_MAX_NAMES_SHOWN]])
         more = " and others" if len(names) > _MAX_NAMES_SHOWN else ""

@@ -52,7 +52,7 @@ class Field:
         if value is None or value in ((), ""):
             return "none"
         if self.is_secret:
-            return "set (hidden)"
+            return self.default.get_secret_value() if value == self.default else "set (hidden)"
         if isinstance(value, tuple | list):
             return ", ".join(map(str, value))
         return str(value).lower() if isinstance(value, bool) else without_password(str(value))

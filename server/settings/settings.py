@@ -48,8 +48,8 @@ class Settings(BaseSettings):
         description="auto: packed weights and compiled loops where they help, twice the memory",
     )
     cuda_graphs: bool = Field(default=True, description="on a GPU, decode by recorded graphs")
-    num_threads: int | None = Field(default=None, ge=1, description="None: torch's choice")
-    cache_dir: Path | None = Field(default=None, description="derived files; None: ~/.cache")
+    num_threads: int | None = Field(default=None, ge=1, description="none: torch's choice")
+    cache_dir: Path | None = Field(default=None, description="derived files; none: ~/.cache")
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     )
     metrics_public: bool | None = Field(
         default=None,
-        description="/metrics without a key; None: on loopback, unless keys are required there",
+        description="/metrics without a key; none: on loopback, unless keys are required there",
     )
     key_cache_s: float = Field(
         default=5.0, ge=0, le=60, description="a revoked key may work for so long"
@@ -81,10 +81,10 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(default=Path("data"), description="catalog and adapter files")
     database_url: SecretStr | None = Field(
-        default=None, description="postgresql://… or sqlite:///…; None: SQLite in data_dir"
+        default=None, description="postgresql://… or sqlite:///…; none: SQLite in data_dir"
     )
     blob_url: str | None = Field(
-        default=None, description="adapter files, such as s3://bucket/prefix; None: in data_dir"
+        default=None, description="adapter files, such as s3://bucket/prefix; none: in data_dir"
     )
     blob_options: SecretStr = Field(
         default=SecretStr("{}"),
@@ -119,7 +119,7 @@ class Settings(BaseSettings):
     )
     max_prefill_tokens: int = Field(default=512, ge=1, description="prompt tokens a step")
     kv_tokens: int | None = Field(
-        default=None, ge=2, description="tokens of all running requests; None: as slots allow"
+        default=None, ge=2, description="tokens of all running requests; none: as slots allow"
     )
     prefix_cache_bytes: int = Field(
         default=256 * MIB, ge=0, description="keys and values of prompts seen before; 0: none"
@@ -176,16 +176,19 @@ class Settings(BaseSettings):
     )
     adapter_load_dir: Path | None = Field(
         default=None,
-        description="folder below which /v1/load_adapter finds files; None: it loads nothing",
+        description="folder below which /v1/load_adapter and /v1/load_lora_adapter find files; "
+        "none: they load nothing",
     )
     max_fan_out: int = Field(
         default=64, ge=1, le=1024, description="models that one request may ask at once"
     )
     max_prompt_tokens: int | None = Field(
-        default=None, ge=1, description="of each prompt; None: as the context allows"
+        default=None, ge=1, description="of each prompt; none: as the context allows"
     )
     max_answer_tokens: int | None = Field(
-        default=None, ge=1, description="max_tokens a request may ask; None: as the context allows"
+        default=None,
+        ge=1,
+        description="of each answer, asked as max_tokens; none: as the context allows",
     )
     max_logprobs: int = Field(
         default=20, ge=0, le=20, description="likeliest tokens reported in the place of each"
@@ -212,7 +215,7 @@ class Settings(BaseSettings):
         default=None,
         pattern=r"^https?://",
         description="OTLP over HTTP for traces and gen_ai metrics, such as "
-        "http://localhost:4318; None: no export",
+        "http://localhost:4318; none: no export",
     )
 
     drain_timeout_s: float = Field(
@@ -295,7 +298,12 @@ class Settings(BaseSettings):
             return self.database_url.get_secret_value()
         from server.database import sqlite_url
 
-        return sqlite_url(self.data_dir / "catalog.sqlite")
+        return sqlite_url(self.catalog_file)
+
+    @property
+    def catalog_file(self) -> Path:
+        """The embedded database."""
+        return self.data_dir / "catalog.sqlite"
 
     @property
     def max_open(self) -> int:

@@ -120,7 +120,7 @@ def test_versions_are_managed_from_the_command_line(live, tmp_path):
     assert own.exit_code == 0, own.output
     assert "acme/x" in run("adapter", "list", env=env).output
     assert "acme" not in run("adapter", "list", "--prefix", "to", env=env).output
-    assert "versions [1]" in run("adapter", "rm", "tone@1", env=env).output
+    assert "deleted: version 1" in run("adapter", "rm", "tone@1", env=env).output
     odd = run("adapter", "rm", "tone@x", env=env)
     assert (odd.exit_code, "name@ and a number" in odd.output.replace("\n", " ")) == (1, True)
 

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli.main import app
+from server.settings.fields import all_fields
 from tests.server.conftest import ADMIN_KEY
 from tests.server.fakes import make_adapter
 
@@ -147,3 +148,16 @@ def test_completion_knows_commands_and_values():
     }
     result = runner.invoke(app, [], env=env, prog_name="reft")
     assert result.output.split() == ["bfloat16"]
+
+
+def test_no_flag_is_cut_short_where_a_terminal_is_narrow():
+    told = runner.invoke(app, ["serve", "--help"], env={"COLUMNS": "80"}).output
+    flags = [f.flag for f in all_fields().values() if f.flag and not f.is_switch]
+    missing = [flag for flag in flags if flag not in told]
+    assert missing == []
+
+
+def test_an_adapter_file_that_is_not_there_is_found_before_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.app.load_base_model", lambda settings: pytest.fail("loaded"))
+    args = ("serve", "--port", "0", "--data-dir", str(tmp_path), "--adapter", str(tmp_path / "no"))
+    assert "adapters: got" in one_line(1, *args)

@@ -78,6 +78,7 @@ def test_the_first_admin_key_makes_others_through_a_running_server(on_socket, tm
 )
 def test_what_cannot_work_is_one_clear_line(tmp_path, args, mention):
     where = () if "--url" in args else ("--data-dir", str(tmp_path))
+    made(run("create", "first", "--data-dir", str(tmp_path)))
     result = run(*args, *where)
     assert result.exit_code == 1
     assert result.output.startswith("error: ")
@@ -91,3 +92,30 @@ def test_what_the_server_says_is_shown(live):
     assert (wrong.exit_code, "wrong key" in wrong.output) == (1, True)
     missing = run("revoke", "0" * 16, "--url", live.url, "--key", ADMIN_KEY)
     assert (missing.exit_code, "0" * 16 in missing.output) == (1, True)
+
+
+def test_keys_are_where_the_settings_file_says(tmp_path: Path):
+    """A server with that file would else never see them."""
+    file = tmp_path / "reft.yaml"
+    file.write_text("data_dir: kept\n")
+    made_key = run("create", "bot", REFT_CONFIG=str(file))
+    assert str(tmp_path / "kept" / "catalog.sqlite") in made_key.stderr.replace("\n", "")
+    with open_store(Settings(data_dir=tmp_path / "kept")) as store:
+        assert [key.id for key in store.all()] == [made(made_key)[5:21]]
+    assert made(made_key)[5:21] in run("list", "--config", str(file)).output
+
+
+def test_a_mistyped_folder_is_no_new_database(tmp_path: Path):
+    there = ("--data-dir", str(tmp_path / "typo"))
+    for command in (["list"], ["revoke", "0" * 16]):
+        result = run(*command, *there)
+        assert result.exit_code == 1
+        assert "data_dir: got" in result.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_an_id_can_be_copied_from_a_narrow_list(tmp_path: Path):
+    where = ("--data-dir", str(tmp_path))
+    long = ("--tenant", "a-tenant-of-some-length", "--model", "support-*", "--may-upload")
+    key = made(run("create", "a bot of some length", *long, *where))
+    assert key[5:21] in run("list", *where, COLUMNS="60").output

@@ -222,3 +222,14 @@ def _refusal(url: str) -> httpx.Response:
             return answer
         time.sleep(0.01)
     raise AssertionError("never refused")
+
+
+def test_a_file_gets_no_colours():
+    program = (
+        "import structlog; from server.observability.logs import configure_logging as configure; "
+        "configure('info', 'console'); structlog.get_logger('x').info('told', name='tone')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert b"told" in done.stderr
+    assert b"name=tone" in done.stderr
+    assert b"\x1b" not in done.stderr

@@ -96,9 +96,18 @@ def test_every_form_of_reference_resolves(registry):
 )
 def test_unknown_references_are_not_found(registry, model):
     registry.upload("tone", make_adapter(1))
-    with pytest.raises(AdapterNotFound, match=r"tiny-base \(base\), tone") as caught:
+    with pytest.raises(
+        AdapterNotFound, match=r"tiny-base \(base\), tone|version of tone"
+    ) as caught:
         registry.resolve(model)
     assert caught.value.field == "model"
+
+
+def test_an_unknown_version_of_a_known_name_is_told_which_there_are(registry):
+    for seed in (1, 2):
+        registry.upload("tone", make_adapter(seed))
+    with pytest.raises(AdapterNotFound, match=r"got 'tone@9', expected .*tone.*: @1, @2$"):
+        registry.resolve("tone@9")
 
 
 def test_what_is_current_already_is_not_written_again(registry):
