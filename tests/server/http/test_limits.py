@@ -71,8 +71,10 @@ def test_fields_of_a_request(in_process, limits, path, body, within, beyond, cod
 
 def test_an_answer_without_a_limit_of_its_own_gets_the_servers(in_process, engine):
     with in_process(max_answer_tokens=7) as server:
-        assert server.http.post(CHATS, json=CHAT).status_code == 200
-        assert engine.submitted[-1].params.max_tokens == 7
+        bodies = (ASK | {"max_tokens": None}, {"model": MODEL.name, "prompt": "hi"})
+        for path, body in ((CHATS, CHAT), *((COMPLETIONS, body) for body in bodies)):
+            assert server.http.post(path, json=body).status_code == 200
+            assert engine.submitted[-1].params.max_tokens == 7
 
 
 def test_bodies(in_process):
