@@ -52,7 +52,7 @@ class FairQueue:
         self._length += 1
 
     def peek(self) -> Sequence | None:
-        """Who is next. Of each tenant the lowest priority; then whoever already ran; then fairly."""
+        """Who is next: of each tenant's lowest priority, whoever already ran; then fairly."""
         if not self._length:
             return None
         urgent = (priorities[min(priorities)] for priorities in self._waiting.values())
