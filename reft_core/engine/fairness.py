@@ -1,10 +1,13 @@
-"""Who waits, and who is next: by priority, then the flow that has been served least.
+"""Who waits, and who is next: a tenant's most urgent, of the flow that has been served least.
 
 A flow is what one tenant asks of one adapter (or of the base model). Each flow has a counter of
 the tokens computed for it; the lowest is served next, so a flood from one adapter cannot starve
 another, however rare. A flow that comes back after a pause starts at the least counter of those
 present: it earned no credit while away. This is the virtual token counter of Sheng et al.,
 "Fairness in Serving Large Language Models" (arXiv 2401.00588), with all tokens weighed alike.
+
+Priorities compare within a tenant alone: every request may name one, so between tenants they would
+be a way around fairness.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ class FairQueue:
     """The sequences waiting for a slot, and the counters of all flows present."""
 
     def __init__(self) -> None:
-        self._waiting: dict[int, dict[Flow, deque[Sequence]]] = {}
+        self._waiting: dict[str, dict[int, dict[Flow, deque[Sequence]]]] = {}
         self._served: dict[Flow, float] = {}
         self._present: dict[Flow, int] = {}
         self._length = 0
@@ -29,9 +32,10 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """All that wait, in no particular order."""
-        for flows in self._waiting.values():
-            for queue in flows.values():
-                yield from queue
+        for priorities in self._waiting.values():
+            for flows in priorities.values():
+                for queue in flows.values():
+                    yield from queue
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence behind those of its flow."""
@@ -48,22 +52,25 @@ class FairQueue:
         self._length += 1
 
     def peek(self) -> Sequence | None:
-        """Who is next. Lower priorities first; then whoever already ran; then fairly."""
+        """Who is next: of each tenant's lowest priority, whoever already ran; then fairly."""
         if not self._length:
             return None
-        flows = self._waiting[min(self._waiting)]
-        heads = [queue[0] for queue in flows.values()]
+        urgent = (priorities[min(priorities)] for priorities in self._waiting.values())
+        heads = [queue[0] for flows in urgent for queue in flows.values()]
         return min(heads, key=lambda s: (not s.was_admitted, self._served[s.flow], s.submitted_at))
 
     def take(self, sequence: Sequence) -> None:
         """Take a sequence out, because it is admitted or ends."""
-        flows = self._waiting[sequence.request.priority]
+        tenant, priority = sequence.request.tenant, sequence.request.priority
+        flows = self._waiting[tenant][priority]
         queue = flows[sequence.flow]
         queue.remove(sequence)
         if not queue:
             del flows[sequence.flow]
         if not flows:
-            del self._waiting[sequence.request.priority]
+            del self._waiting[tenant][priority]
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
         self._length -= 1
 
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
@@ -78,5 +85,6 @@ class FairQueue:
             del self._present[flow], self._served[flow]
 
     def _queue(self, sequence: Sequence) -> deque[Sequence]:
-        flows = self._waiting.setdefault(sequence.request.priority, {})
+        priorities = self._waiting.setdefault(sequence.request.tenant, {})
+        flows = priorities.setdefault(sequence.request.priority, {})
         return flows.setdefault(sequence.flow, deque())

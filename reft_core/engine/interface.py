@@ -144,7 +144,7 @@ class Request:
     """The form of the answer. It belongs to this request from now on; when nothing may follow,
     the request ends with reason ``stop``."""
     priority: int = 0
-    """Lower is more urgent: admitted first, and the last to lose its slot."""
+    """Lower is more urgent: among its tenant's, admitted first, and the last to lose its slot."""
     tenant: str = ""
     """Slots are shared fairly between tenants and their adapters, and what one tenant's prompts
     leave in the prefix cache is not used for another's."""

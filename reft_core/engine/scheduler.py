@@ -7,7 +7,8 @@ owns slot i, so a decode batch is always the first rows of the KV store.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.fairness import FairQueue
@@ -26,8 +27,8 @@ class Scheduler:
     """Slots go fairly (see :mod:`fairness`), prefill tokens by priority and admission.
 
     All running sequences together hold at most ``config.kv_tokens`` tokens. When they grow
-    beyond, the one admitted last among the least urgent gives up its slot; it is computed again
-    later, as far as the prefix cache does not remember it.
+    beyond, the one admitted last among its tenant's least urgent gives up its slot; it is computed
+    again later, as far as the prefix cache does not remember it.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Scheduler:
         in part.
         """
         self._admit()
-        unfinished = [s for s in sorted(self.running, key=_urgency) if not s.is_prefilled]
+        unfinished = _most_urgent_first(s for s in self.running if not s.is_prefilled)
         packing = Packing(
             self._kv.num_layers,
             budget=self._max_prefill_tokens * self._kv.num_layers,
@@ -94,7 +95,7 @@ class Scheduler:
         sequences that are not ready; the runner leaves those idle.
         """
         while self._num_reserved > self.kv_tokens:
-            self._preempt(max(self.running, key=_urgency))
+            self._preempt(_most_urgent_first(self.running)[-1])
         num_rows = max((s.slot + 1 for s in self.running if s.is_prefilled), default=0)
         return self.running[:num_rows]
 
@@ -229,6 +230,12 @@ class Scheduler:
         self._kv.clear(sequence.slot, min(len(sequence.token_ids) + 1, self._kv.slot_len))
 
 
-def _urgency(sequence: Sequence) -> tuple[int, float]:
-    """Sorts the most urgent sequence first, and last the one that loses its slot first."""
-    return sequence.request.priority, sequence.admitted_at
+def _most_urgent_first(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """As they were admitted, but that a tenant's most urgent take the places of its earliest. The
+    last one loses its slot first.
+    """
+    in_order = sorted(sequences, key=lambda s: s.admitted_at)
+    own: dict[str, deque[Sequence]] = {}
+    for sequence in sorted(in_order, key=lambda s: s.request.priority):
+        own.setdefault(sequence.request.tenant, deque()).append(sequence)
+    return [own[sequence.request.tenant].popleft() for sequence in in_order]

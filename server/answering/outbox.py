@@ -6,7 +6,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
+import structlog
+
 from reft_core.engine.interface import Output
+
+log = structlog.get_logger(__name__)
 
 Receive = Callable[[Output], None]
 """Takes an output, on the event loop. Must not raise."""
@@ -44,4 +48,7 @@ class Outbox:
         self._is_called = False
         for _ in range(len(self._on_way)):
             receive, output = self._on_way.popleft()
-            receive(output)
+            try:
+                receive(output)
+            except Exception:  # the others', which would wait here for whatever comes next
+                log.exception("an output could not be handed over", request=output.request_id)

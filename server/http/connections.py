@@ -14,7 +14,8 @@ from http import HTTPStatus
 from typing import Any
 
 import structlog
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from reft_core.errors import EngineUnavailable
@@ -97,6 +98,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._awaiting_head = _stopped(self._awaiting_head)
         self._await_head()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header has come. What follows a body is none: it may come after the checks."""
+        if self._in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """The head of a request is there."""
         self._in_head = False
@@ -153,6 +159,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(408, f"headers: got only some, expected {allowed}")
         else:
             self.transport.close()
+            self._await_reader()
 
     def _give_up_on_reader(self) -> None:
         """End a connection whose client does not read; what answers it finds the client gone."""
@@ -184,13 +191,17 @@ class _Full:
         self._most = most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
         if scope["path"] in _ALWAYS_ANSWERED:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_last)
             return
         message = f"connections: there are more than {self._most}, the most that are served"
         response = error_response(EngineUnavailable(message))
-        response.headers["Connection"] = "close"
-        await response(scope, receive, send)
+        await response(scope, receive, send_last)
 
 
 def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

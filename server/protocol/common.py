@@ -92,7 +92,9 @@ class SamplingFields(AdapterRequest):
     min_p: float | None = Field(None, description="extension")
     repetition_penalty: float | None = Field(None, description="extension")
     stop_token_ids: list[int] = Field(default=[], max_length=128, description="extension")
-    priority: int = Field(0, description="extension; lower is more urgent")
+    priority: int = Field(
+        0, description="extension; among the tenant's own requests, lower is more urgent"
+    )
     ignore_eos: bool = Field(False, description="extension; generate up to max_tokens")
     structured_outputs: StructuredOutputs | None = Field(
         None, description="extension; the form that answers have"

@@ -43,7 +43,9 @@ class CompletionRequest(SamplingFields):
     UNSUPPORTED: ClassVar[tuple[str, ...]] = ("suffix",)
 
     prompt: Annotated[Prompt, BeforeValidator(_check_prompt)]
-    max_tokens: int | None = 16
+    max_tokens: int | None = Field(
+        None, description="default: 16, or the server's limit where that is less"
+    )
     logprobs: int | None = Field(None, description="the chosen token's and that many likeliest")
     echo: bool | None = Field(False, description="begin the text with the prompt")
     best_of: int | None = None

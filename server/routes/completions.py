@@ -31,12 +31,15 @@ from server.services import services_of
 
 router = make_router(ApiRoute, tag="inference")
 
+_DEFAULT_TOKENS = 16
+
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses=ANSWERED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or many prompts, with the adapter that ``model`` names, or with several."""
-    body.check(services_of(request).settings)
-    job = _job(body)
+    settings = services_of(request).settings
+    body.check(settings)
+    job = _job(body, settings.max_answer_tokens)
     head: dict[str, Any] = {
         "id": new_id("cmpl"),
         "object": "text_completion",
@@ -49,7 +52,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     return await answer_whole(request, job, partial(_whole, body, head))
 
 
-def _job(body: CompletionRequest) -> Job:
+def _job(body: CompletionRequest, most: int | None) -> Job:
     """What the request asks for. Raises :class:`InvalidRequest`."""
 
     @cache  # whatever the template, so that of many models not each tokenises anew
@@ -64,7 +67,9 @@ def _job(body: CompletionRequest) -> Job:
     ) -> list[list[int]]:
         return tokens(tokenizer)
 
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    max_tokens = body.max_tokens
+    if max_tokens is None:
+        max_tokens = min(_DEFAULT_TOKENS, most or _DEFAULT_TOKENS)
     return Job(
         answering=body.answering,
         encode=encode,

@@ -6,6 +6,7 @@ The first two need no key, ever; the third needs an operator's unless the settin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request, Response
@@ -16,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
+from reft_core.errors import DatabaseUnavailable
 from server.routes.guards import make_router
 from server.services import services_of
 
@@ -64,8 +66,9 @@ async def metrics(request: Request) -> Response:
         await services.door.admit(authorization, "operator")
     await services.readiness.check()
     registries = [services.metrics.registry]
-    if await services.door.shows_all(authorization):
-        registries.append(services.metrics.for_operators)
+    with suppress(DatabaseUnavailable):  # which these metrics are to tell of
+        if await services.door.shows_all(authorization):
+            registries.append(services.metrics.for_operators)
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(_Together(registries)), headers={"Content-Type": content_type})
 

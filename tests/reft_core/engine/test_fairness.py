@@ -54,6 +54,14 @@ def test_long_prompts_count_for_more() -> None:
     assert [order.index(f"long-{i}") for i in range(3)] == [0, 4, 8]
 
 
+def test_no_priority_of_one_tenant_holds_up_another() -> None:
+    flood = [sequence(f"flood-{i}", tenant="pushy", priority=-1000 - i) for i in range(50)]
+    order = served(queue_of([*flood, sequence("patient", tenant="other", priority=7)]))
+    assert order.index("patient") <= 2
+    pushy = [name for name in order if "flood" in name]
+    assert pushy == [f"flood-{i}" for i in reversed(range(50))], "among its own it does"
+
+
 def test_priority_comes_before_fairness() -> None:
     order = served(
         queue_of([sequence("later", priority=1), sequence("now", priority=-1), sequence("soon")])

@@ -10,6 +10,8 @@ from reft_core.adapter import Adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
+from reft_core.engine.scheduler import _most_urgent_first
+from reft_core.engine.sequence import Sequence
 from reft_core.errors import InvalidRequest
 from tests.factories import (
     Recorder,
@@ -102,6 +104,22 @@ def test_the_least_urgent_and_latest_loses_its_slot() -> None:
         if not engine._scheduler.has_work:
             break
     assert lost == ["low"]
+
+
+def test_no_priority_of_one_tenant_takes_the_slot_of_another() -> None:
+    def asked(name: str, tenant: str, priority: int, admitted_at: float) -> Sequence:
+        request = Request(name, (5,), SamplingParams(), tenant=tenant, priority=priority)
+        sequence = Sequence(request, print, None, frozenset())
+        sequence.admitted_at = admitted_at
+        return sequence
+
+    running = [
+        asked("patient", "other", 7, 1.0),
+        asked("pushy-1", "pushy", -1, 2.0),
+        asked("pushy-2", "pushy", -1000, 3.0),
+    ]
+    order = [sequence.request.request_id for sequence in _most_urgent_first(running)]
+    assert order == ["patient", "pushy-2", "pushy-1"]
 
 
 def test_the_memory_must_hold_one_request() -> None:

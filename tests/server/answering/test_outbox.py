@@ -52,6 +52,22 @@ def test_outputs_put_before_the_loop_looks_come_in_one_call() -> None:
     asyncio.run(main())
 
 
+def test_one_receiver_that_fails_keeps_nothing_from_the_others(caplog) -> None:
+    async def main() -> list[str]:
+        outbox, came = Outbox(asyncio.get_running_loop()), []
+
+        def fail(_: Output) -> None:
+            raise ValueError("broken")
+
+        outbox.put(fail, Output("broken", None))
+        outbox.put(lambda output: came.append(output.request_id), Output("whole", None))
+        await asyncio.sleep(0.01)
+        return came
+
+    assert asyncio.run(main()) == ["whole"]
+    assert "could not be handed over" in caplog.text
+
+
 def test_a_closed_loop_is_told_each_time() -> None:
     loop = asyncio.new_event_loop()
     loop.close()

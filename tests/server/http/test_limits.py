@@ -71,8 +71,10 @@ def test_fields_of_a_request(in_process, limits, path, body, within, beyond, cod
 
 def test_an_answer_without_a_limit_of_its_own_gets_the_servers(in_process, engine):
     with in_process(max_answer_tokens=7) as server:
-        assert server.http.post(CHATS, json=CHAT).status_code == 200
-        assert engine.submitted[-1].params.max_tokens == 7
+        bodies = (ASK | {"max_tokens": None}, {"model": MODEL.name, "prompt": "hi"})
+        for path, body in ((CHATS, CHAT), *((COMPLETIONS, body) for body in bodies)):
+            assert server.http.post(path, json=body).status_code == 200
+            assert engine.submitted[-1].params.max_tokens == 7
 
 
 def test_bodies(in_process):
@@ -269,6 +271,17 @@ def test_a_body_that_never_ends(on_socket, engine, path):
         assert server.http.post(COMPLETIONS, json=ASK).status_code == 200
 
 
+def test_trailers_are_no_headers(on_socket):
+    body = json.dumps(ASK)
+    with on_socket() as server, connected(server) as connection:
+        head = head_of(COMPLETIONS, 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        chunk = f"{len(body):x}\r\n{body}\r\n0\r\n".encode()
+        connection.sendall(head + chunk + b"X-Request-Id: late\r\n\r\n")
+        answer = connection.recv(65536).lower()
+        assert answer.startswith(b"http/1.1 200 ")
+        assert b"late" not in answer
+
+
 def test_the_time_for_the_body_does_not_count_the_answer(on_socket, engine):
     engine.pause()
     with on_socket(body_timeout_s=0.2) as server, connected(server) as connection:
@@ -289,7 +302,9 @@ def test_connections_beyond_the_limit(on_socket):
                 assert is_error(answer, 503, "engine_unavailable")
                 assert int(answer.headers["retry-after"]) > 0
                 assert answer.headers["connection"] == "close"
-                assert another.get("/healthz").status_code == 200
+                for _ in range(2):
+                    answer = another.get("/healthz")
+                    assert (answer.status_code, answer.headers["connection"]) == (200, "close")
             assert server.http.post(COMPLETIONS, json=ASK).status_code == 200
 
         def is_served() -> bool:

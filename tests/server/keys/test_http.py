@@ -308,6 +308,21 @@ def test_metrics_tell_tenants_apart_to_operators_alone(in_process):
         assert "reft_prompt_tokens" in families
 
 
+def test_public_metrics_tell_that_the_database_is_away(in_process, monkeypatch):
+    def fail(*_args: Any, **_conditions: Any) -> None:
+        raise DatabaseUnavailable("the database does not answer")
+
+    with in_process(key_cache_s=0) as server:
+        monkeypatch.setattr(server.services.key_store, "any_ever", fail)
+        monkeypatch.setattr(server.services.key_store, "find", fail)
+        monkeypatch.setattr(server.services.registry, "all_current", fail)
+        for headers in ({}, {"Authorization": f"Bearer {secret.generate()[0]}"}):
+            answer = server.http.get("/metrics", headers=headers)
+            assert answer.status_code == 200, answer.text
+            assert "\nreft_registry_up{" in answer.text or "\nreft_registry_up 0" in answer.text
+            assert "reft_tenant" not in answer.text
+
+
 # Keys over HTTP -----------------------------------------------------------------------------
 
 
