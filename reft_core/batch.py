@@ -254,20 +254,32 @@ class EditPlan:
         )
 
 
+@dataclass(frozen=True)
+class Narrowing:
+    """A layer that goes on with few of its rows, since nothing is read of the others."""
+
+    layer: int
+    places: Mapping[int, int]
+    """Where each row that goes on is among those that do."""
+
+
 class _PlanBuilder:
     """Collects rows by edit. Requests that share an adapter share a :class:`RowEdit`, so an
     adapter's weights are read once a layer however many requests use it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, narrowing: Narrowing | None = None) -> None:
+        self._narrowing = narrowing
         self._rows: dict[tuple[int, AdapterUse, EditKey], list[int]] = {}
         self._canonical: dict[object, AdapterUse] = {}
         self._own: list[tuple[int, EditKey, tuple[int, ...], Edit, float]] = []
 
     def add(self, depth: int, use: AdapterUse, key: EditKey, rows: list[int]) -> None:
         """Have the edit ``key`` of ``use``, ``depth``-th in its stack, change these rows."""
-        shared = self._canonical.setdefault(use.identity, use)
-        self._rows.setdefault((depth, shared, key), []).extend(rows)
+        rows = [row for _, row in self._going_on(key, rows)]
+        if rows:
+            shared = self._canonical.setdefault(use.identity, use)
+            self._rows.setdefault((depth, shared, key), []).extend(rows)
 
     def add_own(
         self, depth: int, use: AdapterUse, key: EditKey, rows: list[int], source_part: Tensor
@@ -276,8 +288,19 @@ class _PlanBuilder:
 
         With s·R (K, r) as the bias of each row, (s·R − h·R)·Rᵀ is the canonical edit.
         """
-        edit = replace(use.edits[key], bias=source_part)
-        self._own.append((depth, key, tuple(rows), edit, use.strength))
+        if pairs := self._going_on(key, rows):
+            parts, new_rows = zip(*pairs, strict=True)
+            edit = replace(use.edits[key], bias=source_part[list(parts)])
+            self._own.append((depth, key, new_rows, edit, use.strength))
+
+    def _going_on(self, key: EditKey, rows: list[int]) -> list[tuple[int, int]]:
+        """Of these rows those that are there at ``key``: their places in the list, and what they
+        are called there."""
+        narrowing = self._narrowing
+        if narrowing is None or key.layer != narrowing.layer:
+            return list(enumerate(rows))
+        places = narrowing.places
+        return [(i, places[row]) for i, row in enumerate(rows) if row in places]
 
     def build(self, device: torch.device | str) -> EditPlan:
         """The plan. Layers of one adapter mostly share their rows, so also the index tensor."""
@@ -303,13 +326,17 @@ def _index_tensors(
     return dict(zip(indices, parts, strict=True))
 
 
-def build_plan(chunks: Iterable[PackedChunk], device: torch.device | str = "cpu") -> EditPlan:
-    """The edits of one packed prefill.
+def build_plan(
+    chunks: Iterable[PackedChunk],
+    device: torch.device | str = "cpu",
+    narrowing: Narrowing | None = None,
+) -> EditPlan:
+    """The edits of one packed prefill, perhaps narrowed at its last layer.
 
     A chunk may reach beyond the prompt, when a sequence that had generated tokens is computed
     again; those tokens are edited as they were in their decode steps.
     """
-    builder = _PlanBuilder()
+    builder = _PlanBuilder(narrowing)
     for chunk in chunks:
         if chunk.edits is None:
             continue

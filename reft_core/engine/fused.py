@@ -105,12 +105,15 @@ class FusedForward:
         keep: Tensor | int,
         plan: EditPlan,
         branches: Sequence[Branch] = (),
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, K, V) for tokens and positions (B, T), in the model's dtype.
 
         ``keep`` selects the K of T columns whose logits are wanted: indices, the last so many,
         or 0 for all. With ``branches``, in ascending order of stage, B is 1 and T becomes the
-        number of rows of the last one.
+        number of rows of the last one. With ``rows`` (R,), ascending, B is 1 and T becomes R in
+        the last layer, as soon as its keys and values are stored; ``keep`` and the plan's places
+        in that layer count those.
         """
         num_rows, num_columns = tokens.shape
         hidden = self._embed(tokens)  # (B, T, d), a fresh tensor
@@ -121,7 +124,10 @@ class FusedForward:
         at_stage = {branch.stage: branch for branch in branches}
         first = 0
         for last in self._stops(plan, branches):
-            h = self._through(first, last, h, (num_rows, num_columns), (cos, sin), batch, plan)
+            only = rows if last == len(self._layers) else None
+            shape = num_rows, num_columns
+            h = self._through(first, last, h, shape, (cos, sin), batch, plan, only)
+            num_columns = len(h) // num_rows
             if (branch := at_stage.get(last)) is not None:
                 h, cos, sin = (tensor.index_select(0, branch.rows) for tensor in (h, cos, sin))
                 num_columns, batch, plan = len(h), branch.batch, branch.plan
@@ -151,14 +157,15 @@ class FusedForward:
         angles: tuple[Tensor, Tensor],
         batch: ForwardBatch,
         plan: EditPlan,
+        rows: Tensor | None,
     ) -> Tensor:
         """What layers ``first`` to ``last - 1`` put out (N, d), but for edits of the last one's
-        output; h may be overwritten."""
+        output; h may be overwritten. The last one goes on with ``rows`` alone, if given."""
         cos, sin = angles
         has_edits_inside = any((first, site) in plan.places for site in _INSIDE)
         if self._at_once is not None and not has_edits_inside:
-            self._at_once(first, last, h, cos, sin, batch)
-            return h
+            return self._at_once(first, last, h, cos, sin, batch, rows)
         for layer in self._layers[first:last]:
-            h = layer(h, shape, cos, sin, batch, plan)
+            only = rows if layer is self._layers[last - 1] else None
+            h = layer(h, shape, cos, sin, batch, plan, only)
         return h

@@ -89,11 +89,14 @@ class Layer:
         sin: Tensor,
         batch: ForwardBatch,
         plan: EditPlan,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """What the layer puts out for h (N, d), the edits inside it included; h may be
-        overwritten."""
+        overwritten. With ``rows`` (R,) only those go on once keys and values are stored."""
         x = self.before_attention(h)
         attended = self._attend(x, shape, cos, sin, batch)
+        if rows is not None:
+            h, x, attended = (tensor.index_select(0, rows) for tensor in (h, x, attended))
         h = self._added(h, self._out, attended, "attn_output", x, plan)
         x = self.before_mlp(h)
         return self._added(h, self._down, self._activated(x), "mlp_output", x, plan)

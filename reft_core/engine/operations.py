@@ -36,10 +36,17 @@ class LayerRun(Protocol):
     """Several layers by one call."""
 
     def __call__(
-        self, first: int, last: int, h: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch
-    ) -> None:
-        """Change h (N, d), contiguous, from what goes into layer ``first`` to what comes out of
-        layer ``last - 1``; cos and sin (N, D)."""
+        self,
+        first: int,
+        last: int,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: ForwardBatch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """h (N, d), contiguous, changed from what goes into layer ``first`` to what comes out of
+        layer ``last - 1``; cos and sin (N, D). Of that layer only ``rows`` (R,), if given."""
 
 
 class Operations:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from reft_core.adapter import EditKey
-from reft_core.batch import AdapterUse, EditPlan, PackedChunk, build_decode_plan, build_plan
+from reft_core.batch import (
+    AdapterUse,
+    EditPlan,
+    Narrowing,
+    PackedChunk,
+    build_decode_plan,
+    build_plan,
+)
 from reft_core.engine.attention import (
     ATTENTION_NAME,
     Copied,
@@ -103,13 +110,6 @@ class ModelRunner:
             tokens += chunk.sequence.token_ids[own.first : own.end]
             positions += range(own.first, own.end)
             virtual += _virtual_rows(chunk.sequence, own)
-        plan = build_plan(
-            [
-                PackedChunk(own.row, own.first, own.end - own.first, chunk.sequence.edits)
-                for chunk, own in zip(chunks, layout.last.own, strict=True)
-            ],
-            self._device,
-        )
         last_rows = [
             layout.row_of(layout.last, chunk, chunk.end - 1)
             for chunk in chunks
@@ -120,14 +120,29 @@ class ModelRunner:
             for chunk in chunks
             for position in chunk.scored
         ]
+        read = last_rows + scored_rows
+        narrowing = self._narrowing(layout, read)
+        rows = None
+        if narrowing is not None:
+            rows = self._indices(list(narrowing.places))
+            read = [narrowing.places[row] for row in read]
+        plan = build_plan(
+            [
+                PackedChunk(own.row, own.first, own.end - own.first, chunk.sequence.edits)
+                for chunk, own in zip(chunks, layout.last.own, strict=True)
+            ],
+            self._device,
+            narrowing,
+        )
         with self._embedded(virtual):
             logits = self._forward(
                 torch.tensor([tokens], device=self._device),
                 torch.tensor([positions], device=self._device),
                 self._batch(layout, layout.first),
-                torch.tensor(last_rows + scored_rows, dtype=torch.int64, device=self._device),
+                self._indices(read),
                 plan,
                 layout,
+                rows,
             )
         self.num_edits_applied += plan.num_edits
         return PrefillLogits(logits[0, : len(last_rows)], logits[0, len(last_rows) :])
@@ -142,6 +157,16 @@ class ModelRunner:
             for _, use in active
             for key, edit in use.edits.items()
         )
+
+    def _narrowing(self, layout: Layout, read: list[int]) -> Narrowing | None:
+        """The last layer goes on with the rows whose logits are read, once it has stored its keys
+        and values. None where the forward to come cannot do that."""
+        num_layers = len(self._layers)
+        if layout.last.stage == num_layers or not all(
+            self.can_branch(chunk.sequence) for chunk in layout.chunks
+        ):
+            return None
+        return Narrowing(num_layers - 1, {row: i for i, row in enumerate(sorted(set(read)))})
 
     def _batch(self, layout: Layout, level: Level) -> PrefillBatch:
         """What the rows of a level attend over."""
@@ -226,17 +251,19 @@ class ModelRunner:
         keep: Tensor | int,
         plan: EditPlan = NO_EDITS,
         layout: Layout | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Float32 logits of the edited model over ``tokens`` (B, T); ``keep`` selects columns.
 
         A prefill says by its layout where rows branch; ``plan`` and ``keep`` count the rows of
-        its last level.
+        its last level. For ``rows`` see :class:`FusedForward`.
         """
         branches: list[Branch] = []
         if self._fused is not None and self._fused.can_edit(plan):
             if layout is not None and len(layout.levels) > 1:
                 plan, branches = self._branches(layout, plan)
-            return self._fused(tokens, positions, batch, keep, plan, branches).float()
+            return self._fused(tokens, positions, batch, keep, plan, branches, rows).float()
+        assert rows is None, "this forward goes on with all rows"
         assert layout is None or len(layout.levels) == 1, "this forward does not branch"
         with edited(self._layers, plan):
             return self._by_transformers(tokens, positions, batch, keep)

@@ -29,8 +29,10 @@ struct LayersArguments {
   const int64_t* positions;          // (N,) for a decode, slot n being row n's; else null
   const Segment* segments;           // of a prefill
   const Copied* copies;
+  const int64_t* rows;               // (num_rows,), ascending: those that the last layer goes on
+                                     // with, once keys and values are stored; null: all
   void* scratch;                     // N · (d + max((2·H + 2·KH)·D, 3·W)) numbers
-  int64_t num_segments, num_copies, N, d, W, H, KH, D, slot_len;
+  int64_t num_segments, num_copies, num_rows, N, d, W, H, KH, D, slot_len;
   int32_t threads;
 };
 
@@ -47,6 +49,13 @@ void attend(const LayersArguments& a, const LayerWeights& weights, int64_t layer
                        weights.window, weights.scale, a.threads});
 }
 
+// Moves some rows, ascending, to the front.
+template <typename T>
+void keep_rows(T* x, int64_t width, const int64_t* rows, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (rows[i] != i) std::memcpy(x + i * width, x + rows[i] * width, width * sizeof(T));
+}
+
 // Layers first..last-1.
 template <typename T>
 void run_layers(const LayerWeights* layers, int64_t first, int64_t last, const LayersArguments& a) {
@@ -54,9 +63,10 @@ void run_layers(const LayerWeights* layers, int64_t first, int64_t last, const L
   T* const rest = normed + a.N * a.d;
   T *const heads = rest, *const attended = heads + a.N * (a.H + 2 * a.KH) * a.D;
   T *const gate_up = rest, *const activated = gate_up + a.N * 2 * a.W;
+  int64_t N = a.N;
   const auto times = [&](const T* x, int64_t in, const LinearWeights& linear, int64_t out,
                          const T* other, T* to) {
-    multiply<T>({x, linear.packed, linear.bias, other, to, a.N, in, out, a.threads});
+    multiply<T>({x, linear.packed, linear.bias, other, to, N, in, out, a.threads});
   };
   for (int64_t layer = first; layer < last; ++layer) {
     const LayerWeights& w = layers[layer];
@@ -70,10 +80,15 @@ void run_layers(const LayerWeights* layers, int64_t first, int64_t last, const L
         rms_norm(keys, static_cast<const T*>(w.key_norm), keys, a.KH, a.D, w.key_eps, 1);
       }
     attend<T>(a, w, layer, heads, attended);
+    if (a.rows && layer == last - 1) {
+      N = a.num_rows;
+      keep_rows(hidden, a.d, a.rows, N);
+      keep_rows(attended, a.H * a.D, a.rows, N);
+    }
     times(attended, a.H * a.D, w.out, a.d, hidden, hidden);
-    rms_norm(hidden, static_cast<const T*>(w.mlp_norm), normed, a.N, a.d, w.mlp_eps, a.threads);
+    rms_norm(hidden, static_cast<const T*>(w.mlp_norm), normed, N, a.d, w.mlp_eps, a.threads);
     times(normed, a.d, w.gate_up, 2 * a.W, nullptr, gate_up);
-    silu_mul(gate_up, activated, a.N, a.W, a.threads);
+    silu_mul(gate_up, activated, N, a.W, a.threads);
     times(activated, a.W, w.down, a.d, hidden, hidden);
   }
 }

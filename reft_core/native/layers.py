@@ -33,8 +33,8 @@ class _LayersArguments(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("hidden", "cosines", "sines", "keys", "values")),
-        *((name, c_void_p) for name in ("positions", "segments", "copies", "scratch")),
-        *((name, c_int64) for name in ("num_segments", "num_copies")),
+        *((name, c_void_p) for name in ("positions", "segments", "copies", "rows", "scratch")),
+        *((name, c_int64) for name in ("num_segments", "num_copies", "num_rows")),
         *((name, c_int64) for name in ("N", "d", "W", "H", "KH", "D", "slot_len")),
         ("threads", c_int32),
     )
@@ -78,8 +78,13 @@ class NativeLayers:
         cos: Tensor,
         sin: Tensor,
         batch: ForwardBatch,
-    ) -> None:
-        """Change h (N, d) from what goes into layer ``first`` to what comes out of ``last - 1``."""
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """h (N, d), changed from what goes into layer ``first`` to what comes out of ``last - 1``.
+
+        With ``rows`` (R,), int64 and ascending, the last layer goes on with those alone once it
+        has stored its keys and values, and the result is the first R rows of h.
+        """
         num_queries, num_keys, head_dim = self._heads
         num_rows, d = h.shape
         between = max((2 * num_queries + 2 * num_keys) * head_dim, 3 * self._width)
@@ -97,11 +102,14 @@ class NativeLayers:
             num_segments, num_copies = len(batch.segments), len(batch.copied)
         arguments = _LayersArguments(
             h.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.buffer_info()[0],
-            values.buffer_info()[0], positions, segments, copies, self._scratch.data_ptr(),
-            num_segments, num_copies, num_rows, d, self._width, num_queries, num_keys, head_dim,
-            batch.kv.slot_len, torch.get_num_threads(),
+            values.buffer_info()[0], positions, segments, copies,
+            None if rows is None else rows.data_ptr(), self._scratch.data_ptr(),
+            num_segments, num_copies, 0 if rows is None else len(rows), num_rows, d,
+            self._width, num_queries, num_keys, head_dim, batch.kv.slot_len,
+            torch.get_num_threads(),
         )  # fmt: skip
         self._run(self._weights, first, last, byref(arguments))
+        return h if rows is None else h[: len(rows)]
 
 
 def _weights(layer: Layer) -> _LayerWeights:

@@ -16,6 +16,7 @@ from reft_core.adapter import Adapter, EditKey
 from reft_core.batch import (
     AdapterUse,
     EditPlan,
+    Narrowing,
     PackedChunk,
     PromptEdits,
     build_decode_plan,
@@ -220,6 +221,21 @@ def test_layers_that_change_the_same_rows_share_the_index() -> None:
         [4, 7]
     ] * NUM_LAYERS
     assert len({id(edit.rows) for edits in plan.places.values() for edit in edits}) == 1
+
+
+@given(st.lists(parts(), max_size=6), st.data())
+def test_a_narrowed_layer_counts_the_rows_that_go_on(
+    drawn: list[Part], data: st.DataObject
+) -> None:
+    num_rows = sum(part.length for part in drawn)
+    going_on = sorted(data.draw(st.sets(st.integers(0, max(0, num_rows - 1)))))
+    narrowing = Narrowing(LAST_LAYER, {row: i for i, row in enumerate(going_on)})
+    expected = {
+        (layer, site, narrowing.places[row] if layer == LAST_LAYER else row): edits
+        for (layer, site, row), edits in brute_force(drawn).items()
+        if layer != LAST_LAYER or row in narrowing.places
+    }
+    assert as_table(build_plan(pack(drawn), narrowing=narrowing)) == expected
 
 
 @given(parts(), st.lists(st.integers(1, 15), max_size=4))

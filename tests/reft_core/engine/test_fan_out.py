@@ -190,13 +190,13 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     real = FusedForward._through
 
     def counted(
-        self: Any, first: int, last: int, h: Any, shape: Any, angles: Any, batch: Any, plan: Any
+        self: Any, first: int, last: int, h: Any, shape: Any, angles: Any, batch: Any, *rest: Any
     ) -> Any:
         if isinstance(batch, PrefillBatch):
             if first == 0:
                 forwards.append([])
             forwards[-1].extend([len(h)] * (last - first))
-        return real(self, first, last, h, shape, angles, batch, plan)
+        return real(self, first, last, h, shape, angles, batch, *rest)
 
     monkeypatch.setattr(FusedForward, "_through", counted)
     return forwards

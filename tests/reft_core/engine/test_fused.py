@@ -20,7 +20,7 @@ from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.engine.kv import SlotKV
 from reft_core.native.build import load_library
 from reft_core.native.linear import NativeLinear
-from tests.factories import random_adapter, random_prompt, tiny_loaded, tiny_model
+from tests.factories import assert_close, random_adapter, random_prompt, tiny_loaded, tiny_model
 
 pytestmark = pytest.mark.skipif(
     not FusedForward.is_for(tiny_model()), reason="this torch has no oneDNN"
@@ -111,7 +111,8 @@ def test_decode_calls_no_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         engine.stop()
     assert len(completion.tokens) == PARAMS.max_tokens
-    assert set(rows) == {9}, "edits ran in the one prefill and in no decode step"
+    once_a_layer = [9] * (loaded.description.num_layers - 1) + [1]
+    assert rows == once_a_layer, "edits ran in the one prefill and in no decode step"
 
 
 @pytest.mark.skipif(load_library() is None, reason="no C++ compiler here")
@@ -142,6 +143,36 @@ def test_layers_by_one_call_equal_each_by_itself(
         found.append((prefilled, decoded, *kv.keys, *kv.values))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_goes_on_with_the_rows_that_are_read(family: str, native: bool) -> None:
+    """Their logits are those of a forward with all rows, and so are the keys and values kept."""
+    loaded = tiny_loaded(family)
+    forward = FusedForward(loaded.model, native=native)
+    edit = Edit(shift=torch.randn(loaded.description.hidden_size))
+    last = loaded.description.num_layers - 1
+    sites = ("attn_output", "block_output")
+
+    def plan_of(row: int) -> EditPlan:
+        return EditPlan({(last, site): [RowEdit(edit, torch.tensor([row]), 1.0)] for site in sites})
+
+    tokens, positions = torch.arange(3, 11)[None], torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    after = torch.tensor([5, 3])
+    found = []
+    for rows, row, keep in ((None, 7, [7, 4]), (torch.tensor([4, 7]), 1, [1, 0])):
+        kv = SlotKV(loaded.description, 2, 16, dtype=torch.float32, device="cpu")
+        batch = PrefillBatch(kv, [Segment(0, 5, 0, 0), Segment(5, 8, 1, 0)])
+        with torch.inference_mode():
+            prefilled = forward(
+                tokens, positions, batch, torch.tensor(keep), plan_of(row), rows=rows
+            )
+            decode = DecodeBatch(kv, after, 6)
+            decoded = forward(tokens[0, :2, None], after[:, None], decode, 0, EditPlan())
+        found.append((prefilled, decoded))
+    for whole, narrowed in zip(*found, strict=True):
+        assert_close(narrowed, whole, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
