@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -25,6 +25,7 @@ def pieces(token_ids: list[int]) -> list[str]:
 @given(st.text(max_size=60))
 def test_pieces_of_any_text_join_to_it_and_never_split_a_character(text):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    assume(not VOCABULARY.special_ids & set(ids))  # those have no text
     found = pieces(ids)
     assert "".join(found) == VOCABULARY.decode(ids) == text
     if "\ufffd" not in text:
