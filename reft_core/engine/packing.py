@@ -19,7 +19,8 @@ vocabulary, for requests that want log-probabilities of their prompt."""
 
 MOST_BEYOND = 1 / 4
 """Share of the budget that may be exceeded to complete prompts that follow another one. What they
-have of their own is short, and in a forward by itself costs as much as several times as many rows."""
+have of their own is short, and a forward for it alone costs as much as for several times as many
+rows."""
 
 
 @dataclass
