@@ -121,10 +121,10 @@ def test_throughput_is_saved_workload_by_workload(
 
 def test_names_of_result_files() -> None:
     everything = list(FULL.expected_s)
-    assert engine.result_name(FULL, everything, []) == "engine-full"
-    assert engine.result_name(QUICK, list(QUICK.expected_s), []) == "engine-quick"
-    assert engine.result_name(QUICK, ["tax"], []) == "engine-quick-tax"
-    assert engine.result_name(FULL, everything, ["vllm"]) == engine.PARTIAL
+    assert engine.result_name(FULL, everything, [], []) == "engine-full"
+    assert engine.result_name(QUICK, list(QUICK.expected_s), [], []) == "engine-quick"
+    assert engine.result_name(QUICK, ["tax"], [], []) == "engine-quick-tax"
+    assert engine.result_name(FULL, everything, ["c"], ["vllm"]) == "engine-full-c-vllm"
 
 
 def test_quick_command_from_end_to_end(
