@@ -14,6 +14,9 @@ from typing import Self
 from benchmarks.adapter_tax import Regime
 from reft_core.loading import Dtype
 
+HEADLINE = "a"
+"""The workload of the summary's ratios and of the correctness gate."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,6 +38,11 @@ class Plan:
     peer_tax_adapters: tuple[int, ...] = ()
     others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Measurements that are commands of their own, with their options."""
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the workload is run whose float32 tokens are judged."""
+        return HEADLINE in self.repeats["float32"]
 
     def only(self, workloads: Sequence[str]) -> Self:
         """The same with fewer workloads."""

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import engine, provenance, report
 from benchmarks.peers.contenders import VARIANTS
 from benchmarks.peers.protocol import Worker
-from benchmarks.plan import FULL, QUICK, TAX_COUNTS, Plan
+from benchmarks.plan import FULL, HEADLINE, QUICK, TAX_COUNTS, Plan
 from benchmarks.soak.world import save_tiny_model
 
 FIGURES = {
@@ -52,7 +52,7 @@ def test_plans_name_what_there_is(plan: Plan) -> None:
     for dtype, variants in plan.variants.items():
         assert set(variants) <= names
         assert "reft" in variants
-        assert report.HEADLINE in plan.repeats[dtype]
+        assert HEADLINE in plan.repeats[dtype]
 
 
 def test_the_full_plan_leaves_nothing_out() -> None:
