@@ -24,7 +24,7 @@ STEPS = 150
 _STEPS_PER_LABEL = 10
 _MOST_STEPS = 600
 _MOST_EPOCHS = 12
-_FEWEST_STEPS = 40
+_FEWEST_STEPS = 100
 _MOST_LABELS_GUESSED = 32
 _FEW_LABELS = 8
 _DEEP = 12
@@ -185,8 +185,7 @@ def choose_steps(chooser: Chooser, num_rows: int, seconds_for: Callable[[int], f
     reason = f"{steps / per_epoch:.1f} times through {num_rows} rows"
     needed = seconds_for(steps)
     if needed > config.budget_seconds and steps > _FEWEST_STEPS:
-        fewer = int(steps * config.budget_seconds / needed) // 10 * 10
-        fewer = max(fewer, _FEWEST_STEPS)
+        fewer = max(int(steps * config.budget_seconds / needed) // 10 * 10, _FEWEST_STEPS)
         reason = (
             f"{steps} would take about {needed:.0f} s here, and budget_seconds is "
             f"{config.budget_seconds:g}"
