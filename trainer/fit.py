@@ -13,12 +13,13 @@ from trainer.batches import batches
 from trainer.collate import IGNORED, Collator
 from trainer.config import TrainConfig
 from trainer.data import TokenisedExample
-from trainer.loop import ReftTrainer, Validation
+from trainer.loop import ReftTrainer
 from trainer.order import in_order, num_steps, spread
 from trainer.outcome import Epoch, FitResult, diverged
 from trainer.processes import summed, world
 from trainer.progress import Progress
 from trainer.reft_model import ReftModel
+from trainer.validation import Validation
 
 
 def fit(
