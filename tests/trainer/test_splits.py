@@ -222,5 +222,5 @@ def test_labels_that_training_lacks_are_told(tmp_path: Path) -> None:
     found = splits(path, labels=("a", "b", "c"))
     assert "no training row has the label c" in found.remarks
     write_rows(tmp_path / "valid.jsonl", [{"text": "new", "label": "d"}])
-    with pytest.raises(TrainingError, match=r"valid\.jsonl:1: completion ' d' is none of"):
+    with pytest.raises(TrainingError, match=r"valid\.jsonl:1: label 'd' is none of"):
         splits(path, valid=tmp_path / "valid.jsonl", labels=("a", "b"))

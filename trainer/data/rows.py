@@ -86,8 +86,13 @@ class RowFormat:
         if not completion.strip():
             raise TrainingError(f"{where}: the completion is empty")
         if self.labels and completion.strip() not in {label.strip() for label in self.labels}:
+            held = (
+                f"label {example.label!r}"
+                if example.kind == "label"
+                else f"completion {completion!r}"
+            )
             raise TrainingError(
-                f"{where}: completion {completion!r} is none of the labels"
+                f"{where}: {held} is none of the labels"
                 f"{nearest(completion.strip(), sorted(self.labels))}"
             )
 
