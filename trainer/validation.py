@@ -76,7 +76,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
             self.revisit(state.global_step)
         else:
             self._epochs.append(Epoch(0, None, loss))
-            self.log({"eval_loss": loss})
+            self._tell(loss, control)
 
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,13 +92,19 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
             raise diverged(f"the validation loss became {epoch.valid_loss}")
         self._losses = []
         self._epochs.append(epoch)
-        self.log({"eval_loss": epoch.valid_loss})
+        self._tell(epoch.valid_loss, control)
         if self._best is None or epoch.valid_loss < self._best.valid_loss:
             self._best = epoch
             self._best_parameters = self._model.trained_state()
         patience = self._config.patience
         if patience is not None and epoch.number - self._best.number >= patience:
             control.should_training_stop = True
+
+    def _tell(self, loss: float, control: Any) -> None:
+        """Send a loss to the trackers; the step's own log, if it is due, still comes."""
+        due = control.should_log
+        self.log({"eval_loss": loss})
+        control.should_log = due
 
 
 class Saving(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
