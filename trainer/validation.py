@@ -1,0 +1,126 @@
+"""What happens between steps: validation, early stopping, and when a checkpoint is due."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+from typing_extensions import override
+
+from trainer.config import TrainConfig
+from trainer.order import steps_between_validations
+from trainer.outcome import Epoch, FitResult, diverged
+from trainer.processes import summed, world
+from trainer.reft_model import ReftModel
+
+
+class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Measures the validation loss now and then, and keeps the best parameters."""
+
+    def __init__(
+        self,
+        model: ReftModel,
+        config: TrainConfig,
+        num_rows: int,
+        valid_loss: Callable[[], float],
+    ) -> None:
+        self.log: Callable[[dict[str, float]], None] = lambda logs: None
+        self.revisit: Callable[[int], None] = lambda steps: None
+        self._model = model
+        self._config = config
+        self.num_rows = num_rows
+        self._valid_loss = valid_loss
+        self._epochs: list[Epoch] = []
+        self._best: Epoch | None = None
+        self._best_parameters: list[dict[str, Tensor]] = []
+        self._losses: list[float] = []
+        """Of this process's steps since the last validation."""
+
+    def note(self, loss: float) -> None:
+        """Take this process's share of a step's loss."""
+        self._losses.append(loss)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this."""
+        return {
+            "epochs": [vars(epoch) for epoch in self._epochs],
+            "best": None if self._best is None else vars(self._best),
+            "best_parameters": self._best_parameters,
+            "losses": self._losses,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        self._best = None if state["best"] is None else Epoch(**state["best"])
+        self._best_parameters = state["best_parameters"]
+        self._losses = state["losses"]
+
+    def finish(self, steps: int, seconds: float) -> FitResult:
+        """Give the model its best parameters back, and say how it went."""
+        assert self._best is not None
+        self._model.load_trained_state(self._best_parameters)
+        return FitResult(tuple(self._epochs), self._best, steps, seconds)
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            return
+        # Also when going on from a checkpoint: what is kept of it counts among what steps use.
+        loss = self._valid_loss()
+        if self._epochs:
+            self.revisit(state.global_step)
+        else:
+            self._epochs.append(Epoch(0, None, loss))
+            self._tell(loss, control)
+
+    @override
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        state.epoch = step * self._config.batch_size / self.num_rows
+        every = steps_between_validations(self._config, self.num_rows)
+        if step % every and step != state.max_steps:
+            return
+        count = len(self._losses) * world()[1]
+        train_loss = summed([sum(self._losses)])[0] / count
+        epoch = Epoch(len(self._epochs), train_loss, self._valid_loss(), step)
+        if not math.isfinite(epoch.valid_loss):
+            raise diverged(f"the validation loss became {epoch.valid_loss}")
+        self._losses = []
+        self._epochs.append(epoch)
+        self._tell(epoch.valid_loss, control)
+        if self._best is None or epoch.valid_loss < self._best.valid_loss:
+            self._best = epoch
+            self._best_parameters = self._model.trained_state()
+        patience = self._config.patience
+        if patience is not None and epoch.number - self._best.number >= patience:
+            control.should_training_stop = True
+
+    def _tell(self, loss: float, control: Any) -> None:
+        """Send a loss to the trackers; the step's own log, if it is due, still comes."""
+        due = control.should_log
+        self.log({"eval_loss": loss})
+        control.should_log = due
+
+
+class Saving(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Says when a checkpoint is due."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._steps = config.checkpoint_steps
+        self._seconds = config.checkpoint_seconds
+        self._last = time.monotonic()
+
+    @override
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._steps is not None:
+            due = state.global_step % self._steps == 0
+        else:
+            due = time.monotonic() - self._last >= self._seconds
+        if due:
+            control.should_save = True
+            self._last = time.monotonic()
