@@ -30,7 +30,7 @@ def _right_number(row: Answered) -> float:
 
 
 _CHECKS = (exact_match, valid_json, emoji_only)
-_OF_BOTH = (
+_OF_BOTH: tuple[Metric, ...] = (
     accuracy("accuracy", "text"),
     accuracy("likelihood_accuracy", "choice"),
     F1("f1", "text", macro=False),
@@ -40,7 +40,7 @@ _OF_BOTH = (
     Matthews("matthews", "text"),
     Matthews("likelihood_matthews", "choice"),
 )
-_OTHERS = (
+_OTHERS: tuple[Metric, ...] = (
     RowMean("last_number", _right_number),
     Correlation("pearson", ranked=False),
     Correlation("spearman", ranked=True),
@@ -53,9 +53,8 @@ _OTHERS = (
     Loss("loss"),
     Loss("perplexity", exponential=True),
 )
-METRICS: Mapping[str, Metric] = {
-    metric.name: metric for metric in (*map(TextCheck.of, _CHECKS), *_OF_BOTH, *_OTHERS)
-}
+_ALL: tuple[Metric, ...] = (*map(TextCheck.of, _CHECKS), *_OF_BOTH, *_OTHERS)
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _ALL}
 """All that a config or a command may name."""
 
 TEXT_METRICS: Mapping[str, Metric] = {

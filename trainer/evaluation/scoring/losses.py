@@ -24,7 +24,8 @@ class Loss:
 
     def row_scores(self, rows: Sequence[Answered]) -> list[float]:
         """Each row's own mean over its tokens."""
-        return self._shown(np.array([row.loss / max(row.num_tokens, 1) for row in rows])).tolist()
+        means = np.array([row.loss / max(row.num_tokens, 1) for row in rows])
+        return [float(shown) for shown in self._shown(means)]
 
     def statistic(self, rows: Sequence[Answered], labels: Sequence[str] = ()) -> Statistic:
         """The loss of any samples of the rows."""
