@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,88 +31,27 @@ _SCORE = SamplingParams(temperature=0, logprobs=0)
 _TEXT, _LOSS = "text", "loss"
 
 
-class EngineAsker:
-    """Implements :class:`interface.Asker` on an engine that has been started.
+class Encoding:
+    """Questions in token ids, by the functions that serving uses."""
 
-    A row's candidates, and contenders that read it alike, share what its prompts have in common:
-    requests of one row are neighbours in the queue. Adapters are loaded as they are needed.
-    """
-
-    def __init__(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, max_open: int = MAX_OPEN
-    ) -> None:
-        self._engine = engine
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._max_open = max_open
         self._tokens_of = lru_cache(4096)(self._completion)
-
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        """See :meth:`interface.Asker.ask`."""
-        outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
-        run = uuid.uuid4().hex
-        todo = self._requests(run, questions)
-        next_up = next(todo, None)
-        open_questions: dict[int, _Asked] = {}
-        open_requests: set[str] = set()
-        try:
-            while next_up is not None or open_requests:
-                if next_up is not None and len(open_requests) <= self._max_open // 2:
-                    with self._engine.together():
-                        while next_up is not None and len(open_requests) < self._max_open:
-                            asked, request = next_up
-                            try:
-                                self._engine.submit(request, outputs.put)
-                            except EngineOverloaded:
-                                if not open_requests:
-                                    raise
-                                break
-                            open_questions[asked.place] = asked
-                            open_requests.add(request.request_id)
-                            next_up = next(todo, None)
-                output = outputs.get()
-                asked = open_questions[_place_of(output.request_id)]
-                asked.take(output)
-                if output.finish_reason is None:
-                    continue
-                open_requests.discard(output.request_id)
-                if not asked.running:
-                    del open_questions[asked.place]
-                    yield asked.place, asked.reply(self._tokenizer)
-        finally:
-            for request_id in open_requests:
-                self._engine.cancel(request_id)
 
     def longest(self, questions: Sequence[Question]) -> int:
         """Tokens of the longest prompt with its answer and the virtual tokens before it."""
         most = 0
         for question in questions:
-            adapter = question.contender.adapter
-            virtual = 0 if adapter is None else adapter.num_virtual_tokens
-            parts = self._parts(question)
+            virtual = _num_virtual(question)
+            parts = self.parts(question)
             answers = [
                 len(tokens) if name != _TEXT else question.wanted.max_tokens
                 for name, tokens in parts.items()
             ]
-            most = max(most, virtual + len(self._prompt(question)) + max(answers, default=1))
+            most = max(most, virtual + len(self.prompt(question)) + max(answers, default=1))
         return most
 
-    def _requests(
-        self, run: str, questions: Sequence[Question]
-    ) -> Iterator[tuple[_Asked, Request]]:
-        """The requests of all questions, made as they are needed."""
-        for place, question in enumerate(questions):
-            contender = question.contender
-            parts = self._parts(question)
-            asked = _Asked(place, question, parts)
-            chosen = self._chosen(contender)
-            prompt = self._prompt(question)
-            text = SamplingParams(max_tokens=question.wanted.max_tokens, temperature=0)
-            for name, tokens in parts.items():
-                request_id = f"{run}/{place}/{name}"
-                params = text if name == _TEXT else _SCORE
-                yield asked, Request(request_id, prompt, params, chosen, tokens)
-
-    def _parts(self, question: Question) -> dict[str, tuple[int, ...]]:
+    def parts(self, question: Question) -> dict[str, tuple[int, ...]]:
         """What is asked of one prompt: by name, the tokens whose likelihood counts; () is a
         greedy answer.
 
@@ -134,12 +74,92 @@ class EngineAsker:
             raise InvalidRequest("model: its tokenizer has no end-of-text token", field="model")
         return (*self._tokenizer(text, add_special_tokens=False)["input_ids"], end)
 
-    def _prompt(self, question: Question) -> tuple[int, ...]:
+    def prompt(self, question: Question) -> tuple[int, ...]:
+        """The conversation as its contender is given it."""
         row = question.row
         try:
             return tuple(encode_chat(self._tokenizer, row.messages, question.contender.template))
         except InvalidRequest as error:
             raise error.within(row.where) from None
+
+
+class EngineAsker:
+    """Implements :class:`interface.Asker` on an engine that has been started.
+
+    A row's candidates, and contenders that read it alike, share what its prompts have in common:
+    requests of one row are neighbours in the queue. Adapters are loaded as they are needed.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, max_open: int = MAX_OPEN
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._max_open = max_open
+        self._encoding = Encoding(tokenizer)
+
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
+        """See :meth:`interface.Asker.ask`."""
+        run = _Run(deque(), queue.SimpleQueue())
+        todo = self._requests(uuid.uuid4().hex, questions)
+        try:
+            while self._fill(run, todo) or run.requests:
+                output = run.outputs.get()
+                asked = run.asked[_place_of(output.request_id)]
+                asked.take(output)
+                if output.finish_reason is None:
+                    continue
+                run.requests.discard(output.request_id)
+                if not asked.running:
+                    del run.asked[asked.place]
+                    yield asked.place, asked.reply(self._tokenizer)
+        finally:
+            for request_id in run.requests:
+                self._engine.cancel(request_id)
+
+    def _fill(self, run: _Run, todo: Iterator[tuple[_Asked, Request]]) -> bool:
+        """Give the engine more requests once it has few; whether it was given any."""
+        if len(run.requests) > self._max_open // 2:
+            return False
+        before = len(run.requests)
+        with self._engine.together():
+            while len(run.requests) < self._max_open:
+                if not run.refused and (new := next(todo, None)) is not None:
+                    run.refused.append(new)
+                if not run.refused:
+                    break
+                asked, request = run.refused[0]
+                try:
+                    self._engine.submit(request, run.outputs.put)
+                except EngineOverloaded:
+                    if not run.requests:
+                        raise
+                    break
+                except InvalidRequest as error:
+                    raise error.within(asked.question.row.where) from None
+                run.refused.popleft()
+                run.asked[asked.place] = asked
+                run.requests.add(request.request_id)
+        return len(run.requests) > before
+
+    def _requests(
+        self, run: str, questions: Sequence[Question]
+    ) -> Iterator[tuple[_Asked, Request]]:
+        """The requests of all questions, made as they are needed."""
+        for place, question in enumerate(questions):
+            contender = question.contender
+            parts = self._encoding.parts(question)
+            asked = _Asked(place, question, parts)
+            chosen = self._chosen(contender)
+            prompt = self._encoding.prompt(question)
+            room = self._engine.max_model_len - _num_virtual(question) - len(prompt)
+            text = SamplingParams(
+                max_tokens=max(1, min(question.wanted.max_tokens, room)), temperature=0
+            )
+            for name, tokens in parts.items():
+                request_id = f"{run}/{place}/{name}"
+                params = text if name == _TEXT else _SCORE
+                yield asked, Request(request_id, prompt, params, chosen, tokens)
 
     def _chosen(self, contender: Contender) -> tuple[AdapterChoice, ...]:
         adapter = contender.adapter
@@ -148,6 +168,19 @@ class EngineAsker:
         if not self._engine.has_adapter(adapter.digest):
             self._engine.load_adapter(adapter)
         return (AdapterChoice(adapter.digest, contender.strength),)
+
+
+@dataclass
+class _Run:
+    """What is at the engine."""
+
+    refused: deque[tuple[_Asked, Request]]
+    """The next request, where the engine's queue had no room for it."""
+    outputs: queue.SimpleQueue[Output]
+    asked: dict[int, _Asked] = field(default_factory=dict)
+    """Questions by place."""
+    requests: set[str] = field(default_factory=set)
+    """Ids of those that have not ended."""
 
 
 @dataclass
@@ -203,3 +236,9 @@ def _place_in(row: Row) -> str:
 
 def _place_of(request_id: str) -> int:
     return int(request_id.split("/")[1])
+
+
+def _num_virtual(question: Question) -> int:
+    """Positions that the contender's virtual tokens take before a prompt."""
+    adapter = question.contender.adapter
+    return 0 if adapter is None else adapter.num_virtual_tokens
