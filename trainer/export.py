@@ -40,6 +40,8 @@ def build_spec(
         data[f"{split}_file"] = dataset.path.name[:_MAX_TEXT]
         data[f"{split}_sha256"] = dataset.sha256
         data[f"{split}_rows"] = len(dataset.examples)
+        if split != "train" and config.eval_rows and config.eval_rows < len(dataset.examples):
+            data[f"{split}_rows_answered"] = config.eval_rows
     placement = config.placement(model)
     return AdapterSpec(
         name=config.name,
@@ -83,8 +85,8 @@ def _hyperparameters(config: TrainConfig, result: FitResult) -> dict[str, str | 
     found: dict[str, str | int | float | bool] = {
         "optimizer": "adamw",
         "base_dtype": config.dtype,
-        "epochs": config.epochs,
         "best_epoch": result.best.number,
+        "best_step": result.best.step,
         "steps": result.num_steps,
         "batch_size": config.batch_size,
         "learning_rate": config.learning_rate,
@@ -93,6 +95,8 @@ def _hyperparameters(config: TrainConfig, result: FitResult) -> dict[str, str | 
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
     }
+    if config.steps is None:
+        found["epochs"] = config.epochs
     if config.fixed_scale is not None:
         found["scale"] = config.fixed_scale
     if config.prefix_bottleneck is not None:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from transformers import set_seed
 
 from reft_core.adapter import Adapter, decode_adapter, encode_adapter, write_durably
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.errors import TrainingError, explain
-from reft_core.loading import LoadedModel, load_model
+from reft_core.loading import LoadedModel
 from trainer.collate import Collator
 from trainer.config import TrainConfig
-from trainer.data import Dataset, TokenisedExample, check_no_leak, load_dataset, tokenise
+from trainer.data import Dataset, TokenisedExample
+from trainer.defaults import Choice
 from trainer.evaluation.scoring import score
 from trainer.evaluation.splits import Evaluation, evaluate, likeliest_labels
 from trainer.export import build_spec, check_finite
 from trainer.fit import FitResult, fit, mean_loss
-from trainer.prefix import PrefixStore
+from trainer.order import spread
+from trainer.preparing import new_model, prepare
+from trainer.processes import leave
 from trainer.progress import Progress, SilentProgress
 from trainer.reft_model import ReftModel
 from trainer.report import write_report
-
-_EXTRA_TOKENS = 8
-"""Tokens an answer may be longer than the longest reference before it is cut."""
+from trainer.trackers import check_tracker
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class TrainResult:
     """A finished run."""
 
     config: TrainConfig
+    """With what was chosen for it."""
+    choices: tuple[Choice, ...]
+    remarks: tuple[str, ...]
+    """What a person should know of how the data were read."""
     command: str
     adapter: Adapter
     """Read back from the file at ``config.output``."""
@@ -61,20 +65,30 @@ def train(
     """Train an adapter; write its file to ``config.output`` and a report beside it.
 
     ``loaded`` is the base if the caller has it already; the run ends with an engine that
-    takes it over. Raises :class:`TrainingError` before the base is loaded when the data
-    cannot be used. Nothing is written unless the whole run succeeds.
+    takes it over. Settings that are not given are chosen (:mod:`trainer.defaults`). Raises
+    :class:`TrainingError` before the base is loaded when the data cannot be used. Unless the
+    whole run succeeds nothing is written but checkpoints, which go when it does.
     """
     progress = progress or SilentProgress()
     _check_writable(config.output)
-    datasets = _load_datasets(config)
-    if loaded is None:
-        with progress.stage("loading the base model"):
-            loaded = load_model(config.model, dtype=config.dtype)
-    rows = _tokenise(config, loaded, datasets)
-    model = _new_model(config, loaded)
+    check_tracker(config)
+    prepared = prepare(config, loaded, progress)
+    config, loaded, datasets = prepared.config, prepared.loaded, prepared.datasets
+    model = new_model(config, loaded)
     collator = Collator(config.rule)
 
-    result = fit(model, rows["train"], rows["valid"], config, collator, progress)
+    result = fit(
+        model,
+        prepared.rows["train"],
+        prepared.rows["valid"],
+        config,
+        collator,
+        progress,
+        checkpoint=prepared.checkpoint,
+        run=prepared.run,
+    )
+    if not leave():
+        raise SystemExit(0)  # what follows is the main process's
     edits, prefix = model.to_edits(), model.to_prefix()
     check_finite(edits, prefix)
 
@@ -83,27 +97,27 @@ def train(
         spec = build_spec(config, loaded.description, datasets, result, metrics, command, virtual)
         return encode_adapter(spec, edits, prefix)
 
-    held_out = [split for split in rows if split != "train"]
+    held_out = {
+        split: _limited(datasets[split], prepared.rows[split], config.eval_rows)
+        for split in prepared.rows
+        if split != "train"
+    }
     metrics = {"valid_loss": result.best.valid_loss, "base_valid_loss": result.epochs[0].valid_loss}
-    if "test" in rows:
-        metrics["test_loss"] = mean_loss(model, rows["test"], config, collator)
+    if "test" in held_out:
+        metrics["test_loss"] = mean_loss(model, held_out["test"][1], config, collator)
     if config.labels:
-        split = held_out[-1]
-        metrics |= _label_choice(config, model, loaded, datasets[split], rows[split], progress)
+        dataset, rows = list(held_out.values())[-1]
+        metrics |= _label_choice(config, model, loaded, dataset, rows, progress)
 
-    evaluations = _evaluate(
-        config,
-        loaded,
-        decode_adapter(as_file(metrics)),
-        {split: (datasets[split], rows[split]) for split in held_out},
-        progress,
-    )
+    evaluations = _evaluate(config, loaded, decode_adapter(as_file(metrics)), held_out, progress)
     for split, evaluation in evaluations.items():
         metrics |= {f"{split}_{name}": value for name, value in evaluation.metrics.items()}
     data = as_file(metrics)
     finished = TrainResult(
         config=config,
         command=command,
+        choices=prepared.choices,
+        remarks=prepared.remarks,
         adapter=decode_adapter(data),
         fit=result,
         datasets=datasets,
@@ -113,6 +127,7 @@ def train(
     )
     write_durably(config.output, data)
     write_report(finished)
+    shutil.rmtree(config.checkpoint_dir, ignore_errors=True)
     return finished
 
 
@@ -127,48 +142,12 @@ def _check_writable(path: Path) -> None:
         )
 
 
-def _load_datasets(config: TrainConfig) -> dict[str, Dataset]:
-    """The files by split, checked against each other."""
-    paths = {"train": config.train, "valid": config.valid, "test": config.test}
-    datasets = {
-        split: load_dataset(path, system=config.system, labels=config.labels)
-        for split, path in paths.items()
-        if path is not None
-    }
-    splits = list(datasets.values())
-    for index, held_out in enumerate(splits):
-        for earlier in splits[:index]:
-            check_no_leak(earlier, held_out)
-    return datasets
-
-
-def _tokenise(
-    config: TrainConfig, loaded: LoadedModel, datasets: Mapping[str, Dataset]
-) -> dict[str, list[TokenisedExample]]:
-    """The rows by split, each of which fits the base's context behind the virtual tokens."""
-    context = loaded.description.max_positions - config.num_virtual
-    return {
-        split: tokenise(
-            dataset,
-            loaded.tokenizer,
-            config.rule,
-            template=config.template,
-            max_length=min(config.max_length or context, context),
-        )
-        for split, dataset in datasets.items()
-    }
-
-
-def _new_model(config: TrainConfig, loaded: LoadedModel) -> ReftModel:
-    """The base with untrained interventions, drawn from the seed."""
-    set_seed(config.seed)
-    return ReftModel(
-        loaded.model,
-        config.placement(loaded.description),
-        num_units=config.rule.num_units,
-        prefixes=PrefixStore(loaded.model, config.prefix_cache_mb * 2**20),
-        virtual=config.virtual_tokens(loaded),
-    )
+def _limited(
+    dataset: Dataset, rows: Sequence[TokenisedExample], limit: int | None
+) -> tuple[Dataset, Sequence[TokenisedExample]]:
+    """At most ``limit`` examples, and the same ones as tokens."""
+    examples = tuple(spread(dataset.examples, limit))
+    return replace(dataset, examples=examples), spread(rows, limit)
 
 
 def _label_choice(
@@ -208,7 +187,7 @@ def _evaluate(
     """Each split's answers by base and adapter, from an engine of our own."""
     all_rows = [row for _, rows in splits.values() for row in rows]
     longest_answer = max(len(row.completion) for row in all_rows)
-    max_tokens = config.max_new_tokens or longest_answer + _EXTRA_TOKENS
+    max_tokens = config.max_new_tokens or longest_answer
     longest_prompt = max(len(row.prompt) for row in all_rows)
     longest_prompt += config.num_virtual
     context = loaded.description.max_positions

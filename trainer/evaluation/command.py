@@ -17,7 +17,8 @@ from rich.console import Console
 from reft_core.errors import InvalidRequest
 from reft_core.loading import Dtype
 from reft_core.spec import TemplateSpec
-from trainer.evaluation.asking.interface import PLAIN, Asker, Contender
+from trainer.data.templates import PLAIN_TEMPLATE, label_lead
+from trainer.evaluation.asking.interface import Asker, Contender
 from trainer.evaluation.asking.ledger import Ledger
 from trainer.evaluation.asking.url import UrlAsker, remote_contender
 from trainer.evaluation.evaluate import EvaluationReport, Options, evaluate_model, settled
@@ -104,7 +105,7 @@ def run(asked: Asked, console: Console) -> EvaluationReport:
     )
     options = Options(asked.metrics, asked.extract, asked.max_tokens, asked.database, asked.seed)
     ledger = Ledger(None if asked.out is None else asked.out / ANSWERS_FILE)
-    with _opened(asked) as opened:
+    with _opened(asked, are_labels=bool(rows.labels)) as opened:
         rows = _written(rows, opened, asked.labels)
         options, _ = settled(options, rows)
         if not asked.metrics:
@@ -123,11 +124,11 @@ def run(asked: Asked, console: Console) -> EvaluationReport:
 
 
 @contextmanager
-def _opened(asked: Asked) -> Iterator[_Opened]:
+def _opened(asked: Asked, *, are_labels: bool) -> Iterator[_Opened]:
     """Whoever is to answer, on a server or here."""
     template = _template(asked)
     if asked.url is not None:
-        own = {"plain": PLAIN}.get(template) if isinstance(template, str) else template
+        own = {"plain": PLAIN_TEMPLATE}.get(template) if isinstance(template, str) else template
         names = [asked.model] * asked.with_base + list(asked.adapters)
         contenders = tuple(remote_contender(asked.url, name, own) for name in names)
         batch = asked.batch or URL_BATCH
@@ -143,6 +144,7 @@ def _opened(asked: Asked) -> Iterator[_Opened]:
         dtype=_dtype(asked.dtype),
         device=asked.device,
         template=template,
+        are_labels=are_labels,
         batch=asked.batch or BATCH,
         with_base=asked.with_base,
     ) as local:
@@ -154,15 +156,14 @@ def _opened(asked: Asked) -> Iterator[_Opened]:
 def _written(rows: RowSet, opened: _Opened, given: Sequence[str]) -> RowSet:
     """The rows with their labels written as whoever answers writes them.
 
-    Behind a prompt in plain text that does not end in white space, a label begins with a space.
+    Behind a prompt in plain text a label begins as it does in training.
     """
     if opened.labels or given:
         rows = with_labels(rows, opened.labels or given)
     template = opened.contenders[0].template
     if opened.labels or template is None or not rows.labels:
         return rows
-    ending = template.generation or template.user.partition("{content}")[2] or "."
-    return rows if ending[-1].isspace() else with_labels(rows, [f" {x}" for x in rows.labels])
+    return with_labels(rows, [label_lead(template) + label for label in rows.labels])
 
 
 def _template(asked: Asked) -> Template | TemplateSpec:

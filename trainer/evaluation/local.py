@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from reft_core.adapter import Adapter, check_fits, read_adapter
 from reft_core.classification import EncoderEngine
 from reft_core.engine.config import EngineConfig
@@ -26,9 +24,10 @@ from reft_core.loading import (
     read_config,
 )
 from reft_core.spec import TemplateSpec
+from trainer.data.templates import LABEL_TEMPLATE, PLAIN_TEMPLATE
 from trainer.evaluation.asking.engine import Encoding, EngineAsker
 from trainer.evaluation.asking.heads import HeadAsker
-from trainer.evaluation.asking.interface import PLAIN, Asker, Contender, Question, Reply
+from trainer.evaluation.asking.interface import Asker, Contender, Question, Reply
 
 BATCH = 32
 """Requests that run at once."""
@@ -82,13 +81,16 @@ def open_local(
     dtype: Dtype = "float32",
     device: str = "cpu",
     template: Template | TemplateSpec = "auto",
+    are_labels: bool = False,
     batch: int = BATCH,
     with_base: bool = True,
 ) -> Iterator[Local]:
     """``model`` and the adapters at these paths, ready to be asked.
 
-    An adapter's own template is used for it and, so that the edits alone differ, the first one's
-    for the base, unless ``template`` says another for all. Raises what reading and loading do.
+    An adapter is asked by its own template and, so that the edits alone differ, the base by the
+    first one's, unless ``template`` says another for all. A base without adapters is asked in the
+    words of training: ``are_labels`` says that the rows have a text and a label. Raises what
+    reading and loading do.
     """
     read = [adapter for path in adapters for adapter in read_adapters(path)]
     kind: ModelKind = "causal" if model == DEMO_MODEL else model_kind(read_config(model))
@@ -102,7 +104,7 @@ def open_local(
     labels = next((a.spec.task.labels for a in read if a.spec.task.labels), ())
     # An encoder says nothing without a head, and heads are the adapters'.
     alone = (None,) if with_base and kind == "causal" else ()
-    contenders = contenders_of(loaded, [*alone, *read], dtype, template)
+    contenders = contenders_of(loaded, [*alone, *read], dtype, template, are_labels=are_labels)
     if not contenders:
         expected = "at least one, with a trained head" if kind == "encoder" else "at least one"
         raise InvalidRequest.because("adapter", [str(path) for path in adapters], expected)
@@ -122,34 +124,25 @@ def contenders_of(
     adapters: Sequence[Adapter | None],
     dtype: str,
     template: Template | TemplateSpec = "auto",
+    *,
+    are_labels: bool = False,
 ) -> tuple[Contender, ...]:
     """A contender for each adapter, None being the base; names are made distinct."""
-    own = next((a.spec.template for a in adapters if a is not None), None)
+    without = PLAIN_TEMPLATE if not loaded.tokenizer.chat_template else None
+    brought = [adapter.spec.template for adapter in adapters if adapter is not None]
+    of_base = (brought or [LABEL_TEMPLATE if are_labels else without])[0]
     model = f"{loaded.description.name} {loaded.description.fingerprint} {dtype}"
     found: list[Contender] = []
     for adapter in adapters:
         name = BASE if adapter is None else adapter.spec.name
         if any(other.name == name for other in found):
             name = f"{name}-{len(found)}"
-        chosen = _template(
-            template, loaded.tokenizer, own if adapter is None else adapter.spec.template
-        )
+        own = of_base if adapter is None else adapter.spec.template
+        given = {"auto": own, "chat": None, "plain": PLAIN_TEMPLATE}
+        chosen = template if isinstance(template, TemplateSpec) else given[template]
         identity = model if adapter is None else f"{model} {adapter.digest}"
         found.append(Contender(name, identity, adapter, template=chosen))
     return tuple(found)
-
-
-def _template(
-    said: Template | TemplateSpec, tokenizer: PreTrainedTokenizerBase, own: TemplateSpec | None
-) -> TemplateSpec | None:
-    if isinstance(said, TemplateSpec):
-        return said
-    if said == "plain":
-        return PLAIN
-    if said == "auto" and own is not None:
-        return own
-    # A base model without a chat template is asked in plain text; `chat` insists on one.
-    return PLAIN if said == "auto" and not tokenizer.chat_template else None
 
 
 def read_adapters(path: Path) -> list[Adapter]:

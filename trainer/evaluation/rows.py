@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from reft_core.errors import TrainingError
-from trainer.data import Turn
-
-LABELS_FILE = "labels.json"
-"""Beside a data file: the names of its labels in order."""
+from reft_core.errors import TrainingError, explain
+from trainer.data import Example, RowFormat, Turn
+from trainer.data.columns import ColumnNames
+from trainer.data.reading import read_source
+from trainer.data.sources import LABELS_FILE, SUFFIXES, read_file, read_labels
 
 
 @dataclass(frozen=True)
@@ -65,29 +62,47 @@ class RowSet:
 
 
 def read_rows(path: Path, *, labels: Sequence[str] = (), system: str | None = None) -> RowSet:
-    """Every row of the JSONL file at ``path``, or of ``test.jsonl`` in the folder there.
+    """Every row of the file at ``path``, or of the test file in the folder there.
 
     ``labels`` are the names of the classes; absent: those in a ``labels.json`` beside the file,
-    else those that its rows have. A completion that is one of given labels is one. Raises
-    :class:`TrainingError` naming file and line.
+    else those that its rows have. Raises :class:`TrainingError` naming file and line.
     """
-    path = path / "test.jsonl" if path.is_dir() else path
-    try:
-        data = path.read_bytes()
-        lines = data.decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error})") from None
-    parsed = [
-        (f"{path}:{number}", _parse(line, f"{path}:{number}"))
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not parsed:
-        raise TrainingError(f"{path}: holds no rows")
-    names = tuple(labels) or _labels_beside(path) or _labels_in([row for _, row in parsed])
-    rows = [_row(fields, where, names, system) for where, fields in parsed]
-    digest = hashlib.sha256(data).hexdigest()
-    return RowSet(path, tuple(rows), names, digest, len(rows))
+    file = _test_file(path)
+    beside = file.parent / LABELS_FILE
+    names = tuple(labels) or (read_labels(beside) if beside.is_file() else ())
+    source = read_file(file, names)
+    # With labels that stand beside it, a file may still hold other rows than these choose among.
+    is_labelled = any(isinstance(row, dict) and "label" in row for _, row in source.rows[:1])
+    names = source.labels if is_labelled else ()
+    dataset = read_source(
+        replace(source, labels=names), RowFormat(ColumnNames(ignored="all"), system)
+    )
+    names = names or _labels_in(dataset.examples)
+    rows = tuple(row_of(example, names) for example in dataset.examples)
+    return RowSet(file, rows, names, dataset.sha256, len(rows))
+
+
+def row_of(example: Example, labels: Sequence[str] = ()) -> Row:
+    """What ``example`` asks; ``labels`` are what a row with a label chooses among."""
+    kept = example.kept
+    row_id = str(kept.get("id", example.where.rpartition(":")[2]))
+    row = Row(row_id, example.where, example.turns, (example.completion,), texts=example.texts)
+    if isinstance(example.label, float):
+        return replace(row, answer=example.completion.strip(), is_number=True)
+    if example.label is not None:
+        name = example.completion.strip()
+        if name not in labels:
+            raise TrainingError(explain(f"{row.where}: label", name, f"one of {', '.join(labels)}"))
+        choices = tuple(labels)
+        return replace(row, references=(name,), answer=name, choices=choices, candidates=choices)
+    if kept.get("references"):
+        row = replace(row, references=tuple(map(str, kept["references"])))
+    if kept.get("answer") is not None:
+        row = replace(row, answer=str(kept["answer"]))
+    if kept.get("choices"):
+        choices = tuple(map(str, kept["choices"]))
+        return replace(row, choices=choices, candidates=_candidates(row, choices))
+    return row
 
 
 def sample(rows: RowSet, limit: int | None, seed: int) -> RowSet:
@@ -130,79 +145,22 @@ def with_labels(rows: RowSet, labels: Sequence[str]) -> RowSet:
     return replace(rows, rows=tuple(changed), labels=names)
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise TrainingError(f"{where}: got {type(row).__name__}, expected a JSON object")
-    return row
+def _test_file(path: Path) -> Path:
+    """The file to read at a path."""
+    if not path.is_dir():
+        return path
+    for suffix in SUFFIXES:
+        if (file := path / f"test{suffix}").is_file():
+            return file
+    raise TrainingError(explain("data", str(path), "a file, or a folder with a test.jsonl"))
 
 
-def _labels_beside(path: Path) -> tuple[str, ...]:
-    file = path.parent / LABELS_FILE
-    if not file.is_file():
+def _labels_in(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The labels that examples have, in order; none for scores."""
+    found = {e.completion.strip() for e in examples if e.kind == "label"}
+    if any(isinstance(example.label, float) for example in examples):
         return ()
-    names = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TrainingError(f"{file}: not a list of the labels' names")
-    return tuple(names)
-
-
-def _labels_in(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The labels that rows have, sorted; none for scores."""
-    found = {row["label"] for row in rows if "label" in row}
-    if any(isinstance(label, float) for label in found):
-        return ()
-    return tuple(str(label) for label in sorted(found, key=lambda label: (str(type(label)), label)))
-
-
-def _row(fields: Mapping[str, Any], where: str, labels: tuple[str, ...], system: str | None) -> Row:
-    """One row from its columns."""
-    number = where.rpartition(":")[2]
-    row = Row(str(fields.get("id", number)), where, (), ())
-    if "label" in fields:
-        return _label_row(row, fields, labels, system)
-    if "messages" in fields:
-        *asked, (_, said) = [(m["role"], m["content"]) for m in fields["messages"]]
-        row = replace(row, turns=tuple(asked), references=(said,))
-    else:
-        question = _text(fields, "instruction", where)
-        if fields.get("input"):
-            question = f"{question}\n\n{fields['input']}"
-        said = _text(fields, "completion", where)
-        row = replace(row, turns=(("user", question),), references=(said,))
-    row = replace(row, turns=_with_system(row.turns, system))
-    if fields.get("references"):
-        row = replace(row, references=tuple(map(str, fields["references"])))
-    if fields.get("answer") is not None:
-        row = replace(row, answer=str(fields["answer"]))
-    if fields.get("choices"):
-        choices = tuple(map(str, fields["choices"]))
-        return replace(row, choices=choices, candidates=_candidates(row, choices))
-    return row
-
-
-def _label_row(
-    row: Row, fields: Mapping[str, Any], labels: tuple[str, ...], system: str | None
-) -> Row:
-    value = fields["label"]
-    texts = tuple(_text(fields, key, row.where) for key in ("text", "text_pair") if key in fields)
-    is_number = isinstance(value, float) and not labels
-    name = labels[value] if isinstance(value, int) and str(value) not in labels else str(value)
-    if not is_number and name not in labels:
-        raise TrainingError(f"{row.where}: label {name!r} is none of {', '.join(labels)}")
-    return replace(
-        row,
-        turns=_with_system((("user", "\n".join(texts)),), system),
-        references=(name,),
-        answer=name,
-        choices=() if is_number else labels,
-        candidates=() if is_number else labels,
-        texts=texts,
-        is_number=is_number,
-    )
+    return tuple(sorted(found, key=lambda name: name.zfill(9) if name.isdecimal() else name))
 
 
 def _candidates(row: Row, choices: Sequence[str]) -> tuple[str, ...]:
@@ -213,16 +171,3 @@ def _candidates(row: Row, choices: Sequence[str]) -> tuple[str, ...]:
         return tuple(choices)
     start, end = found[-1].span()
     return tuple(completion[:start] + choice + completion[end:] for choice in choices)
-
-
-def _with_system(turns: tuple[Turn, ...], system: str | None) -> tuple[Turn, ...]:
-    if system is None or turns[0][0] == "system":
-        return turns
-    return (("system", system), *turns)
-
-
-def _text(fields: Mapping[str, Any], key: str, where: str) -> str:
-    value = fields.get(key)
-    if not isinstance(value, str):
-        raise TrainingError(f"{where}: {key} is {type(value).__name__}, expected text")
-    return value

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from trainer.evaluation.asking.engine import EngineAsker
-from trainer.evaluation.asking.interface import PLAIN, Asker, Contender, Question, Reply, Wanted
+from trainer.evaluation.asking.interface import Asker, Contender, Question, Reply, Wanted
 from trainer.evaluation.asking.ledger import Ledger
 
 __all__ = [
-    "PLAIN",
     "Asker",
     "Contender",
     "EngineAsker",

@@ -12,9 +12,6 @@ from reft_core.adapter import Adapter
 from reft_core.spec import TemplateSpec
 from trainer.evaluation.rows import Row
 
-PLAIN = TemplateSpec(system="{content}", user="{content}", assistant="{content}")
-"""Messages as they are, one behind the other."""
-
 
 @dataclass(frozen=True)
 class Contender:
