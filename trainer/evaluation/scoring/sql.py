@@ -58,10 +58,16 @@ class ExecutionAccuracy:
         return mean_of(self.row_scores(rows))
 
     def agrees(self, answer: str, reference: str) -> bool:
-        """Whether the query in ``answer`` finds what ``reference`` does."""
+        """Whether the query in ``answer`` finds what ``reference`` does.
+
+        Raises :class:`InvalidRequest` if the reference itself fails on the database.
+        """
         right = sql_query(reference)
         wanted, found = self._result(right), self._result(sql_query(answer))
-        if wanted is None or found is None:
+        if wanted is None:
+            expected = f"a database on which the reference runs: {right}"
+            raise InvalidRequest.because("database", str(self.database), expected)
+        if found is None:
             return False
         return found == wanted if _is_ordered(right) else Counter(found) == Counter(wanted)
 
