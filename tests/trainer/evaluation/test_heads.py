@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from reft_core.adapter import decode_adapter
 from reft_core.classification import EncoderEngine
@@ -22,6 +26,19 @@ from trainer.evaluation.evaluate import EvaluationReport, Options, evaluate_mode
 from trainer.evaluation.rows import RowSet, read_rows
 
 LABELS = ("no", "yes", "so")
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token a word, also of a pair, whose two texts are of one segment."""
+    made = deepcopy(word_tokenizer())
+    start = made.convert_tokens_to_ids("<s>")
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", start)]
+    )
+    return made
+
+
 TEXTS = ("a b c", "d e", "f g h i", "j", "c c a", "b")
 
 
@@ -35,10 +52,10 @@ def contender(seed: int) -> Contender:
 
 def ask(rows: RowSet, contenders: list[Contender], *metrics: str) -> EvaluationReport:
     model = loaded("bert")
-    engine = EncoderEngine(LoadedModel(model.model, word_tokenizer(), model.description))
+    engine = EncoderEngine(LoadedModel(model.model, tokenizer(), model.description))
     engine.start()
     try:
-        asker = HeadAsker(engine, word_tokenizer())
+        asker = HeadAsker(engine, tokenizer())
         return evaluate_model(asker, rows, contenders, Options(metrics=metrics))
     finally:
         engine.stop()
@@ -61,7 +78,7 @@ def test_heads_are_scored_on_texts_and_pairs(tmp_path: Path) -> None:
         assert one.adapter is not None
         num_right = 0
         for row, reply in zip(rows.rows, result.replies, strict=True):
-            tokens = word_tokenizer()(*row.texts)["input_ids"]
+            tokens = tokenizer()(*row.texts)["input_ids"]
             logits = reference_classify(loaded("bert").model, tokens, [(one.adapter, 1.0)])
             logprobs = logits.log_softmax(-1).tolist()
             assert reply.logprobs == pytest.approx(tuple(logprobs), abs=1e-4)
