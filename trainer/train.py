@@ -17,10 +17,10 @@ from trainer.collate import Collator
 from trainer.config import TrainConfig
 from trainer.data import Dataset, TokenisedExample
 from trainer.defaults import Choice
-from trainer.evaluate import Evaluation, evaluate, likeliest_labels
+from trainer.evaluation.scoring import score
+from trainer.evaluation.splits import Evaluation, evaluate, likeliest_labels
 from trainer.export import build_spec, check_finite
 from trainer.fit import FitResult, fit, mean_loss
-from trainer.metrics import score
 from trainer.order import spread
 from trainer.preparing import new_model, prepare
 from trainer.processes import leave
