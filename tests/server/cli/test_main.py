@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from reft_core import __version__
 from reft_core.sites import describe_model
 from server.cli.main import app
+from server.http.run import _SAME_SIGNAL_S
 from tests.server.conftest import ADMIN_KEY
 from tests.server.fakes import make_adapter, make_tokenizer
 
@@ -238,8 +239,8 @@ class Process:
         return code
 
 
-def test_a_real_server_from_banner_to_orderly_end(model_folder, tmp_path):
-    """The real engine under the real command: a stream outlives the signal, the exit is 0."""
+def test_a_real_server_from_banner_to_second_signal(model_folder, tmp_path):
+    """The real engine under the real command. A stream outlives one signal, and not a second."""
     from transformers import AutoModelForCausalLM
 
     description = describe_model(AutoModelForCausalLM.from_pretrained(model_folder), "x")
@@ -274,15 +275,17 @@ def test_a_real_server_from_banner_to_orderly_end(model_folder, tmp_path):
                 model=tone,
                 prompt="x",
                 stream=True,
-                max_tokens=1500,
-                stream_options={"include_usage": True},
+                max_tokens=2000,
+                n=8,
                 extra_body={"ignore_eos": True},
             )
             next(chunks)
             process.process.send_signal(signal.SIGTERM)
-            usage = [chunk.usage for chunk in chunks if chunk.usage]
-        assert usage[0].completion_tokens == 1500
-        assert process.end() == 0
+            time.sleep(_SAME_SIGNAL_S + 0.1)
+            next(chunks)
+            process.process.send_signal(signal.SIGTERM)
+            assert process.end() == 128 + signal.SIGTERM
+        assert "draining" in process.shown
         assert "Traceback" not in process.shown
     finally:
         process.process.kill()
