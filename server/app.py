@@ -173,6 +173,7 @@ def _build_services(
             timeout_s,
             max_prompt_tokens=settings.max_prompt_tokens,
             max_answer_tokens=settings.max_answer_tokens,
+            max_prompt_logprobs=settings.max_prompt_logprobs,
         )
     classifier = classifier_on(engine, tokenizer)
     pins = Pins(settings.pinned_adapters, registry, residency)

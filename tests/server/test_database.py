@@ -167,6 +167,37 @@ def test_a_database_that_says_nothing_is_unavailable_before_long(monkeypatch):
             open_database(url)
 
 
+def test_a_standby_is_unavailable_for_changes_until_it_takes_them(postgres):
+    url = postgres.new_database()
+    name = url.rpartition("/")[2].partition("?")[0]
+    owner = open_database(f"{url}?options=-c%20default_transaction_read_only%3Doff")
+
+    def switch(read_only: str) -> None:
+        with writing(owner) as connection:
+            connection.execute(
+                text(f"ALTER DATABASE {name} SET default_transaction_read_only = {read_only}")
+            )
+
+    def insert() -> None:
+        with writing(engine) as connection:
+            connection.execute(text("INSERT INTO trash (digest, since) VALUES ('x', 1)"))
+
+    switch("on")
+    engine = open_database(url)
+    with pytest.raises(DatabaseUnavailable, match="takes no changes") as caught:
+        insert()
+    assert "read-only transaction" in str(caught.value)
+    assert "read-only" not in caught.value.message
+    with reading(engine) as connection:
+        assert connection.scalar(text("SELECT count(*) FROM trash")) == 0
+    switch("off")
+    with pytest.raises(DatabaseUnavailable):
+        insert()  # on the connection from before, which is not used again
+    insert()
+    engine.dispose()
+    owner.dispose()
+
+
 def test_the_url_may_say_how_long_a_database_is_waited_for(postgres):
     for more, expected in (("", "10"), ("&keepalives_idle=77", "77")):
         url = postgres.new_database()

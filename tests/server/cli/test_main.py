@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -92,6 +93,8 @@ def test_push_list_and_rm_against_a_server(live, tmp_path):
     listed = run("adapter", "list", env=env)
     assert "tone" in listed.output
     assert "none seen" in listed.output
+    (card,) = json.loads(run("adapter", "list", "--json", env=env).stdout)
+    assert (card["name"], card["version"], card["num_users"]) == ("tone", 1, None)
     removed = run("adapter", "rm", "tone", env=env)
     assert "tone deleted" in removed.output
     gone = run("adapter", "rm", "tone", env=env)
@@ -109,6 +112,9 @@ def test_versions_are_managed_from_the_command_line(live, tmp_path):
     shown = run("adapter", "show", "tone", env=env).output
     assert "pinned" in shown
     assert "previous" in shown
+    told = json.loads(run("adapter", "show", "tone", "--json", env=env).stdout)
+    assert (told["current"], told["previous"], told["pinned"]) == (2, 1, True)
+    assert [version["version"] for version in told["versions"]] == [1, 2]
     run("adapter", "unpin", "tone", env=env)
     out = tmp_path / "pulled.safetensors"
     pulled = run("adapter", "pull", "tone@1", "--out", str(out), env=env)
