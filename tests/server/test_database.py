@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import multiprocessing
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -51,20 +52,33 @@ def test_opening_again_changes_nothing(database_url):
     assert revision(database_url) == revision(database_url)
 
 
-def _open(url: str, barrier: object) -> None:
-    barrier.wait()
-    open_database(url).dispose()
+OPENS = """
+import sys
+from server.database import open_database
+print("ready", flush=True)
+sys.stdin.readline()
+open_database(sys.argv[1]).dispose()
+"""
 
 
 def test_processes_that_start_at_once_migrate_once(database_url):
-    context = multiprocessing.get_context("forkserver")
-    barrier = context.Barrier(4)
-    starts = [context.Process(target=_open, args=(database_url, barrier)) for _ in range(4)]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join(60)
-    assert [start.exitcode for start in starts] == [0] * 4
+    with ExitStack() as stack:
+        starts = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", OPENS, database_url],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for _ in range(4)
+        ]
+        for start in starts:
+            assert start.stdout.readline() == "ready\n"
+        for start in starts:
+            start.communicate("\n", timeout=60)
+    assert [start.returncode for start in starts] == [0] * 4
     engine = open_database(database_url)
     with reading(engine) as connection:
         assert connection.scalar(text("SELECT count(*) FROM alembic_version")) == 1
