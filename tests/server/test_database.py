@@ -77,7 +77,10 @@ def test_processes_that_start_at_once_migrate_once(database_url):
         for start in starts:
             assert start.stdout.readline() == "ready\n"
         for start in starts:
-            start.communicate("\n", timeout=60)
+            start.stdin.write("\n")
+            start.stdin.flush()
+        for start in starts:
+            start.wait(60)
     assert [start.returncode for start in starts] == [0] * 4
     engine = open_database(database_url)
     with reading(engine) as connection:
