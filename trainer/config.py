@@ -28,7 +28,7 @@ from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
 from reft_core.spec import MAX_LAYERS, MAX_PREFIX, MAX_RANK, AdapterName, PositionSpec, TemplateSpec
 from reft_core.subspaces import MAX_SUBSPACES, check_subspaces, parse_ranks
-from trainer.metrics import METRICS
+from trainer.evaluation.scoring import TEXT_METRICS
 
 PATH_FIELDS = ("train", "valid", "test", "output", "report_dir")
 """Relative ones count from the YAML file's folder; in an override, from the current folder."""
@@ -188,8 +188,8 @@ class TrainConfig(BaseModel):
     @classmethod
     def _known_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in METRICS:
-                raise ValueError(f"{name!r} is no metric; known are {', '.join(METRICS)}")
+            if name not in TEXT_METRICS:
+                raise ValueError(f"{name!r} is no metric; known are {', '.join(TEXT_METRICS)}")
         return value
 
     @field_validator("labels")

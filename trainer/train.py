@@ -17,10 +17,10 @@ from reft_core.loading import LoadedModel, load_model
 from trainer.collate import Collator
 from trainer.config import TrainConfig
 from trainer.data import Dataset, TokenisedExample, check_no_leak, load_dataset, tokenise
-from trainer.evaluate import Evaluation, evaluate, likeliest_labels
+from trainer.evaluation.scoring import score
+from trainer.evaluation.splits import Evaluation, evaluate, likeliest_labels
 from trainer.export import build_spec, check_finite
 from trainer.fit import FitResult, fit, mean_loss
-from trainer.metrics import score
 from trainer.prefix import PrefixStore
 from trainer.progress import Progress, SilentProgress
 from trainer.reft_model import ReftModel

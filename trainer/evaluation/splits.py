@@ -1,4 +1,4 @@
-"""How well an adapter answers, measured by the engine that will serve it."""
+"""What ``reft train`` measures of its held-out splits, by the engine that will serve them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from reft_core.engine.generate import generate as run_requests
 from reft_core.engine.interface import AdapterChoice, Engine, Request, SamplingParams
 from trainer.collate import IGNORED, Collator
 from trainer.data import Dataset, TokenisedExample
+from trainer.evaluation.scoring import Confusion, confusion, score
 from trainer.fit import batches
-from trainer.metrics import Confusion, confusion, score
 from trainer.reft_model import ReftModel
 
 
