@@ -10,13 +10,13 @@ Dimension letters as in :mod:`trainer.collate`; N cells that carry loss, V vocab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from trainer.collate import IGNORED
 from trainer.reft_model import LossAndLogits
@@ -39,7 +39,8 @@ class BaselineModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where batches are to be."""
-        return self._base[0].device
+        device: torch.device = self._base[0].device
+        return device
 
     @override
     def train(self, mode: bool = True) -> Self:

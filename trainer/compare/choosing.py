@@ -1,15 +1,15 @@
 """Which label a model finds the likeliest, for every method by the same few forwards.
 
 A label's probability is at most that of its first token, so labels are scored whole only while
-that bound leaves them a chance. The outcome is that of scoring all of them
-(:func:`trainer.evaluate.likeliest_labels`, which the tests hold it to); a trained model, sure of
-its answer, needs about one label of each row instead of all.
+that bound leaves them a chance. The outcome is that of scoring all of them, as
+:func:`trainer.evaluation.splits.likeliest_labels` does; a trained model, sure of its answer,
+needs about one label of each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class Scorer(Protocol):
     def device(self) -> torch.device:
         """Where batches are to be."""
 
-    def __call__(self, **batch: Tensor) -> LossAndLogits:
+    def __call__(self, **batch: Any) -> LossAndLogits:
         """Loss and logits of a batch."""
 
 
@@ -61,10 +61,9 @@ def choose_labels(
         asked = [
             TokenisedExample(rows[row].prompt, answers[labels[candidates[row]]]) for row in todo
         ]
-        for row, score in zip(
-            todo, _answer_logprobs(model, asked, collator, batch_size), strict=True
-        ):
-            candidate = candidates[row]
+        losses = row_losses(model, asked, collator, batch_size)
+        for row, (loss, _) in zip(todo, losses, strict=True):
+            score, candidate = -loss, int(candidates[row])
             open_bounds[row, candidate] = -torch.inf
             if score > best[row] or (score == best[row] and candidate < chosen[row]):
                 best[row], chosen[row] = score, candidate
@@ -87,19 +86,16 @@ def _first_token_bounds(
     return torch.cat(found) + _SLACK
 
 
-def _answer_logprobs(
-    model: Scorer, asked: Sequence[TokenisedExample], collator: Collator, batch_size: int
-) -> list[float]:
-    """Log-probability of each completion as a whole."""
-    found: list[float] = []
-    for batch in batches(asked, batch_size, collator, model.device):
+@torch.no_grad()
+def row_losses(
+    model: Scorer, rows: Sequence[TokenisedExample], collator: Collator, batch_size: int
+) -> Iterator[tuple[float, int]]:
+    """Loss of each row's completion, summed over its tokens, and their number."""
+    for batch in batches(rows, batch_size, collator, model.device):
         is_answer = batch["labels"] != IGNORED  # (B, C)
         losses = F.cross_entropy(
             model(**batch)["logits"].float(), batch["labels"][is_answer], reduction="none"
         )
         summed = torch.zeros(is_answer.shape, device=losses.device)
         summed[is_answer] = losses
-        found += (-summed.sum(dim=1)).tolist()
-    return found
-
-
+        yield from zip(summed.sum(dim=1).tolist(), is_answer.sum(dim=1).tolist(), strict=True)

@@ -27,9 +27,9 @@ class CompareConfig(BaseModel):
     methods: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
         default=DEFAULT_METHODS, min_length=1
     )
-    seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_split)
-    ] = Field(default=(0, 1, 2), min_length=1, description="of the runs that are tested")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_split)] = (
+        Field(default=(0, 1, 2), min_length=1, description="of the runs that are tested")
+    )
     search: int = Field(
         default=4,
         ge=1,
@@ -40,7 +40,9 @@ class CompareConfig(BaseModel):
     steps: int | None = Field(
         default=None, ge=1, description="of every training; absent: the config's epochs"
     )
-    train_rows: _Rows | None = Field(default=None, description="rows drawn of the file; absent: all")
+    train_rows: _Rows | None = Field(
+        default=None, description="rows drawn of the file; absent: all"
+    )
     valid_rows: _Rows | None = None
     test_rows: _Rows | None = None
     settings: dict[str, dict[str, Any]] = Field(

@@ -115,10 +115,20 @@ _OTHERS = (
     Contender("head_only", "head", "head only", (1e-3, 1e-1)),
     Contender("peft_lora", "peft", "LoRA (PEFT)", _ADAPTER_RATES, "rank", _WIDTHS),
     Contender(
-        "peft_prefix_tuning", "peft", "prefix tuning (PEFT)", (1e-3, 1e-1), "prefix_length", _LENGTHS
+        "peft_prefix_tuning",
+        "peft",
+        "prefix tuning (PEFT)",
+        (1e-3, 1e-1),
+        "prefix_length",
+        _LENGTHS,
     ),
     Contender(
-        "peft_prompt_tuning", "peft", "prompt tuning (PEFT)", (3e-3, 3e-1), "prefix_length", _LENGTHS
+        "peft_prompt_tuning",
+        "peft",
+        "prompt tuning (PEFT)",
+        (3e-3, 3e-1),
+        "prefix_length",
+        _LENGTHS,
     ),
     Contender("full_finetuning", "full", "full fine-tuning", (5e-6, 5e-4)),
 )

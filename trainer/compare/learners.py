@@ -54,7 +54,7 @@ class Learner(Protocol):
 def open_learner(
     contender: Contender, config: TrainConfig, task: Task
 ) -> AbstractContextManager[Learner]:
-    """``contender`` with the settings of ``config`` on the base of ``task``, drawn from the seed."""
+    """``contender``, set as ``config`` says and drawn from its seed, on the base of ``task``."""
     opening = {"registry": _open_ours, "peft": _open_peft, "full": _open_full, "head": _open_head}
     return opening[contender.kind](contender, config, task)
 
@@ -104,7 +104,8 @@ class _Peft:
 
     def save(self, fit: FitResult) -> Saved:
         with tempfile.TemporaryDirectory() as scratch:
-            self.model.wrapped.save_pretrained(scratch)  # type: ignore[operator]
+            wrapped: Any = self.model.wrapped
+            wrapped.save_pretrained(scratch)
             options = ConvertOptions(
                 base=self.task.loaded.description,
                 name=self.config.name,

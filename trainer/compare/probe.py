@@ -6,12 +6,13 @@ Dimension letters as in :mod:`trainer.collate`; L labels, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from trainer.collate import IGNORED, Collator
 from trainer.compare.baseline import to_left_edge
@@ -73,9 +74,7 @@ class ProbeModel(nn.Module):
     ) -> LossAndLogits:
         """Mean loss over the rows of a :class:`trainer.collate.Batch`, and logits (B, L)."""
         logits = self._logits(input_ids, attention_mask, labels)
-        wanted = [
-            self._index[tuple(t for t in row if t != IGNORED)] for row in labels.tolist()
-        ]
+        wanted = [self._index[tuple(t for t in row if t != IGNORED)] for row in labels.tolist()]
         loss = F.cross_entropy(logits, torch.tensor(wanted, device=logits.device))
         return LossAndLogits(loss=loss, logits=logits)
 
@@ -95,7 +94,8 @@ class ProbeModel(nn.Module):
         last = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         # The first cell of a row that carries loss is its prompt's last token.
         last.scatter_reduce_(0, rows, columns, "amin", include_self=False)
-        return self.head(self._states(tokens, mask, last))  # (B, L)
+        logits: Tensor = self.head(self._states(tokens, mask, last))  # (B, L)
+        return logits
 
     @torch.no_grad()
     def _states(self, tokens: Tensor, mask: Tensor, last: Tensor) -> Tensor:
@@ -105,9 +105,11 @@ class ProbeModel(nn.Module):
         ]
         new = [row for row, prompt in enumerate(prompts) if prompt not in self._features]
         if new:
-            states = self._base[0].base_model(
-                input_ids=tokens[new], attention_mask=mask[new]
-            ).last_hidden_state
+            states = (
+                self._base[0]
+                .base_model(input_ids=tokens[new], attention_mask=mask[new])
+                .last_hidden_state
+            )
             for place, row in enumerate(new):
                 state = states[place, last[row]].float()
                 self._features[prompts[row]] = F.layer_norm(state, state.shape)

@@ -87,7 +87,8 @@ def load_task(
     return Task(
         config,
         loaded,
-        *(_split(config, loaded, dataset, spare_tokens) for dataset in (train, valid)),
+        _split(config, loaded, train, spare_tokens),
+        _split(config, loaded, valid, spare_tokens),
         PrefixStore(loaded.model, config.prefix_cache_mb * 2**20),
     )
 

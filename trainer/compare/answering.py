@@ -1,0 +1,147 @@
+"""Answers of one method to one split, whatever the metric needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from reft_core.adapter import Adapter
+from reft_core.engine.config import EngineConfig
+from reft_core.engine.engine import EmbeddedEngine
+from reft_core.loading import LoadedModel
+from trainer.collate import Collator
+from trainer.compare.choosing import Scorer, choose_labels, row_losses
+from trainer.compare.probe import ProbeModel
+from trainer.compare.task import Split, Task
+from trainer.evaluation.scoring import Answered, Metric
+from trainer.evaluation.splits import generate
+
+_EXTRA_TOKENS = 8
+"""Tokens an answer may be longer than the longest reference before it is cut."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a metric needs of each row, in order; the other lists are empty."""
+
+    choices: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    losses: tuple[tuple[float, int], ...] = ()
+    """Summed loss and number of tokens."""
+
+    def against(self, references: Sequence[str]) -> list[Answered]:
+        """The rows as metrics look at them."""
+        return [
+            Answered(
+                (reference,),
+                answer=reference,
+                text=self.texts[index] if self.texts else "",
+                predicted=self.texts[index] if self.texts else "",
+                choice=self.choices[index].strip() if self.choices else "",
+                loss=self.losses[index][0] if self.losses else 0.0,
+                num_tokens=self.losses[index][1] if self.losses else 0,
+            )
+            for index, reference in enumerate(references)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"choices": self.choices, "texts": self.texts, "losses": self.losses}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Answers:
+        """From what :meth:`to_json` gave."""
+        losses = tuple((float(loss), int(count)) for loss, count in document["losses"])
+        return cls(tuple(document["choices"]), tuple(document["texts"]), losses)
+
+
+def answer_by_model(
+    task: Task, split: Split, metric: Metric, model: Scorer | ProbeModel
+) -> Answers:
+    """What ``metric`` needs, by ``model``'s own forward: the same code for every method.
+
+    Texts are transformers' greedy ones on the base as it is now.
+    """
+    collator, size = Collator(task.config.rule), task.config.batch_size
+    if metric.needs == "text":
+        prompts = [row.prompt for row in split.rows]
+        return _decoded(task, by_transformers(task.loaded, prompts, _room(task, split)))
+    if metric.needs == "loss":
+        assert not isinstance(model, ProbeModel), "a head has no loss of text"
+        return Answers(losses=tuple(row_losses(model, split.rows, collator, size)))
+    if isinstance(model, ProbeModel):
+        return Answers(choices=tuple(model.choose(split.rows, collator, batch_size=size)))
+    chosen = choose_labels(model, split.rows, task.label_answers, collator, batch_size=size)
+    return Answers(choices=tuple(chosen))
+
+
+def answer_by_engine(task: Task, split: Split, adapter: Adapter | None) -> Answers:
+    """Greedy texts of our engine on the base, with ``adapter`` if there is one."""
+    prompts = [row.prompt for row in split.rows]
+    num_virtual = adapter.num_virtual_tokens if adapter else 0
+    room = _room(task, split, num_virtual)
+    return _decoded(task, by_engine(task.loaded, prompts, adapter, room))
+
+
+def _room(task: Task, split: Split, num_virtual: int = 0) -> int:
+    """Most tokens of an answer."""
+    wanted = max(len(row.completion) for row in split.rows) + _EXTRA_TOKENS
+    longest = max(len(row.prompt) for row in split.rows) + num_virtual
+    left = task.loaded.description.max_positions - longest
+    return min(task.config.max_new_tokens or wanted, left)
+
+
+def _decoded(task: Task, answers: Sequence[Sequence[int]]) -> Answers:
+    decode = task.loaded.tokenizer.decode
+    return Answers(texts=tuple(decode(list(a), skip_special_tokens=True) for a in answers))
+
+
+def by_engine(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], adapter: Adapter | None, room: int
+) -> list[list[int]]:
+    """Greedy answers of at most ``room`` tokens by our engine, base or adapter."""
+    longest = max(map(len, prompts)) + (adapter.num_virtual_tokens if adapter else 0)
+    with attention_kept(loaded.model):
+        engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=longest + room))
+        engine.start()
+        try:
+            if adapter is not None:
+                engine.load_adapter(adapter)
+            return generate(engine, prompts, adapter.digest if adapter else None, room)
+        finally:
+            engine.stop()
+
+
+@contextmanager
+def attention_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards ``model`` has the attention it had: an engine changes it for good."""
+    implementation = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+@torch.no_grad()
+def by_transformers(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], room: int
+) -> list[list[int]]:
+    """Greedy answers of at most ``room`` tokens by transformers' own loop, one row at a time."""
+    found = []
+    for prompt in prompts:
+        tokens = torch.tensor([list(prompt)], device=loaded.model.device)
+        output: Any = loaded.model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=room,
+            do_sample=False,
+            eos_token_id=sorted(loaded.eos_token_ids),
+            pad_token_id=loaded.tokenizer.eos_token_id,
+        )
+        found.append(output[0, len(prompt) :].tolist())
+    return found
