@@ -10,6 +10,7 @@ import typer
 from server.cli.adapters import adapters_app
 from server.cli.bench import bench
 from server.cli.chat import chat
+from server.cli.compare import compare
 from server.cli.config import config_app
 from server.cli.errors import OneLineGroup, one_line_errors
 from server.cli.keys import keys_app
@@ -33,6 +34,7 @@ app.add_typer(keys_app, name="key")
 app.add_typer(registry_app, name="registry")
 app.add_typer(config_app, name="config")
 app.command()(methods)
+app.command()(compare)
 
 
 def main() -> None:

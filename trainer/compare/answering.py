@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from reft_core.adapter import Adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
+from reft_core.engine.generate import generate as run_requests
+from reft_core.engine.interface import AdapterChoice, Engine, Request, SamplingParams
 from reft_core.loading import LoadedModel
 from trainer.collate import Collator
 from trainer.compare.choosing import Scorer, choose_labels, row_losses
 from trainer.compare.probe import ProbeModel
 from trainer.compare.task import Split, Task
+from trainer.data import TokenisedExample
 from trainer.evaluation.scoring import Answered, Metric
 from trainer.evaluation.splits import generate
 
 _EXTRA_TOKENS = 8
 """Tokens an answer may be longer than the longest reference before it is cut."""
+
+_SCORE = SamplingParams(temperature=0, logprobs=0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Answers:
                 answer=reference,
                 text=self.texts[index] if self.texts else "",
                 predicted=self.texts[index] if self.texts else "",
-                choice=self.choices[index].strip() if self.choices else "",
+                choice=self.choices[index] if self.choices else "",
                 loss=self.losses[index][0] if self.losses else 0.0,
                 num_tokens=self.losses[index][1] if self.losses else 0,
             )
@@ -80,51 +85,71 @@ def answer_by_model(
     return Answers(choices=tuple(chosen))
 
 
-def answer_by_engine(task: Task, split: Split, adapter: Adapter | None) -> Answers:
-    """Greedy texts of our engine on the base, with ``adapter`` if there is one."""
-    prompts = [row.prompt for row in split.rows]
+def answer_by_engine(
+    task: Task, split: Split, metric: Metric, adapter: Adapter | None = None
+) -> Answers:
+    """What ``metric`` needs, by our engine on the base, with ``adapter`` if there is one.
+
+    The engine reads what prompts have in common once, so many examples before each cost little.
+    """
     num_virtual = adapter.num_virtual_tokens if adapter else 0
     room = _room(task, split, num_virtual)
-    return _decoded(task, by_engine(task.loaded, prompts, adapter, room))
-
-
-def _room(task: Task, split: Split, num_virtual: int = 0) -> int:
-    """Most tokens of an answer."""
-    wanted = max(len(row.completion) for row in split.rows) + _EXTRA_TOKENS
     longest = max(len(row.prompt) for row in split.rows) + num_virtual
-    left = task.loaded.description.max_positions - longest
-    return min(task.config.max_new_tokens or wanted, left)
+    with serving_base(task.loaded, adapter, longest + room) as engine:
+        if metric.needs == "text":
+            digest = adapter.digest if adapter else None
+            prompts = [row.prompt for row in split.rows]
+            return _decoded(task, generate(engine, prompts, digest, room))
+        if metric.needs == "loss":
+            scores = score_answers(engine, split.rows, adapter)
+            losses = zip(scores, split.rows, strict=True)
+            return Answers(losses=tuple((-score, len(row.completion)) for score, row in losses))
+        candidates = [
+            TokenisedExample(row.prompt, tokens)
+            for row in split.rows
+            for tokens in task.label_answers.values()
+        ]
+        labels = list(task.label_answers)
+        table = torch.tensor(score_answers(engine, candidates, adapter))
+        best = table.view(len(split.rows), len(labels)).argmax(dim=1)
+        return Answers(choices=tuple(labels[index] for index in best.tolist()))
 
 
-def _decoded(task: Task, answers: Sequence[Sequence[int]]) -> Answers:
-    decode = task.loaded.tokenizer.decode
-    return Answers(texts=tuple(decode(list(a), skip_special_tokens=True) for a in answers))
+def score_answers(
+    engine: Engine, rows: Sequence[TokenisedExample], adapter: Adapter | None
+) -> list[float]:
+    """Log-probability of each row's completion as a whole."""
+    chosen = (AdapterChoice(adapter.digest),) if adapter else ()
+    requests = [
+        Request(f"score-{index}", row.prompt, _SCORE, chosen, row.completion)
+        for index, row in enumerate(rows)
+    ]
+    return [
+        math.fsum(token.logprob for token in completion.tokens if token.logprob is not None)
+        for completion in run_requests(engine, requests)
+    ]
 
 
-def by_engine(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], adapter: Adapter | None, room: int
-) -> list[list[int]]:
-    """Greedy answers of at most ``room`` tokens by our engine, base or adapter."""
-    longest = max(map(len, prompts)) + (adapter.num_virtual_tokens if adapter else 0)
-    with attention_kept(loaded.model):
-        engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=longest + room))
+@contextmanager
+def serving_base(
+    loaded: LoadedModel, adapter: Adapter | None, max_tokens: int
+) -> Iterator[EmbeddedEngine]:
+    """An engine on the base, with ``adapter`` loaded, for requests of ``max_tokens`` at most.
+
+    An engine switches its model's attention for good; afterwards the model has its own again.
+    """
+    implementation = loaded.model.config._attn_implementation
+    try:
+        engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=max_tokens))
         engine.start()
         try:
             if adapter is not None:
                 engine.load_adapter(adapter)
-            return generate(engine, prompts, adapter.digest if adapter else None, room)
+            yield engine
         finally:
             engine.stop()
-
-
-@contextmanager
-def attention_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards ``model`` has the attention it had: an engine changes it for good."""
-    implementation = model.config._attn_implementation
-    try:
-        yield
     finally:
-        model.set_attn_implementation(implementation)
+        loaded.model.set_attn_implementation(implementation)
 
 
 @torch.no_grad()
@@ -145,3 +170,16 @@ def by_transformers(
         )
         found.append(output[0, len(prompt) :].tolist())
     return found
+
+
+def _room(task: Task, split: Split, num_virtual: int = 0) -> int:
+    """Most tokens of an answer."""
+    wanted = max(len(row.completion) for row in split.rows) + _EXTRA_TOKENS
+    longest = max(len(row.prompt) for row in split.rows) + num_virtual
+    left = task.loaded.description.max_positions - longest
+    return min(task.config.max_new_tokens or wanted, left)
+
+
+def _decoded(task: Task, answers: Sequence[Sequence[int]]) -> Answers:
+    decode = task.loaded.tokenizer.decode
+    return Answers(texts=tuple(decode(list(a), skip_special_tokens=True) for a in answers))

@@ -122,7 +122,7 @@ def _open_peft(contender: Contender, config: TrainConfig, task: Task) -> Iterato
     set_seed(config.seed)
     base = task.loaded.model
     how = _peft_config(contender, config)
-    wrapped = _quietly(get_peft_model, base, how)
+    wrapped: Any = _quietly(get_peft_model, base, how)
     num_virtual = config.prefix_length if isinstance(how, PromptTuningConfig) else 0
     try:
         yield _Peft(config, task, BaselineModel(base, wrapped, num_virtual))

@@ -21,8 +21,6 @@ from reft_core.loading import LoadedModel
 from trainer.collate import Collator
 from trainer.compare import serving
 from trainer.compare.answering import Answers, answer_by_engine, answer_by_model
-from trainer.compare.baseline import BaselineModel
-from trainer.compare.choosing import row_losses
 from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import CONTENDERS, Contender, Setting, get_contenders
 from trainer.compare.learners import open_learner
@@ -50,8 +48,8 @@ class Comparison:
     references: list[str]
     labels: tuple[str, ...]
     num_base_parameters: int
-    chosen: dict[str, Record | None]
-    """By method, the search's best; None where every trial failed."""
+    chosen: dict[str, Setting | None]
+    """By method; None where every setting of the search failed."""
     finals: dict[str, list[Record]]
     """By method, its tested runs in the order of the seeds."""
 
@@ -94,12 +92,12 @@ def compare(
         progress or SilentProgress(),
     )
     runner.do(_search_jobs(contenders, comparison))
-    chosen = {c.name: runner.best(c) for c in contenders}
+    chosen = {contender.name: runner.best(contender) for contender in contenders}
     test = load_test(task, test_rows=comparison.test_rows, spare_tokens=spare)
     finals = {
-        name: [Job.of("final", name, record["setting"], seed) for seed in _seeds(name, comparison)]
-        for name, record in chosen.items()
-        if record is not None
+        name: [Job.of("final", name, setting, seed) for seed in _seeds(name, comparison)]
+        for name, setting in chosen.items()
+        if setting is not None
     }
     runner.do([job for jobs in finals.values() for job in jobs], test)
     return Comparison(
@@ -138,8 +136,14 @@ def _search_jobs(contenders: Iterable[Contender], comparison: CompareConfig) -> 
     return [
         Job.of("search", contender.name, setting, comparison.seeds[0])
         for contender in contenders
-        for setting in search_settings(contender, comparison)
+        for setting in settings_to_try(contender, comparison)
     ]
+
+
+def settings_to_try(contender: Contender, comparison: CompareConfig) -> list[Setting]:
+    """Those of a search; none where there is no choice."""
+    settings = search_settings(contender, comparison)
+    return settings if len(settings) > 1 else []
 
 
 def _seeds(name: str, comparison: CompareConfig) -> tuple[int, ...]:
@@ -192,11 +196,14 @@ class _Runner:
         assert record is not None
         return record
 
-    def best(self, contender: Contender) -> Record | None:
-        """The search's best by the validation metric, then by validation loss."""
+    def best(self, contender: Contender) -> Setting | None:
+        """The setting of the highest validation metric, then of the lowest validation loss."""
         jobs = _search_jobs([contender], self.comparison)
+        if not jobs:
+            return search_settings(contender, self.comparison)[0]
         found = [record for record in map(self.read, jobs) if record["status"] == "done"]
-        return max(found, key=_quality, default=None)
+        best = max(found, key=_quality, default=None)
+        return None if best is None else best["setting"]
 
     def _record(self, job: Job, test: Split | None) -> Record:
         with self.progress.stage(f"{job.phase} {job.method} {job.name}"):
@@ -228,23 +235,24 @@ class _Runner:
         shots = int(dict(job.setting).get("shots", 0))
         split = self.task.valid if test is None else test
         asked = with_shots(self.task, split, shots, job.seed)
-        model = BaselineModel(self.task.loaded.model, self.task.loaded.model)
         record: Record = {"num_trainable": 0, "file_bytes": 0, "training_seconds": 0.0}
         if test is None:
-            return record | self._validation(model, asked, None)
+            losses = answer_by_engine(self.task, asked, METRICS["loss"]).losses
+            loss = math.fsum(x for x, _ in losses) / sum(count for _, count in losses)
+            if self.metric.needs != "choice":
+                return record | {"valid": {"loss": loss}}
+            answers = answer_by_engine(self.task, asked, self.metric)
+            return record | {"valid": {"loss": loss, self.metric.name: self._value(answers, asked)}}
         work = serving.Workload.of(self.task.loaded.description, test.rows)
         cost = serving.none()
         if shots:
             longer = serving.Workload.of(self.task.loaded.description, asked.rows)
             cost = serving.longer_prompt(work, longer.prompt - work.prompt)
-        if self.metric.needs == "text":
-            answers = answer_by_engine(self.task, asked, None)
-        else:
-            answers = answer_by_model(self.task, asked, self.metric, model)
+        answers = answer_by_engine(self.task, asked, self.metric)
         return record | {"serving": asdict(cost)} | self._test(answers, test)
 
     def _trained(self, contender: Contender, config: TrainConfig, test: Split | None) -> Record:
-        task, collator = self.task, Collator(self.task.config.rule)
+        task = self.task
         with open_learner(contender, config, task) as learner:
             model = learner.model
             collator = Collator(config.rule)
@@ -261,12 +269,12 @@ class _Runner:
                 "valid_losses": [epoch.valid_loss for epoch in result.epochs],
             }
             if test is None:
-                return record | self._validation(model, task.valid, result.best.valid_loss)
+                return record | self._validation(model, result.best.valid_loss)
             by_engine = self.metric.needs == "text" and saved.adapter is not None
             if not by_engine:
                 answers = answer_by_model(task, test, self.metric, model)
         if by_engine:  # on the base as it was
-            answers = answer_by_engine(task, test, saved.adapter)
+            answers = answer_by_engine(task, test, self.metric, saved.adapter)
         work = serving.Workload.of(task.loaded.description, test.rows)
         if saved.adapter is not None:
             cost = serving.of_adapter(work, saved.adapter)
@@ -276,16 +284,12 @@ class _Runner:
             cost = serving.own_weights()
         return record | {"serving": asdict(cost)} | self._test(answers, test)
 
-    def _validation(self, model: Any, split: Split, loss: float | None) -> Record:
-        """What a setting is chosen by; answers are generated on the test split alone."""
-        collator = Collator(self.task.config.rule)
-        if loss is None:
-            losses = list(row_losses(model, split.rows, collator, self.task.config.batch_size))
-            loss = math.fsum(x for x, _ in losses) / sum(count for _, count in losses)
+    def _validation(self, model: Any, loss: float) -> Record:
+        """What a setting is chosen by: labels if there are any, else the loss alone."""
         if self.metric.needs != "choice":
             return {"valid": {"loss": loss}}
-        answers = answer_by_model(self.task, split, self.metric, model)
-        return {"valid": {"loss": loss, self.metric.name: self._value(answers, split)}}
+        answers = answer_by_model(self.task, self.task.valid, self.metric, model)
+        return {"valid": {"loss": loss, self.metric.name: self._value(answers, self.task.valid)}}
 
     def _test(self, answers: Answers, test: Split) -> Record:
         value = self._value(answers, test)
