@@ -18,6 +18,7 @@ from trainer.compare.contenders import CONTENDERS
 from trainer.compare.run import Comparison
 from trainer.compare.store import Record
 from trainer.evaluation.scoring import Estimate, Resampling, Statistic
+from trainer.evaluation.scoring.base import Counts, Values
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,13 @@ def table_rows(comparison: Comparison) -> list[Row]:
 def over_seeds(statistics: Sequence[Statistic]) -> Statistic:
     """The mean over seeds, themselves drawn with replacement where the rows are."""
 
-    def values(counts: np.ndarray) -> np.ndarray:
+    def values(counts: Counts) -> Values:
         each = np.stack([statistic(counts) for statistic in statistics])  # (S, B)
-        if len(counts) == 1:  # the rows as they are
-            return each.mean(axis=0)
-        drawn = np.random.default_rng(0).integers(len(each), size=each.shape)
-        return np.take_along_axis(each, drawn, axis=0).mean(axis=0)
+        if len(counts) > 1:  # not the rows as they are
+            drawn = np.random.default_rng(0).integers(len(each), size=each.shape)
+            each = np.take_along_axis(each, drawn, axis=0)
+        mean: Values = each.mean(axis=0)
+        return mean
 
     return values
 
