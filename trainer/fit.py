@@ -51,16 +51,21 @@ def fit(
     config: TrainConfig,
     collator: Collator,
     progress: Progress,
+    *,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> FitResult:
     """Train ``model`` in place and leave it with the epoch of lowest validation loss.
 
+    ``on_epoch`` is called after each and may raise to end the training.
     Deterministic for a seed on one machine. Raises :class:`TrainingError` as soon as a
     loss is not finite.
     """
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer insists on a folder
         num_steps = config.epochs * math.ceil(len(train) / config.batch_size)
         with progress.stage("training", num_steps) as advance:
-            epochs = _EpochKeeper(model, lambda: mean_loss(model, valid, config, collator))
+            epochs = _EpochKeeper(
+                model, lambda: mean_loss(model, valid, config, collator), on_epoch
+            )
             trainer = _ReftTrainer(
                 model=model,
                 args=_arguments(config, scratch),
@@ -169,12 +174,18 @@ class _ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 class _EpochKeeper(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Measures the validation loss after every epoch and keeps the best one's parameters."""
 
-    def __init__(self, model: ReftModel, valid_loss: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        model: ReftModel,
+        valid_loss: Callable[[], float],
+        on_epoch: Callable[[Epoch], None],
+    ) -> None:
         self.epochs: list[Epoch] = []
         self.best: Epoch | None = None
         self.best_parameters: list[dict[str, Tensor]] = []
         self._model = model
         self._valid_loss = valid_loss
+        self._on_epoch = on_epoch
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -193,3 +204,4 @@ class _EpochKeeper(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if self.best is None or epoch.valid_loss < self.best.valid_loss:
             self.best = epoch
             self.best_parameters = self._model.trained_state()
+        self._on_epoch(epoch)

@@ -17,8 +17,9 @@ from trainer.compare.render import shown
 from trainer.compare.report import write_report
 from trainer.compare.run import Comparison, compare
 from trainer.compare.table import Row, table_rows
-from trainer.config_file import load_config, read_section
+from trainer.config_file import load_config
 from trainer.progress import BarProgress
+from trainer.sections import read_section
 
 
 def compare_command(

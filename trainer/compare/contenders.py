@@ -9,15 +9,15 @@ its middle; sizes take turns.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from reft_core.errors import InvalidRequest, explain
+from reft_core.errors import InvalidRequest
 from reft_core.methods import METHODS
 from reft_core.methods.virtual import VIRTUAL_METHODS
+from trainer.nearest import nearest
 
 Kind = Literal["prompting", "head", "registry", "peft", "full"]
 Setting = dict[str, int | float]
@@ -170,10 +170,9 @@ def get_contenders(names: Iterable[str]) -> list[Contender]:
     found: list[Contender] = []
     for name in names:
         if name not in CONTENDERS:
-            close = difflib.get_close_matches(name, CONTENDERS, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            allowed = "some of " + ", ".join(sorted(CONTENDERS))
-            raise InvalidRequest(explain("methods", name, allowed) + hint, field="methods")
+            raise InvalidRequest(
+                f"methods: no method {name!r}{nearest(name, CONTENDERS)}", field="methods"
+            )
         if CONTENDERS[name] in found:
             raise InvalidRequest.because("methods", name, "each method once")
         found.append(CONTENDERS[name])

@@ -47,7 +47,7 @@ def training_config(
     if contender.kind == "peft":
         changes["method"] = contender.name.removeprefix("peft_")
     if contender.kind == "registry":
-        changes |= _of_registry(task.loaded.description, contender, shared)
+        changes |= registry_changes(task.loaded.description, contender, shared)
     changes |= setting | comparison.settings.get(contender.name, {})
     changes.pop("shots", None)
     try:
@@ -67,7 +67,7 @@ def check_settings(comparison: CompareConfig) -> None:
             raise TrainingError(explain("settings", name, allowed), field="settings")
 
 
-def _of_registry(
+def registry_changes(
     model: ModelDescription, contender: Contender, shared: TrainConfig
 ) -> dict[str, Any]:
     """Where a method of ours edits: the shared rule, or every token if it is meant for those."""

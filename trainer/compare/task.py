@@ -15,9 +15,9 @@ from typing import Any
 from reft_core.errors import TrainingError
 from reft_core.loading import LoadedModel, load_model
 from trainer.config import TrainConfig
-from trainer.config_file import validated
 from trainer.data import Dataset, TokenisedExample, check_no_leak, load_dataset, tokenise
 from trainer.prefix import PrefixStore
+from trainer.sections import validated
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def run_config(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     Raises :class:`TrainingError` naming the setting that makes no sense.
     """
     given = {name: getattr(config, name) for name in config.model_fields_set}
-    return validated("settings", given | dict(changes))
+    return validated(TrainConfig, "settings", given | dict(changes))
 
 
 def for_steps(config: TrainConfig, train: Dataset, steps: int) -> tuple[TrainConfig, Dataset]:
