@@ -5,7 +5,7 @@ They hold no paths but those of outputs, which count from the current folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,20 @@ def read_section(path: Path, name: str, kind: type[Section], given: Mapping[str,
     return validated(kind, f"{path}: {name}", section | dict(given))
 
 
+def mapping_of(name: str, settings: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` settings, their values read as YAML. Raises :class:`TrainingError`."""
+    found = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise TrainingError(explain(name, setting, "name=value"), field=name)
+        try:
+            found[key] = yaml.safe_load(text)
+        except (RecursionError, yaml.YAMLError) as error:
+            raise TrainingError(f"{name}: {setting!r} is not valid YAML ({error})") from error
+    return found
+
+
 def validated(kind: type[Section], place: str, values: Mapping[str, Any]) -> Section:
     """Settings of ``kind`` with these values. Raises :class:`TrainingError`, a line a problem."""
     try:
@@ -61,6 +75,18 @@ def _is_cause(problem: Mapping[str, Any]) -> bool:
 def _line(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:
     field = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
-        return f"{field}: unknown setting{nearest(field, kind.model_fields)}"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(kind, problem["loc"][:-1])
+        return f"{field}: unknown setting{nearest(str(problem['loc'][-1]), known)}"
     return explain(field, problem["input"], message) if field else message
+
+
+def _fields_at(kind: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The names that settings at ``location`` within ``kind`` may have."""
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        inner = field.annotation if field is not None else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        kind = inner
+    return list(kind.model_fields)

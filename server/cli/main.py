@@ -17,6 +17,7 @@ from server.cli.keys import keys_app
 from server.cli.methods import methods
 from server.cli.registry import registry_app
 from server.cli.serve import demo, serve
+from server.cli.sweep import sweep
 
 app = typer.Typer(
     name="reft",
@@ -35,6 +36,7 @@ app.add_typer(registry_app, name="registry")
 app.add_typer(config_app, name="config")
 app.command()(methods)
 app.command()(compare)
+app.command()(sweep)
 
 
 def main() -> None:

@@ -79,11 +79,11 @@ def registry_changes(
     if not contender.every_token:
         changes |= {"positions": shared.positions, "tied": shared.tied, "layers": shared.layers}
     if METHODS[contender.name].sites == ("linear",):
-        changes["sites"] = _linear_sites(model, contender.name)
+        changes["sites"] = linear_sites(model, contender.name)
     return changes
 
 
-def _linear_sites(model: ModelDescription, method: str) -> tuple[str, ...]:
+def linear_sites(model: ModelDescription, method: str) -> tuple[str, ...]:
     """Query and value maps, LoRA's usual place; every linear map for BitFit."""
     linear = tuple(site for site in model.sites if site.startswith("linear:"))
     if method == "bitfit":
