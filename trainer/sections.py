@@ -40,7 +40,14 @@ def read_section(path: Path, name: str, kind: type[Section], given: Mapping[str,
         section = (document.get(name) if isinstance(document, dict) else None) or {}
     if not isinstance(section, dict):
         raise TrainingError(explain(f"{path}: {name}", section, "a mapping of settings"))
-    return validated(kind, f"{path}: {name}", section | dict(given))
+    values = dict(section)
+    for key, value in given.items():
+        inner = values.get(key)
+        # Settings of a group, such as a sweep's space, are given one by one.
+        values[key] = (
+            inner | value if isinstance(inner, dict) and isinstance(value, dict) else value
+        )
+    return validated(kind, f"{path}: {name}", values)
 
 
 def mapping_of(name: str, settings: Sequence[str]) -> dict[str, Any]:

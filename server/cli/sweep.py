@@ -31,9 +31,7 @@ def sweep(
     name: Annotated[str | None, typer.Option(help="of the study in its storage")] = None,
     space: Annotated[
         list[str] | None,
-        typer.Option(
-            help="name=values, such as rank=[1,4] or learning_rate={low: 1e-3, high: 8e-3}"
-        ),
+        typer.Option(help="name=values: rank=[1,4], learning_rate='{low: 0.001, high: 0.01}'"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder; absent: runs/sweep")] = None,
 ) -> None:
