@@ -43,10 +43,9 @@ def read_section(path: Path, name: str, kind: type[Section], given: Mapping[str,
     values = dict(section)
     for key, value in given.items():
         inner = values.get(key)
-        # Settings of a group, such as a sweep's space, are given one by one.
-        values[key] = (
-            inner | value if isinstance(inner, dict) and isinstance(value, dict) else value
-        )
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = inner | value  # a group, such as a sweep's space, is given setting by setting
+        values[key] = value
     return validated(kind, f"{path}: {name}", values)
 
 

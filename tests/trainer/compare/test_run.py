@@ -44,7 +44,9 @@ def test_a_comparison_of_every_kind_ends_in_a_table(tmp_path: Path) -> None:
     assert rows["loreft"].difference is not None
     quality, difference = rows["loreft"].quality, rows["loreft"].difference
     other = rows["peft_lora"].quality
-    assert quality is not None and other is not None and difference is not None
+    assert quality is not None
+    assert other is not None
+    assert difference is not None
     assert difference.value == pytest.approx(quality.value - other.value)
     assert quality.low <= quality.value <= quality.high
 
@@ -61,7 +63,8 @@ def test_a_comparison_of_every_kind_ends_in_a_table(tmp_path: Path) -> None:
     assert latex.count(r"\\") == 1 + len(methods)
     assert "_" not in latex.replace(r"\_", "")
     assert json.loads((folder / "report.json").read_text())["rows"][4]["method"] == "loreft"
-    assert to_markdown(found, [], "") and to_csv([]) and to_latex(found, [])
+    assert to_csv([]).count("\n") == 1
+    assert to_latex(found, []).count(r"\\") == 1
 
 
 def test_a_rerun_computes_nothing_and_finds_the_same(
