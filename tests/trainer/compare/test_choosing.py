@@ -9,24 +9,21 @@ import torch
 
 from reft_core.positions import PositionRule
 from tests.trainer.compare.factories import moved_model, tiny_task
-from tests.trainer.factories import byte_model
 from trainer.collate import Collator
 from trainer.compare.answering import (
     answer_by_engine,
     answer_by_model,
     by_transformers,
-    score_answers,
     serving_base,
 )
 from trainer.compare.baseline import BaselineModel
-from trainer.compare.choosing import choose_labels, row_losses
+from trainer.compare.choosing import choose_labels
 from trainer.data import TokenisedExample
 from trainer.evaluation.scoring import METRICS
 from trainer.evaluation.splits import generate, likeliest_labels
-from trainer.reft_model import ReftModel
 
 COLLATOR = Collator(PositionRule.parse("l1"))
-LABELS = ("yes", "yet", "no", "n", "maybe")
+LABELS = ("ye", "ya", "no", "na", "mi", "qu", "zo")
 
 
 def test_the_bound_never_changes_what_is_chosen(tmp_path: Path) -> None:
@@ -90,12 +87,3 @@ def test_engine_and_transformers_write_the_same(tmp_path: Path) -> None:
     with serving_base(task.loaded, None, 64) as engine:
         served = generate(engine, prompts, None, 8)
     assert by_transformers(task.loaded, prompts, 8) == served
-
-
-def test_engine_scores_a_completion_as_training_does(tmp_path: Path) -> None:
-    task = tiny_task(tmp_path)
-    with serving_base(task.loaded, None, 64) as engine:
-        served = score_answers(engine, task.valid.rows, None)
-    base = ReftModel(byte_model().model, None, num_units=1)
-    losses = [loss for loss, _ in row_losses(base, task.valid.rows, COLLATOR, 4)]
-    torch.testing.assert_close(torch.tensor(served), -torch.tensor(losses))

@@ -95,7 +95,7 @@ def test_accuracy_can_be_the_objective(tmp_path: Path) -> None:
 def test_a_trial_that_does_badly_is_given_up(tmp_path: Path) -> None:
     config = tiny(tmp_path, epochs=4)
     space = SPACE | {"learning_rate": [2e-2, 1e-7], "rank": 2, "layers": "all"}
-    given = {"space": space, "startup_trials": 1, "seed": 3, "trials": 8}
+    given = {"space": space, "startup_trials": 1, "seed": 3, "trials": 5}
     study = sweep(config, settings(tmp_path, **given), loaded=byte_model())
     pruned = study.get_trials(states=(TrialState.PRUNED,))
     assert pruned
@@ -116,16 +116,11 @@ def test_a_setting_the_base_cannot_take_fails_its_trial_alone(tmp_path: Path) ->
 
 
 def test_a_study_of_other_rows_is_not_gone_on_with(tmp_path: Path) -> None:
-    sweep(tiny(tmp_path, epochs=1), settings(tmp_path, trials=1), loaded=byte_model())
+    config = tiny(tmp_path, epochs=1)
+    sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
     write_rows(tmp_path / "train.jsonl", label_rows(0, 24))
     with pytest.raises(TrainingError, match="train_rows: got 24, expected 40 as the study's"):
-        sweep(make_config_again(tmp_path), settings(tmp_path, trials=2), loaded=byte_model())
-
-
-def make_config_again(folder: Path) -> TrainConfig:
-    """The config of :func:`tiny` on the rows that lie there now."""
-    given = {"labels": ("y", "n"), "epochs": 1, "train": folder / "train.jsonl"}
-    return make_config(folder, **given, valid=folder / "valid.jsonl")
+        sweep(config, settings(tmp_path, trials=2), loaded=byte_model())
 
 
 def test_trials_of_a_process_that_died_are_not_waited_for(tmp_path: Path) -> None:
