@@ -26,7 +26,10 @@ def sweep(
     train_rows: Annotated[int | None, typer.Option(help="drawn of the training file")] = None,
     valid_rows: Annotated[int | None, typer.Option(help="drawn of the validation file")] = None,
     storage: Annotated[
-        str | None, typer.Option(help="a database's URL; absent: a journal file in --out")
+        str | None,
+        typer.Option(
+            envvar="REFT_SWEEP_STORAGE", help="a database's URL; absent: a journal file in --out"
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="of the study in its storage")] = None,
     space: Annotated[

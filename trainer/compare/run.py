@@ -67,6 +67,8 @@ def compare(
     Raises :class:`TrainingError` before anything is trained when the data or a method's settings
     cannot be used. A single run that fails is recorded as failed and the others go on.
     """
+    if config.test is None:
+        raise TrainingError("test: missing; a comparison ends on rows nothing was chosen by")
     contenders = get_contenders(comparison.methods)
     metric = _metric(config, contenders)
     spare = max((max(c.sizes) for c in contenders if c.size == "prefix_length"), default=0)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from reft_core.errors import TrainingError
 from reft_core.loading import LoadedModel, load_model
 from trainer.config import TrainConfig
 from trainer.data import Dataset, TokenisedExample, check_no_leak, load_dataset, tokenise
@@ -94,9 +93,8 @@ def load_task(
 
 
 def load_test(task: Task, *, test_rows: int | None = None, spare_tokens: int = 0) -> Split:
-    """The test split. Raises :class:`TrainingError` if there is none or it leaks."""
-    if task.config.test is None:
-        raise TrainingError("test: missing; a comparison ends on rows nothing was chosen by")
+    """The test split. Raises :class:`TrainingError` if it cannot be used or leaks."""
+    assert task.config.test is not None
     test = draw(_read(task.config, "test"), test_rows)
     for earlier in task.datasets.values():
         check_no_leak(earlier, test)

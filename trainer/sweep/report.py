@@ -42,7 +42,7 @@ def write_report(
         write_durably(settings.out / "best.yaml", to_yaml(config, found, best, command).encode())
     document = {
         "command": command,
-        "sweep": settings.model_dump(mode="json"),
+        "sweep": settings.model_dump(mode="json", exclude={"storage"}),  # it may hold a password
         "task": study.user_attrs.get("task"),
         "best": None if best is None else {"number": best.number, "value": best.value, **found},
         "importances": importances,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import optuna
 
-from reft_core.errors import TrainingError, explain
+from reft_core.errors import ReftError, TrainingError, explain
 from reft_core.loading import LoadedModel
 from trainer.compare.task import Task, load_task, run_config
 from trainer.config import TrainConfig
@@ -135,8 +136,12 @@ def _worker(given: dict[str, Any], settings_json: str, index: int, stop: float |
     """One process of several. Its base is loaded once."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = SweepConfig.model_validate_json(settings_json)
-    task = _load(TrainConfig.model_validate(given), settings)
-    study = open_study(settings, facts_of(task, settings), worker=index)
+    try:
+        task = _load(TrainConfig.model_validate(given), settings)
+        study = open_study(settings, facts_of(task, settings), worker=index)
+    except ReftError as error:
+        print(f"error: worker {index}: {error.message}", file=sys.stderr)
+        raise SystemExit(1) from None
     _work(task, settings, study, stop)
 
 
