@@ -52,14 +52,23 @@ class Store:
         Raises :class:`TrainingError` naming what differs if the folder's results are of another.
         """
         self.folder = folder
-        path = folder / "task.json"
-        text = json.dumps(task, indent=1, sort_keys=True)
+        self.agree("task.json", task)
+
+    def agree(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Keep ``facts`` under ``name``, or see that they are those that are kept.
+
+        Raises :class:`TrainingError` naming what differs.
+        """
+        path = self.folder / name
+        text = json.dumps(facts, indent=1, sort_keys=True)
         if not path.exists():
             write_durably(path, text.encode())
         known, asked = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
         for key in sorted(known.keys() | asked.keys()):
             if known.get(key) != asked.get(key):
-                allowed = f"{known.get(key)!r} as the results in {folder} have, or another folder"
+                allowed = (
+                    f"{known.get(key)!r} as the results in {self.folder} have, or another folder"
+                )
                 raise TrainingError(explain(key, asked.get(key), allowed), field=key)
 
     def read(self, job: Job) -> Record | None:

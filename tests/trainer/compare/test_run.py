@@ -11,7 +11,7 @@ import pytest
 from reft_core.errors import TrainingError
 from tests.trainer.compare.factories import tiny_comparison
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
-from trainer.compare import run as run_module
+from trainer.compare import runner
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.render import to_csv, to_latex, to_markdown
 from trainer.compare.report import write_report
@@ -73,7 +73,7 @@ def test_a_rerun_computes_nothing_and_finds_the_same(
 ) -> None:
     config = make_config(tmp_path, **LABELS)
     first = run(config, tmp_path, methods=("red", "zero_shot"), search=2)
-    monkeypatch.setattr(run_module._Runner, "_measure", None)
+    monkeypatch.setattr(runner.Runner, "_measure", None)
     again = run(config, tmp_path, methods=("red", "zero_shot"), search=2)
     assert table_rows(first) == table_rows(again)
 
@@ -116,7 +116,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     def exploding(*_: object) -> None:
         raise diverged("the loss became nan at step 3")
 
-    monkeypatch.setattr(run_module, "fit", exploding)
+    monkeypatch.setattr(runner, "fit", exploding)
     found = run(make_config(tmp_path, **LABELS), tmp_path, methods=("red", "zero_shot"))
     red, zero = table_rows(found)
     assert found.finals["red"][0]["status"] == "failed"
@@ -131,6 +131,10 @@ def test_results_of_another_task_are_not_mixed_in(tmp_path: Path) -> None:
     run(config, tmp_path, methods=("zero_shot",))
     write_rows(tmp_path / "train.jsonl", label_rows(0, 30))
     with pytest.raises(TrainingError, match=r"train_rows: got 30, expected 40 as the results in"):
+        run(config, tmp_path, methods=("zero_shot",))
+    write_rows(tmp_path / "train.jsonl", label_rows(0, 40))
+    write_rows(tmp_path / "test.jsonl", label_rows(70, 6))
+    with pytest.raises(TrainingError, match="test_sha256: got"):
         run(config, tmp_path, methods=("zero_shot",))
 
 
