@@ -21,6 +21,7 @@ def search_settings(contender: Contender, comparison: CompareConfig) -> list[Set
 
 
 def search_jobs(contenders: Iterable[Contender], comparison: CompareConfig) -> list[Job]:
+    """Every search's trials, with the first seed."""
     return [
         Job.of("search", contender.name, setting, comparison.seeds[0])
         for contender in contenders

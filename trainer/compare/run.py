@@ -13,6 +13,8 @@ from reft_core.errors import TrainingError, explain
 from reft_core.loading import LoadedModel
 from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import Contender, Setting, get_contenders
+from trainer.compare.jobs import search_jobs, search_settings, tested_seeds
+from trainer.compare.runner import Runner
 from trainer.compare.settings import check_settings, training_config
 from trainer.compare.store import Job, Record, Store
 from trainer.compare.task import Task, load_task, load_test
