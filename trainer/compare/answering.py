@@ -16,6 +16,7 @@ from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.generate import generate as run_requests
 from reft_core.engine.interface import AdapterChoice, Engine, Request, SamplingParams
 from reft_core.loading import LoadedModel
+from reft_core.positions import PositionRule
 from trainer.collate import Collator
 from trainer.compare.choosing import Scorer, choose_labels, row_losses
 from trainer.compare.probe import ProbeModel
@@ -66,13 +67,14 @@ class Answers:
 
 
 def answer_by_model(
-    task: Task, split: Split, metric: Metric, model: Scorer | ProbeModel
+    task: Task, split: Split, metric: Metric, model: Scorer | ProbeModel, rule: PositionRule
 ) -> Answers:
     """What ``metric`` needs, by ``model``'s own forward: the same code for every method.
 
+    ``rule`` says which positions the model edits, which need not be those of the shared config.
     Texts are transformers' greedy ones on the base as it is now.
     """
-    collator, size = Collator(task.config.rule), task.config.batch_size
+    collator, size = Collator(rule), task.config.batch_size
     if metric.needs == "text":
         prompts = [row.prompt for row in split.rows]
         return _decoded(task, by_transformers(task.loaded, prompts, _room(task, split)))

@@ -55,7 +55,6 @@ def compare(
     if config.test is None:
         raise TrainingError("test: missing; a comparison ends on rows nothing was chosen by")
     contenders = get_contenders(comparison.methods)
-    metric = _metric(config, contenders)
     spare = max((max(c.sizes) for c in contenders if c.size == "prefix_length"), default=0)
     task = load_task(
         config,
@@ -65,6 +64,7 @@ def compare(
         steps=comparison.steps,
         spare_tokens=spare,
     )
+    metric = _metric(task.config, contenders)
     check_settings(comparison)
     for contender in contenders:  # whatever is wrong with a setting is said now
         for setting in search_settings(contender, comparison):
@@ -93,7 +93,7 @@ def compare(
         task=facts,
         metric=metric,
         references=test.references,
-        labels=config.labels or (),
+        labels=task.config.labels or (),
         num_base_parameters=task.loaded.description.num_parameters,
         chosen=chosen,
         finals={name: [runner.read(job) for job in jobs] for name, jobs in finals.items()},

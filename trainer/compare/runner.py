@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from reft_core.errors import ReftError
+from reft_core.positions import PositionRule
 from trainer.collate import Collator
 from trainer.compare import serving
 from trainer.compare.answering import Answers, answer_by_engine, answer_by_model
@@ -137,10 +138,10 @@ class Runner:
                 "valid_losses": [epoch.valid_loss for epoch in result.epochs],
             }
             if test is None:
-                return record | self._validation(model, result.best.valid_loss)
+                return record | self._validation(model, config.rule, result.best.valid_loss)
             by_engine = self.metric.needs == "text" and saved.adapter is not None
             if not by_engine:
-                answers = answer_by_model(task, test, self.metric, model)
+                answers = answer_by_model(task, test, self.metric, model, config.rule)
         if by_engine:  # on the base as it was
             answers = answer_by_engine(task, test, self.metric, saved.adapter)
         work = serving.Workload.of(task.loaded.description, test.rows)
@@ -152,11 +153,11 @@ class Runner:
             cost = serving.own_weights()
         return record | {"serving": asdict(cost)} | self._test(answers, test)
 
-    def _validation(self, model: Any, loss: float) -> Record:
+    def _validation(self, model: Any, rule: PositionRule, loss: float) -> Record:
         """What a setting is chosen by: labels if there are any, else the loss alone."""
         if self.metric.needs != "choice":
             return {"valid": {"loss": loss}}
-        answers = answer_by_model(self.task, self.task.valid, self.metric, model)
+        answers = answer_by_model(self.task, self.task.valid, self.metric, model, rule)
         return {"valid": {"loss": loss, self.metric.name: self._value(answers, self.task.valid)}}
 
     def _test(self, answers: Answers, test: Split) -> Record:

@@ -36,8 +36,6 @@ def sweep(
     cannot be used, before any trial.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if settings.objective == "accuracy" and not config.labels:
-        raise TrainingError(explain("objective", "accuracy", "'loss', or labels in the config"))
     shared = without_test(config)
     stop = None if settings.timeout is None else time.time() + settings.timeout
     with taking_part(settings):
@@ -73,13 +71,16 @@ def facts_of(task: Task, settings: SweepConfig) -> dict[str, Any]:
 
 def _load(config: TrainConfig, settings: SweepConfig, loaded: LoadedModel | None = None) -> Task:
     assert config.test is None, "a sweep has no test rows"
-    return load_task(
+    task = load_task(
         config,
         loaded=loaded,
         train_rows=settings.train_rows,
         valid_rows=settings.valid_rows,
         steps=settings.steps,
     )
+    if settings.objective == "accuracy" and not task.config.labels:
+        raise TrainingError(explain("objective", "accuracy", "'loss', or labels in the config"))
+    return task
 
 
 def _work(

@@ -74,7 +74,7 @@ def test_engine_and_transformers_agree_on_the_base(tmp_path: Path, metric: str) 
     attention = task.loaded.model.config._attn_implementation
     served = answer_by_engine(task, task.train, METRICS[metric])
     assert task.loaded.model.config._attn_implementation == attention
-    direct = answer_by_model(task, task.train, METRICS[metric], model)
+    direct = answer_by_model(task, task.train, METRICS[metric], model, task.config.rule)
     assert served.choices == direct.choices
     losses = torch.tensor([loss for loss, _ in direct.losses])
     torch.testing.assert_close(torch.tensor([x for x, _ in served.losses]), losses)

@@ -12,6 +12,7 @@ from reft_core.errors import TrainingError
 from tests.trainer.compare.factories import tiny_comparison
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
 from trainer.compare import runner
+from trainer.compare.answering import Answers, answer_by_model
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.render import to_csv, to_latex, to_markdown
 from trainer.compare.report import write_report
@@ -166,6 +167,21 @@ def test_texts_are_compared_where_there_are_no_labels(tmp_path: Path) -> None:
     assert "head only" not in [row.label for row in table_rows(found)]
     with pytest.raises(TrainingError, match="methods: got 'head_only', expected labels"):
         run(config, tmp_path, methods=("head_only",))
+
+
+def test_a_method_is_asked_with_its_own_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(*arguments: object) -> Answers:
+        asked.append(str(arguments[-1]))
+        return answer_by_model(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "answer_by_model", answer)
+    config = make_config(tmp_path, labels=("y", "n"), epochs=1, positions="l1")
+    run(config, tmp_path, methods=("series_adapter", "loreft"), search=2)
+    assert asked == ["prompt", "prompt", "l1", "l1", "prompt", "l1"]
 
 
 def test_a_step_budget_holds_for_every_method(tmp_path: Path) -> None:
