@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ def fit(
     *,
     checkpoint: Path | None = None,
     run: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> FitResult:
     """Train ``model`` in place and leave it with the parameters of lowest validation loss.
 
+    ``on_epoch`` is called after each validation and may raise to end the training.
     Goes on from ``checkpoint`` if there is one; those that are written hold ``run``, which says
     what belongs to them. Deterministic for a seed on one machine, also
     when it was interrupted. Raises :class:`TrainingError` as soon as a loss is not finite.
@@ -45,7 +47,11 @@ def fit(
         progress.stage("training", num_steps(config, len(train))) as advance,
     ):
         validation = Validation(
-            model, config, len(train), lambda: mean_loss(model, measured, config, collator)
+            model,
+            config,
+            len(train),
+            lambda: mean_loss(model, measured, config, collator),
+            on_epoch,
         )
         trainer = ReftTrainer(
             model,

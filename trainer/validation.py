@@ -27,6 +27,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         config: TrainConfig,
         num_rows: int,
         valid_loss: Callable[[], float],
+        on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     ) -> None:
         self.log: Callable[[dict[str, float]], None] = lambda logs: None
         self.revisit: Callable[[int], None] = lambda steps: None
@@ -34,6 +35,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self._config = config
         self.num_rows = num_rows
         self._valid_loss = valid_loss
+        self._on_epoch = on_epoch
         self._epochs: list[Epoch] = []
         self._best: Epoch | None = None
         self._best_parameters: list[dict[str, Tensor]] = []
@@ -96,6 +98,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         if self._best is None or epoch.valid_loss < self._best.valid_loss:
             self._best = epoch
             self._best_parameters = self._model.trained_state()
+        self._on_epoch(epoch)
         patience = self._config.patience
         if patience is not None and epoch.number - self._best.number >= patience:
             control.should_training_stop = True

@@ -9,6 +9,7 @@ import typer
 from server.cli.adapters import adapters_app
 from server.cli.bench import bench
 from server.cli.chat import chat
+from server.cli.compare import compare
 from server.cli.config import config_app
 from server.cli.errors import OneLineGroup, one_line_errors
 from server.cli.eval import evaluate
@@ -16,6 +17,7 @@ from server.cli.keys import keys_app
 from server.cli.methods import methods
 from server.cli.registry import registry_app
 from server.cli.serve import demo, serve
+from server.cli.sweep import sweep
 
 app = typer.Typer(
     name="reft",
@@ -34,6 +36,8 @@ app.add_typer(keys_app, name="key")
 app.add_typer(registry_app, name="registry")
 app.add_typer(config_app, name="config")
 app.command()(methods)
+app.command()(compare)
+app.command()(sweep)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from reft_core.spec import TemplateSpec
 from trainer.config.base import PATH_FIELDS, SOURCE_FIELDS
 from trainer.config.train import TrainConfig
 from trainer.nearest import nearest
+from trainer.sections import without_sections
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -40,7 +41,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise TrainingError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(document, dict):
         raise TrainingError(explain(str(path), document, "a mapping of settings"))
-    return _config_of(_relative_to(path.resolve().parent, document), overrides, str(path))
+    return _config_of(
+        _relative_to(path.resolve().parent, without_sections(document)), overrides, str(path)
+    )
 
 
 def _config_of(values: dict[str, Any], overrides: Sequence[str], place: str) -> TrainConfig:

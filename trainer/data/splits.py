@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reft_core.errors import TrainingError
@@ -28,9 +28,13 @@ class Splits:
         return self.datasets["train"]
 
 
-def load_splits(config: TrainConfig) -> Splits:
-    """Read and check the rows. Raises :class:`TrainingError` naming file and line."""
-    sources = _sources(config)
+def load_splits(config: TrainConfig, *, test: bool = True) -> Splits:
+    """Read and check the rows. Raises :class:`TrainingError` naming file and line.
+
+    Without ``test`` those of the test split are not read.
+    """
+    names = ("train", "valid", "test") if test else ("train", "valid")
+    sources = _sources(config, names)
     remarks: list[str] = []
     datasets = {name: read_source(source, config.row_format) for name, source in sources.items()}
     for column, remark in {c: r for d in datasets.values() for c, r in d.remarks.items()}.items():
@@ -56,14 +60,14 @@ def load_splits(config: TrainConfig) -> Splits:
     return Splits(datasets, labels, tuple(remarks))
 
 
-def _sources(config: TrainConfig) -> dict[str, Source]:
+def _sources(config: TrainConfig, names: Sequence[str]) -> dict[str, Source]:
     """The sources in the order train, valid, test; files given one by one win over a folder's."""
     found = {} if config.data is None else find_splits(config.data)
     labels = found["train"].labels if "train" in found else ()
-    for name in ("train", "valid", "test"):
+    for name in names:
         if (path := getattr(config, name)) is not None:
             found[name] = read_file(path, labels)
-    return {name: found[name] for name in ("train", "valid", "test") if name in found}
+    return {name: found[name] for name in names if name in found}
 
 
 def _separate(config: TrainConfig, datasets: dict[str, Dataset], remarks: list[str]) -> None:

@@ -1,0 +1,167 @@
+"""Whole sweeps on a tiny random llama over bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from reft_core.errors import TrainingError
+from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
+from trainer.config import TrainConfig
+from trainer.config.file import load_config
+from trainer.sweep.config import SweepConfig
+from trainer.sweep.report import best_settings, best_trial, param_importances, write_report
+from trainer.sweep.run import sweep
+from trainer.sweep.study import existing_study, open_study
+
+SPACE = {"first": [0, 1], "last": [1, 2], "layers": ["all", "upper_half"], "rank": [1, 2]}
+
+
+def settings(folder: Path, **fields: object) -> SweepConfig:
+    values = {"space": SPACE, "trials": 3, "startup_trials": 2, "out": folder / "swept"}
+    return SweepConfig.model_validate(values | fields)
+
+
+def tiny(folder: Path, **fields: object) -> TrainConfig:
+    return make_config(folder, **({"labels": ("y", "n"), "epochs": 2} | fields))
+
+
+def test_a_sweep_goes_on_where_it_ended_and_reports_the_best(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    seen: list[int] = []
+    study = sweep(
+        config, settings(tmp_path), loaded=byte_model(), on_trial=lambda t: seen.append(t.number)
+    )
+    assert seen == [0, 1, 2]
+    study = sweep(
+        config,
+        settings(tmp_path, trials=5),
+        loaded=byte_model(),
+        on_trial=lambda t: seen.append(t.number),
+    )
+    assert seen == [0, 1, 2, 3, 4]
+    best = best_trial(study)
+    assert best is not None
+    done = study.get_trials(states=(TrialState.COMPLETE,))
+    assert best.value == min(trial.value for trial in done)  # type: ignore[type-var]
+
+    found = write_report(study, config, settings(tmp_path), 3, "reft sweep tiny.yaml")
+    folder = tmp_path / "swept"
+    again = load_config(folder / "best.yaml")
+    assert again.test == config.test
+    assert again.positions == found["positions"]
+    assert again.rank == found["rank"]
+    assert again.learning_rate == pytest.approx(best.params["learning_rate"])
+    report = (folder / "report.md").read_text()
+    assert f"trial {best.number}" in report
+    document = json.loads((folder / "report.json").read_text())
+    assert len(document["trials"]) == 5
+    assert document["best"]["number"] == best.number
+
+
+def test_the_best_config_trains_what_the_trial_trained(tmp_path: Path) -> None:
+    from trainer.train import train
+
+    config = tiny(tmp_path)
+    study = sweep(config, settings(tmp_path, pruner="none"), loaded=byte_model())
+    write_report(study, config, settings(tmp_path), 3, "")
+    best = best_trial(study)
+    result = train(load_config(tmp_path / "swept" / "best.yaml"), loaded=byte_model())
+    assert best is not None
+    assert result.fit.best.valid_loss == best.value
+
+
+def test_the_test_split_is_never_read(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    (tmp_path / "test.jsonl").write_text("this would be an error\n")
+    study = sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
+    assert study.user_attrs["task"]["config"].get("test") is None
+    assert study.trials[0].state == TrialState.COMPLETE
+
+
+def test_accuracy_can_be_the_objective(tmp_path: Path) -> None:
+    given = {"objective": "accuracy", "trials": 2}
+    study = sweep(tiny(tmp_path), settings(tmp_path, **given), loaded=byte_model())
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+    assert all(0 <= trial.value <= 1 for trial in study.trials)
+    with pytest.raises(TrainingError, match="objective: got 'accuracy', expected 'loss'"):
+        sweep(make_config(tmp_path), settings(tmp_path, **given), loaded=byte_model())
+
+
+def test_a_trial_that_does_badly_is_given_up(tmp_path: Path) -> None:
+    config = tiny(tmp_path, epochs=4)
+    space = SPACE | {"learning_rate": [2e-2, 1e-7], "rank": 2, "layers": "all"}
+    given = {"space": space, "startup_trials": 1, "seed": 3, "trials": 5}
+    study = sweep(config, settings(tmp_path, **given), loaded=byte_model())
+    pruned = study.get_trials(states=(TrialState.PRUNED,))
+    assert pruned
+    assert all(len(trial.intermediate_values) < 4 for trial in pruned)
+    best = best_trial(study)
+    assert best is not None
+    assert best.params["learning_rate"] == 2e-2
+
+
+def test_a_setting_the_base_cannot_take_fails_its_trial_alone(tmp_path: Path) -> None:
+    space = {"rank": [2, 33], "first": 0, "last": 1, "layers": "all", "learning_rate": 1e-2}
+    given = {"space": space | {"tied": True}, "trials": 6, "seed": 1}
+    study = sweep(tiny(tmp_path, epochs=1), settings(tmp_path, **given), loaded=byte_model())
+    states = {trial.params["rank"]: trial.state for trial in study.trials}
+    assert states == {2: TrialState.COMPLETE, 33: TrialState.FAIL}
+    failed = next(trial for trial in study.trials if trial.state == TrialState.FAIL)
+    assert "rank: got 33" in failed.user_attrs["error"]
+
+
+def test_a_study_of_other_rows_is_not_gone_on_with(tmp_path: Path) -> None:
+    config = tiny(tmp_path, epochs=1)
+    sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
+    write_rows(tmp_path / "train.jsonl", label_rows(0, 24))
+    with pytest.raises(TrainingError, match="train_rows: got 24, expected 40 as the study's"):
+        sweep(config, settings(tmp_path, trials=2), loaded=byte_model())
+
+
+def test_trials_of_a_process_that_died_are_not_waited_for(tmp_path: Path) -> None:
+    config = tiny(tmp_path, epochs=1)
+    sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
+    dead = existing_study(settings(tmp_path))
+    assert dead is not None
+    dead.ask()
+    study = sweep(config, settings(tmp_path, trials=3), loaded=byte_model())
+    assert [trial.state for trial in study.trials] == [
+        TrialState.COMPLETE,
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+    ]
+
+
+def test_no_trial_begins_after_the_timeout(tmp_path: Path) -> None:
+    study = sweep(tiny(tmp_path), settings(tmp_path, timeout=1e-9), loaded=byte_model())
+    assert study.trials == []
+
+
+def test_importances_tell_what_matters(tmp_path: Path) -> None:
+    study = open_study(settings(tmp_path), {})
+    distributions = {
+        "learning_rate": optuna.distributions.FloatDistribution(1e-3, 1e-2),
+        "rank": optuna.distributions.IntDistribution(1, 8),
+    }
+    for index in range(40):
+        params = {"learning_rate": 1e-3 + 2e-4 * index, "rank": 1 + index * 5 % 8}
+        value = (params["learning_rate"] - 4e-3) ** 2
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=value)
+        )
+    found = param_importances(study)
+    assert found["learning_rate"] > 2 * found["rank"]
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_settings_of_a_trial_are_what_it_drew(tmp_path: Path) -> None:
+    study = sweep(tiny(tmp_path, epochs=1), settings(tmp_path, trials=1), loaded=byte_model())
+    (trial,) = study.trials
+    found = best_settings(trial, settings(tmp_path), 3)
+    assert found["rank"] == trial.params["rank"]
+    assert found["positions"].endswith(f"l{trial.params['last']}")

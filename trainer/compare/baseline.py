@@ -1,0 +1,110 @@
+"""A model of transformers, with PEFT's parts in it or without, that trains as ours do.
+
+It takes our own batches, so every method sees the same tokens and learns from the same cells.
+PEFT's virtual tokens cannot be told where each row begins, and positions must count from a
+row's first token: so rows are moved to the left edge and padded on the right.
+
+Dimension letters as in :mod:`trainer.collate`; N cells that carry loss, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from trainer.collate import IGNORED
+from trainer.reft_model import LossAndLogits
+
+
+class BaselineModel(nn.Module):
+    """``wrapped`` around ``base``, in the form that :func:`trainer.fit.fit` trains.
+
+    Whatever of it requires a gradient is trained. It stays in eval mode, as no method here
+    drops anything out.
+    """
+
+    def __init__(self, base: PreTrainedModel, wrapped: nn.Module, num_virtual: int = 0) -> None:
+        """``num_virtual`` columns of hidden states stand before the rows' own."""
+        super().__init__()
+        self.wrapped = wrapped.eval()
+        self._base = [base]  # in a list: it is part of what is wrapped
+        self._num_virtual = num_virtual
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are to be."""
+        device: torch.device = self._base[0].device
+        return device
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode."""
+        return self
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters the optimiser may change."""
+        return [parameter for _, parameter in self._named()]
+
+    def trained_state(self) -> list[dict[str, Tensor]]:
+        """A copy of what training changes."""
+        return [{name: parameter.detach().clone() for name, parameter in self._named()}]
+
+    @torch.no_grad()
+    def load_trained_state(self, state: Sequence[dict[str, Tensor]]) -> None:
+        """Put back what :meth:`trained_state` returned."""
+        (tensors,) = state
+        for name, parameter in self._named():
+            parameter.copy_(tensors[name])
+
+    @override
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        edit_columns: Tensor | None = None,
+        edit_valid: Tensor | None = None,
+        split: int = 0,
+    ) -> LossAndLogits:
+        """Loss and logits of a :class:`trainer.collate.Batch`; nothing is edited."""
+        tokens, mask, rows, columns = to_left_edge(input_ids, attention_mask, labels)
+        columns = columns + self._num_virtual
+
+        def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0][rows, columns].unsqueeze(0), *args[1:])  # (1, N, d)
+
+        handle = self._base[0].get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            logits = self.wrapped(input_ids=tokens, attention_mask=mask).logits[0]  # (N, V)
+        finally:
+            handle.remove()
+        loss = F.cross_entropy(logits.float(), labels[labels != IGNORED])
+        return LossAndLogits(loss=loss, logits=logits)
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.wrapped.named_parameters() if p.requires_grad]
+
+
+def to_left_edge(
+    input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch's tokens and mask (B, T) with every row begun in column 0.
+
+    And row and column (N,) of the cells that predict what ``labels`` (B, C) hold, row by row.
+    """
+    width = input_ids.shape[1]
+    start = attention_mask.argmax(dim=1)  # (B,)
+    source = torch.arange(width, device=start.device) + start[:, None]  # (B, T)
+    inside = source < width
+    source = source.clamp(max=width - 1)
+    mask = attention_mask.gather(1, source) * inside
+    rows, answers = (labels != IGNORED).nonzero(as_tuple=True)
+    columns = width - labels.shape[1] + answers - start[rows]
+    return input_ids.gather(1, source) * mask, mask, rows, columns

@@ -1,0 +1,67 @@
+"""``reft compare``: the terminal around :func:`trainer.compare.run.compare`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from reft_core.errors import ReftError
+from trainer.cli import EXIT_ERROR, EXIT_INTERRUPTED
+from trainer.compare.config import CompareConfig
+from trainer.compare.render import shown
+from trainer.compare.report import write_report
+from trainer.compare.run import Comparison, compare
+from trainer.compare.table import Row, table_rows
+from trainer.config.file import read_config
+from trainer.progress import BarProgress
+from trainer.sections import read_section
+
+
+def compare_command(
+    path: Path, overrides: Sequence[str], given: Mapping[str, Any], command: str
+) -> None:
+    """Run the comparison in the config file at ``path``, with the flags that are ``given``.
+
+    Ends the process with 1 on an error in config or data, and with 130 on Ctrl-C; results that
+    are done stay, and the same command goes on from them.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    console = Console(stderr=True)
+    try:
+        config = read_config(str(path), overrides)
+        comparison = read_section(path, "compare", CompareConfig, given)
+        found = compare(config, comparison, command=command, progress=BarProgress(console))
+        rows = table_rows(found)
+        write_report(found, rows, command)
+    except ReftError as error:
+        console.print(f"error: {error.message}", style="red", markup=False)
+        raise SystemExit(EXIT_ERROR) from None
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from what is done")
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    print_table(found, rows, Console())
+
+
+def print_table(comparison: Comparison, rows: Sequence[Row], console: Console) -> None:
+    """The table for a terminal, and where the files are."""
+    factor = 100 if comparison.metric.percent else 1
+    table = Table("method", "setting", "parameters", comparison.metric.name, "s", "serving")
+    for row in rows:
+        if row.quality is None:
+            table.add_row(row.label, row.error)
+            continue
+        table.add_row(
+            row.label,
+            row.setting,
+            f"{row.num_parameters:,}",
+            shown(row.quality, factor),
+            f"{row.training_seconds:.0f}",
+            f"{row.serving_scope}, {row.serving_extra_percent:+.2g} %",
+        )
+    console.print(table)
+    console.print(f"report: {comparison.config.out / 'report.md'}", soft_wrap=True)

@@ -1,0 +1,123 @@
+"""What a method costs when it serves: which forwards it takes part in, and how much it adds.
+
+The number is counted, not measured: multiply-adds times two of one request of the test split's
+mean length, over those of the base alone. It leaves out what depends on a server, above all
+whether requests with different adapters share a batch; the scope says that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from reft_core.adapter import Adapter
+from reft_core.sites import ModelDescription
+from trainer.data import TokenisedExample
+
+Scope = Literal["none", "prompt", "every token", "longer prompt", "prefix", "own weights", "head"]
+SCOPES: dict[Scope, str] = {
+    "none": "the base itself",
+    "prompt": "edits prompt tokens; decode is the base's own",
+    "every token": "takes part in every forward, decode too",
+    "longer prompt": "more tokens before every prompt, whose keys and values may be kept",
+    "prefix": "virtual tokens before every prompt, to which every token attends",
+    "own weights": "a model of its own, which shares no batch and no memory with others",
+    "head": "a head on the base's state at the last prompt token; nothing is generated",
+}
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The cost of one request."""
+
+    scope: Scope
+    extra_percent: float
+    """Operations beyond the base's, in percent of them."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A mean request on one base."""
+
+    model: ModelDescription
+    prompt: float
+    """Tokens."""
+    answer: float
+    """Tokens, the end token included."""
+    prompt_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: ModelDescription, rows: Sequence[TokenisedExample]) -> Workload:
+        """The mean of ``rows``."""
+        return cls(
+            model,
+            fmean(len(row.prompt) for row in rows),
+            fmean(len(row.completion) for row in rows),
+            tuple(len(row.prompt) for row in rows),
+        )
+
+    def base_flops(self, extra: float = 0.0, *, generates: bool = True) -> float:
+        """Of a request with ``extra`` more prompt tokens; the head runs where a token is wanted."""
+        model = self.model
+        embedding = model.vocab_size * model.hidden_size
+        body = model.num_parameters - embedding  # a tied head is the embedding
+        read = self.prompt + extra + (self.answer - 1 if generates else 0)
+        head = embedding * self.answer if generates else 0.0
+        attended = read * (read + 1) / 2
+        return 2 * (body * read + head) + self._attention(attended)
+
+    def prefix_flops(self, length: int) -> float:
+        """Of attending to ``length`` virtual tokens whose keys and values are given."""
+        return self._attention(length * (self.prompt + self.answer - 1))
+
+    def _attention(self, pairs: float) -> float:
+        """Of scores and weighted values for so many pairs of tokens, in all layers."""
+        return 4 * self.model.num_layers * self.model.hidden_size * pairs
+
+
+def none() -> Serving:
+    """The base's own."""
+    return Serving("none", 0.0)
+
+
+def longer_prompt(work: Workload, extra_tokens: float) -> Serving:
+    """Of so many tokens before every prompt, read anew for each."""
+    return _share("longer prompt", work, work.base_flops(extra_tokens) - work.base_flops())
+
+
+def head(work: Workload, num_parameters: int) -> Serving:
+    """Of a head instead of an answer: less than the base's where answers are long."""
+    flops = work.base_flops(generates=False) + 2 * num_parameters
+    return _share("head", work, flops - work.base_flops())
+
+
+def own_weights() -> Serving:
+    """Of a model that is the base's size."""
+    return Serving("own weights", 0.0)
+
+
+def of_adapter(work: Workload, adapter: Adapter) -> Serving:
+    """Of an adapter's edits and virtual tokens."""
+    flops, every_token = 0.0, False
+    for key, edit in adapter.edits.items():
+        positions = fmean(len(adapter.rule.resolve(n)[key.unit]) for n in work.prompt_lengths)
+        if adapter.spec.sites[key.site].phase == "all":
+            every_token = True
+            if key.unit == adapter.rule.num_units - 1:
+                positions += work.answer - 1
+        flops += 2 * positions * sum(tensor.numel() for _, tensor in edit.fold().parts())
+    scope: Scope = "every token" if every_token else "prompt"
+    length = adapter.num_virtual_tokens
+    if length:
+        scope = scope if every_token else "prefix"
+        if adapter.has_kv_prefix:
+            flops += work.prefix_flops(length)
+        else:
+            flops += work.base_flops(length) - work.base_flops()
+    return _share(scope, work, flops)
+
+
+def _share(scope: Scope, work: Workload, flops: float) -> Serving:
+    return Serving(scope, 100 * flops / work.base_flops())

@@ -1,0 +1,121 @@
+"""A comparison as rows of a table: means over seeds, with intervals over seeds and test rows.
+
+An interval is a two-level percentile bootstrap: each of its samples draws test rows with
+replacement, the same for every method, and seeds with replacement, and takes the mean over the
+drawn seeds of the metric on the drawn rows. With one seed it covers the rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from trainer.compare.answering import Answers
+from trainer.compare.contenders import CONTENDERS
+from trainer.compare.run import Comparison
+from trainer.compare.store import Record
+from trainer.evaluation.scoring import Estimate, Resampling, Statistic
+from trainer.evaluation.scoring.base import Counts, Values
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. Numbers of training are means over seeds."""
+
+    method: str
+    label: str
+    setting: str
+    num_seeds: int
+    error: str = ""
+    """Why there is no number: the message of its first failed run."""
+    quality: Estimate | None = None
+    """The metric as it is, not in percent."""
+    by_seed: tuple[float, ...] = ()
+    difference: Estimate | None = None
+    """From the reference method, on the same rows."""
+    num_parameters: int = 0
+    percent_of_base: float = 0.0
+    training_seconds: float = 0.0
+    file_bytes: int = 0
+    serving_scope: str = ""
+    serving_extra_percent: float = 0.0
+
+
+def table_rows(comparison: Comparison) -> list[Row]:
+    """A row for each method, in the order of the comparison."""
+    resampling = Resampling.of(len(comparison.references), seed=0)
+    done = {
+        name: [record for record in records if record["status"] == "done"]
+        for name, records in comparison.finals.items()
+    }
+    statistics = {
+        name: over_seeds([_statistic(comparison, record) for record in records])
+        for name, records in done.items()
+        if records
+    }
+    reference = statistics.get(comparison.config.reference or "")
+    rows = []
+    for name in comparison.config.methods:
+        if name not in statistics:
+            error = _first_error(comparison, name)
+            rows.append(Row(name, CONTENDERS[name].label, "", 0, error=error))
+            continue
+        records, statistic = done[name], statistics[name]
+        is_other = reference is not None and name != comparison.config.reference
+        rows.append(
+            Row(
+                method=name,
+                label=CONTENDERS[name].label,
+                setting=_shown_setting(records[0]),
+                num_seeds=len(records),
+                error=_first_error(comparison, name),
+                quality=resampling.estimate(statistic),
+                by_seed=tuple(r["test"][comparison.metric.name] for r in records),
+                difference=resampling.difference(statistic, reference)
+                if is_other and reference
+                else None,
+                num_parameters=records[0]["num_trainable"],
+                percent_of_base=100 * records[0]["num_trainable"] / comparison.num_base_parameters,
+                training_seconds=fmean(r["training_seconds"] for r in records),
+                file_bytes=records[0]["file_bytes"],
+                serving_scope=records[0]["serving"]["scope"],
+                serving_extra_percent=fmean(r["serving"]["extra_percent"] for r in records),
+            )
+        )
+    return rows
+
+
+def over_seeds(statistics: Sequence[Statistic]) -> Statistic:
+    """The mean over seeds, themselves drawn with replacement where the rows are."""
+
+    def values(counts: Counts) -> Values:
+        each = np.stack([statistic(counts) for statistic in statistics])  # (S, B)
+        if len(counts) > 1:  # not the rows as they are
+            drawn = np.random.default_rng(0).integers(len(each), size=each.shape)
+            each = np.take_along_axis(each, drawn, axis=0)
+        mean: Values = each.mean(axis=0)
+        return mean
+
+    return values
+
+
+def _statistic(comparison: Comparison, record: Record) -> Statistic:
+    rows = Answers.from_json(record["answers"]).against(comparison.references)
+    return comparison.metric.statistic(rows, comparison.labels)
+
+
+def _shown_setting(record: Record) -> str:
+    short = {"learning_rate": "lr", "prefix_length": "n", "rank": "r", "shots": "k"}
+    return ", ".join(
+        f"{short.get(name, name)} {value:g}" for name, value in record["setting"].items()
+    )
+
+
+def _first_error(comparison: Comparison, name: str) -> str:
+    failed = [r["error"] for r in comparison.finals.get(name, ()) if r["status"] == "failed"]
+    if comparison.chosen[name] is None:
+        return "every setting of its search failed"
+    return failed[0] if failed else ""

@@ -1,0 +1,123 @@
+"""The study behind a sweep: where its trials are kept, and what draws and prunes them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from reft_core.errors import TrainingError, explain
+from trainer.sweep.config import SweepConfig
+
+FACTS = "task"
+"""User attribute of a study: what all of its trials depend on."""
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def open_study(sweep: SweepConfig, facts: Mapping[str, Any], *, worker: int = 0) -> optuna.Study:
+    """The study of this name in the sweep's storage, made if it is new.
+
+    ``worker`` makes processes on one storage draw differently. Raises :class:`TrainingError`
+    naming what differs if the study's trials are of another task.
+    """
+    study = optuna.create_study(
+        study_name=sweep.name,
+        storage=_storage(sweep),
+        sampler=optuna.samplers.TPESampler(
+            seed=sweep.seed + worker,
+            n_startup_trials=sweep.startup_trials,
+            multivariate=False,
+            constant_liar=sweep.workers > 1,
+        ),
+        pruner=_pruner(sweep),
+        direction="minimize" if sweep.objective == "loss" else "maximize",
+        load_if_exists=True,
+    )
+    _check_same(study, facts)
+    return study
+
+
+def existing_study(sweep: SweepConfig) -> optuna.Study | None:
+    """The study of this name in the sweep's storage, if there is one."""
+    storage = _storage(sweep)
+    if sweep.name not in optuna.get_all_study_names(storage):
+        return None
+    return optuna.load_study(study_name=sweep.name, storage=storage)
+
+
+def ended(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that are over, however they ended."""
+    return study.get_trials(deepcopy=False, states=ENDED)
+
+
+def num_begun(study: optuna.Study) -> int:
+    """Trials that are over or under way."""
+    return len(study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)))
+
+
+@contextmanager
+def taking_part(sweep: SweepConfig) -> Iterator[None]:
+    """Held while this sweep runs on its folder; others may run on it too.
+
+    The first to come knows that no trial can be under way, and marks those whose process died
+    as failed.
+    """
+    sweep.out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(sweep.out / "study.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            _forget_unfinished(existing_study(sweep))
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _forget_unfinished(study: optuna.Study | None) -> None:
+    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if study else []
+    for trial in trials:
+        assert study is not None
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _storage(sweep: SweepConfig) -> JournalStorage | RDBStorage:
+    if sweep.storage is not None:
+        try:
+            return RDBStorage(sweep.storage)
+        except Exception as error:  # whatever the database's driver raises, or its absence
+            allowed = f"a database's URL that can be opened ({type(error).__name__}: {error})"
+            raise TrainingError(explain("storage", sweep.storage, allowed)) from error
+    sweep.out.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(sweep.out / "study.journal")))
+
+
+def _pruner(sweep: SweepConfig) -> optuna.pruners.BasePruner:
+    if sweep.pruner == "none":
+        return optuna.pruners.NopPruner()
+    if sweep.pruner == "hyperband":
+        return optuna.pruners.HyperbandPruner(min_resource=1)
+    return optuna.pruners.MedianPruner(n_startup_trials=sweep.startup_trials, n_warmup_steps=1)
+
+
+def _check_same(study: optuna.Study, facts: Mapping[str, Any]) -> None:
+    known = study.user_attrs.get(FACTS)
+    asked = json.loads(json.dumps(facts))
+    if known is None:
+        study.set_user_attr(FACTS, asked)
+        return
+    for key in sorted(known.keys() | asked.keys()):
+        if known.get(key) != asked.get(key):
+            allowed = f"{known.get(key)!r} as the study's trials have, or another out or name"
+            raise TrainingError(explain(key, asked.get(key), allowed), field=key)
