@@ -24,7 +24,6 @@ from trainer.reft_model import ReftModel
 from trainer.sweep.config import Objective
 from trainer.sweep.space import Draws, Space, settings_of
 
-
 REPORTS = 5
 """Validations of a training whose length is in steps, at each of which it may be given up."""
 
