@@ -159,7 +159,7 @@ class ReftModel(nn.Module):
         packing = Packing.of(rows, edit_valid.shape[1], input_ids.device)
         answers = labels != IGNORED  # (B, C)
         predicting = packing.predicting(labels.shape[1])[answers]  # (N,)
-        read, which = predicting.unique(return_inverse=True)
+        read, which = torch.unique(predicting, return_inverse=True)
         inputs = self._inputs(packing, virtual)  # before there are hooks: it may run the base
         with attending_by_row(self.base), self._hooked(packing.edited, read) as unused:
             kept = F.pad(read, (0, max(0, _LEAST_READ - len(read))))

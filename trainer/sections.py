@@ -75,7 +75,7 @@ def validated(kind: type[Section], place: str, values: Mapping[str, Any]) -> Sec
 
 def _is_cause(problem: Mapping[str, Any]) -> bool:
     """Whether it is no mere consequence: a default that depends on a setting reported anyway."""
-    return problem["type"] != "default_factory_not_called"
+    return bool(problem["type"] != "default_factory_not_called")
 
 
 def _line(kind: type[BaseModel], problem: Mapping[str, Any]) -> str:

@@ -89,7 +89,7 @@ def main() -> None:
             found = _measure(folder, options, dtype, rule, with_positions(batches, rule))
             results[dtype][rule] = found
             print(_table(f"{dtype}, {rule}", found), flush=True)
-    document = {
+    document: dict[str, object] = {
         **provenance(),
         "model": folder.name,
         "texts": source,
@@ -98,7 +98,7 @@ def main() -> None:
         "results": results,
     }
     figures = summary(results)
-    print("saved to", save(f"training-steps{'-quick' * options.quick}", document | figures))
+    print("saved to", save(f"training-steps{'-quick' * options.quick}", {**document, **figures}))
     print(json.dumps(figures))
 
 

@@ -26,8 +26,8 @@ def to_png(comparison: Comparison, rows: Sequence[Row]) -> bytes:
         value = factor * row.quality.value
         if not row.num_parameters:
             axes.axhline(value, linestyle=":", color="grey")
-            place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "color": "grey"}
-            axes.annotate(row.label, (0.01, value), **place)
+            where = ("axes fraction", "data")
+            axes.annotate(row.label, (0.01, value), xycoords=where, va="bottom", color="grey")
             continue
         below, above = row.quality.value - row.quality.low, row.quality.high - row.quality.value
         axes.errorbar(

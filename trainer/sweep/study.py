@@ -55,7 +55,8 @@ def existing_study(sweep: SweepConfig) -> optuna.Study | None:
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that are over, however they ended."""
-    return study.get_trials(deepcopy=False, states=ENDED)
+    trials: list[FrozenTrial] = study.get_trials(deepcopy=False, states=ENDED)
+    return trials
 
 
 def num_begun(study: optuna.Study) -> int:
