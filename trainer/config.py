@@ -28,6 +28,7 @@ from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
 from reft_core.spec import MAX_LAYERS, MAX_PREFIX, MAX_RANK, AdapterName, PositionSpec, TemplateSpec
 from reft_core.subspaces import MAX_SUBSPACES, check_subspaces, parse_ranks
+from trainer.classify.config import HEAD_ONLY, HeadConfig
 from trainer.metrics import METRICS
 
 PATH_FIELDS = ("train", "valid", "test", "output", "report_dir")
@@ -129,6 +130,8 @@ class TrainConfig(BaseModel):
         "{tone: '0:2', topic: [2, 3]}; all ranks are trained together",
     )
 
+    head: HeadConfig = Field(default=HeadConfig(), description="of an encoder")
+
     template: TemplateSpec | None = Field(
         default=None, description="absent: the base model's own chat template"
     )
@@ -180,7 +183,7 @@ class TrainConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        if value not in VIRTUAL_METHODS:
+        if value not in (*VIRTUAL_METHODS, HEAD_ONLY):
             _as_value_error(lambda: get_method(value))
         return value
 
@@ -210,7 +213,7 @@ class TrainConfig(BaseModel):
         if virtual and virtual.kind == "embedding" and self.prefix_bottleneck is not None:
             raise ValueError("prefix_bottleneck makes keys and values, which prompt_tuning has not")
         edits = ("rank", "sites", "layers", "scale", "alpha", "activation", "phase", "subspaces")
-        if virtual and virtual.intervention is None and (unused := self._changed(*edits)):
+        if self.intervention is None and (unused := self._changed(*edits)):
             raise ValueError(f"{unused[0]} means nothing to {self.method}, which edits no state")
         if virtual and virtual.intervention and self.positions != "prompt":
             raise ValueError(f"{self.method} edits every token; positions must be 'prompt'")
@@ -250,6 +253,8 @@ class TrainConfig(BaseModel):
     @property
     def intervention(self) -> str | None:
         """The method that edits states; None where virtual tokens do all."""
+        if self.method == HEAD_ONLY:
+            return None
         virtual = VIRTUAL_METHODS.get(self.method)
         return self.method if virtual is None else virtual.intervention
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from typing_extensions import override
 
 from reft_core.errors import TrainingError
-from trainer.collate import IGNORED, Batch, Collator
+from trainer.collate import IGNORED
 from trainer.config import TrainConfig
-from trainer.data import TokenisedExample
 from trainer.progress import Progress
-from trainer.reft_model import ReftModel
+from trainer.task import EpochOrder, Measure, Measured, TrainedModel
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Epoch:
     train_loss: float | None
     """Mean over the epoch's steps; None for epoch 0."""
     valid_loss: float
+    valid_metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,28 @@ class FitResult:
 
 
 def fit(
-    model: ReftModel,
-    train: Sequence[TokenisedExample],
-    valid: Sequence[TokenisedExample],
+    model: TrainedModel,
+    train: Sequence[Any],
+    valid: Sequence[Any],
     config: TrainConfig,
-    collator: Collator,
+    collator: Callable[[Sequence[Any]], Any],
     progress: Progress,
+    measure: Measure | None = None,
+    order: EpochOrder | None = None,
 ) -> FitResult:
-    """Train ``model`` in place and leave it with the epoch of lowest validation loss.
+    """Train ``model`` in place and leave it with the best epoch on ``valid``.
+
+    ``measure`` says which that is; without it, the one of lowest mean loss over completion
+    tokens. ``order`` orders the rows of ``train``, else they are shuffled.
 
     Deterministic for a seed on one machine. Raises :class:`TrainingError` as soon as a
     loss is not finite.
     """
+    measured = measure or (lambda rows: Measured(mean_loss(model, rows, config, collator)))
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer insists on a folder
         num_steps = config.epochs * math.ceil(len(train) / config.batch_size)
         with progress.stage("training", num_steps) as advance:
-            epochs = _EpochKeeper(model, lambda: mean_loss(model, valid, config, collator))
+            epochs = _EpochKeeper(model, lambda: measured(valid))
             trainer = _ReftTrainer(
                 model=model,
                 args=_arguments(config, scratch),
@@ -69,6 +77,7 @@ def fit(
                 callbacks=[epochs],
                 optimizers=(_optimizer(model, config), None),
                 on_loss=lambda loss: advance(f"loss {loss:.4f}"),
+                order=order,
             )
             trainer.remove_callback(PrinterCallback)
             try:
@@ -82,19 +91,22 @@ def fit(
 
 
 def batches(
-    rows: Sequence[TokenisedExample], size: int, collator: Collator, device: torch.device
-) -> Iterator[Batch]:
-    """``rows`` in order, in batches on ``device``."""
+    rows: Sequence[Any],
+    size: int,
+    collator: Callable[[Sequence[Any]], Any],
+    device: torch.device,
+) -> Iterator[Any]:
+    """``rows`` in order, in the collator's batches on ``device``."""
     for start in range(0, len(rows), size):
-        batch: dict[str, Any] = dict(collator(rows[start : start + size]))
-        for name, value in batch.items():
-            batch[name] = value.to(device) if isinstance(value, Tensor) else value
-        yield Batch(**batch)  # type: ignore[typeddict-item]
+        yield send_to_device(collator(rows[start : start + size]), device)
 
 
 @torch.no_grad()
 def mean_loss(
-    model: ReftModel, rows: Sequence[TokenisedExample], config: TrainConfig, collator: Collator
+    model: TrainedModel,
+    rows: Sequence[Any],
+    config: TrainConfig,
+    collator: Callable[[Sequence[Any]], Any],
 ) -> float:
     """Mean loss over all completion tokens of ``rows``, however they fall into batches."""
     total, count = 0.0, 0
@@ -113,10 +125,10 @@ def diverged(what: str) -> TrainingError:
     )
 
 
-def _optimizer(model: ReftModel, config: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(model: TrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the interventions; weight decay cannot harm a basis (see orthonormalise)."""
     return torch.optim.AdamW(
-        model.trainable(), lr=config.learning_rate, weight_decay=config.weight_decay
+        model.parameter_groups(config.learning_rate), weight_decay=config.weight_decay
     )
 
 
@@ -144,13 +156,42 @@ def _arguments(config: TrainConfig, scratch: str) -> TrainingArguments:
     return arguments
 
 
+class _OrderedSampler(Sampler[int]):
+    """Rows in the order that a task gives an epoch."""
+
+    def __init__(self, order: EpochOrder) -> None:
+        self._order = order
+        self._rows = order(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take another epoch's order; the Trainer calls this."""
+        self._rows = self._order(epoch)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
+
+
 class _ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """A Trainer that reports each step's loss and stops when it is not finite."""
 
-    def __init__(self, *, on_loss: Callable[[float], None], **kwargs: Any) -> None:
+    def __init__(
+        self, *, on_loss: Callable[[float], None], order: EpochOrder | None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self._on_loss = on_loss
+        self._order = order
         self.step_seconds = 0.0
+
+    @override
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self._order is not None:
+            return _OrderedSampler(self._order)
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        return sampler
 
     @override
     def training_step(
@@ -167,18 +208,20 @@ class _ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 
 class _EpochKeeper(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Measures the validation loss after every epoch and keeps the best one's parameters."""
+    """Measures the model after every epoch and keeps the best one's parameters."""
 
-    def __init__(self, model: ReftModel, valid_loss: Callable[[], float]) -> None:
+    def __init__(self, model: TrainedModel, measure: Callable[[], Measured]) -> None:
         self.epochs: list[Epoch] = []
         self.best: Epoch | None = None
         self.best_parameters: list[dict[str, Tensor]] = []
+        self._best_rank = (-math.inf, -math.inf)
         self._model = model
-        self._valid_loss = valid_loss
+        self._measure = measure
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.epochs.append(Epoch(0, None, self._valid_loss()))
+        found = self._measure()
+        self.epochs.append(Epoch(0, None, found.loss, found.metrics))
 
     @override
     def on_log(
@@ -186,10 +229,11 @@ class _EpochKeeper(TrainerCallback):  # type: ignore[misc]  # transformers is un
     ) -> None:
         if "loss" not in logs:  # the summary after the last epoch
             return
-        epoch = Epoch(len(self.epochs), logs["loss"], self._valid_loss())
+        found = self._measure()
+        epoch = Epoch(len(self.epochs), logs["loss"], found.loss, found.metrics)
         if not math.isfinite(epoch.valid_loss):
             raise diverged(f"the validation loss became {epoch.valid_loss}")
         self.epochs.append(epoch)
-        if self.best is None or epoch.valid_loss < self.best.valid_loss:
-            self.best = epoch
+        if found.rank > self._best_rank:
+            self.best, self._best_rank = epoch, found.rank
             self.best_parameters = self._model.trained_state()

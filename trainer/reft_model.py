@@ -92,6 +92,10 @@ class ReftModel(nn.Module):
         """The parameters the optimiser may change."""
         return [p for part in self._trained() for p in part.parameters() if p.requires_grad]
 
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """:meth:`trainable` as torch's optimisers take them."""
+        return [{"params": self.trainable(), "lr": learning_rate}]
+
     def trained_state(self) -> list[dict[str, Tensor]]:
         """A copy of what training changes."""
         return [
