@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from reft_core.errors import ReftError
-from trainer.config_file import load_config
-from trainer.progress import BarProgress
+from reft_core.errors import ReftError, TrainingError, explain
+from trainer.checkpoints import last_checkpoint
+from trainer.config import TrainConfig
+from trainer.config.file import read_config
+from trainer.presets import PRESETS
+from trainer.progress import BarProgress, Progress, SilentProgress
 from trainer.report import metric_rows
 from trainer.train import TrainResult, train
 
@@ -20,26 +26,73 @@ EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 
-def train_command(config: Path, overrides: list[str]) -> None:
-    """Train the adapter that ``config`` describes and print where it is.
+def train_command(target: Path | str, arguments: Sequence[str]) -> None:
+    """Train the adapter that the config ``target`` describes, or one on the data called so.
 
-    Ends the process with 1 on an error in config, data or training, and with 130 on
-    Ctrl-C; nothing has been written then.
+    ``arguments`` are settings, ``key=value`` or ``--key value``. Ends the process with 1 on an
+    error in config, data or training, and with 130 on Ctrl-C; no adapter has been written then.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     console = Console(stderr=True)
-    command = shlex.join(["reft", "train", str(config), *overrides])
+    command = shlex.join(["reft", "train", str(target), *arguments])
+    config: TrainConfig | None = None
     try:
-        result = train(
-            load_config(config, overrides), command=command, progress=BarProgress(console)
-        )
+        config = read_config(str(target), settings_of(arguments))
+        result = train(config, command=command, progress=_progress(console))
     except ReftError as error:
         console.print(f"error: {error.message}", style="red", markup=False)
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
+        kept = config and last_checkpoint(config.checkpoint_dir)
+        console.print(
+            f"interrupted; add --resume to go on from {kept}"
+            if kept
+            else "interrupted; nothing was written",
+            markup=False,
+            soft_wrap=True,
+        )
         raise SystemExit(EXIT_INTERRUPTED) from None
     print_summary(result, Console())
+
+
+def settings_of(arguments: Sequence[str]) -> list[str]:
+    """Flags as ``key=value``: ``--key value``, ``--key=value``, and ``--key`` of a switch.
+
+    Raises :class:`TrainingError` for a flag without a value, and for a value without a flag.
+    """
+    switches = {n for n, field in TrainConfig.model_fields.items() if field.annotation is bool}
+    found = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = name.replace("-", "_") if word.startswith("--") else name
+        off = key.removeprefix("no_")
+        if equals:
+            found.append(f"{key}={value}")
+        elif not word.startswith("--"):
+            raise TrainingError(explain("argument", word, "key=value, or --key value"), field=word)
+        elif off in switches and (key != off or not rest or rest[0] not in ("true", "false")):
+            found.append(f"{off}={'true' if key == off else 'false'}")
+        elif rest:
+            found.append(f"{key}={rest.pop(0)}")
+        else:
+            raise TrainingError(explain(word, None, "a value behind it"), field=key)
+    return found
+
+
+def list_settings() -> None:
+    """Print every setting, its default and what it means, and the presets."""
+    console = Console()
+    table = Table("setting", "default", "meaning", box=None, pad_edge=False)
+    for name, field in TrainConfig.model_fields.items():
+        default = "" if field.default_factory or field.default is None else str(field.default)
+        table.add_row(name, escape(default), escape(field.description or ""))
+    console.print(table)
+    presets = Table("preset", "meaning", box=None, pad_edge=False)
+    for name, preset in PRESETS.items():
+        presets.add_row(name, preset.about)
+    console.print(presets)
 
 
 def print_summary(result: TrainResult, console: Console) -> None:
@@ -60,7 +113,12 @@ def print_summary(result: TrainResult, console: Console) -> None:
 
 
 def main() -> None:
-    """``python -m trainer CONFIG [KEY=VALUE …]``."""
+    """``python -m trainer TARGET [SETTING …]``, also under ``accelerate launch``."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit("usage: python -m trainer CONFIG.yaml [KEY=VALUE ...]")
-    train_command(Path(sys.argv[1]), sys.argv[2:])
+        raise SystemExit("usage: python -m trainer CONFIG.yaml|DATA [KEY=VALUE ...]")
+    train_command(sys.argv[1], sys.argv[2:])
+
+
+def _progress(console: Console) -> Progress:
+    """A terminal's progress in the first of several processes, none in the others."""
+    return BarProgress(console) if os.environ.get("RANK", "0") == "0" else SilentProgress()

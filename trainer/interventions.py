@@ -33,6 +33,9 @@ class Interventions(nn.Module):
         self.keys = tuple(built)
         self.modules_by_key = nn.ModuleList(built.values())
 
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.modules_by_key)
+
     def by_key(self) -> Iterator[tuple[EditKey, Intervention]]:
         """Each intervention with its place."""
         for key, intervention in zip(self.keys, self.modules_by_key, strict=True):

@@ -20,6 +20,9 @@ class Progress(Protocol):
     def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
         """Open a stage of ``total`` pieces of work, or of an unknown number."""
 
+    def say(self, line: str) -> None:
+        """Tell people something between two stages."""
+
 
 class SilentProgress:
     """Shows nothing."""
@@ -29,12 +32,19 @@ class SilentProgress:
         """Open a stage that nobody sees."""
         yield lambda note: None
 
+    def say(self, line: str) -> None:
+        """Tell nobody."""
+
 
 class BarProgress:
     """A bar for each stage on ``console``; the finished ones stay."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
+
+    def say(self, line: str) -> None:
+        """Print the line."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:

@@ -7,14 +7,14 @@ the base model and returns the :class:`Task` that knows; :func:`trainer.fit.fit`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from reft_core.adapter import EditKey, Head, Prefix
+from reft_core.adapter import Adapter, EditKey, Head, Prefix
 from reft_core.edits import Edit
 from reft_core.loading import LoadedModel, ModelKind, model_kind
 from reft_core.spec import HeadSpec, PrefixSpec, SiteSpec, TaskSpec, TemplateSpec
@@ -22,6 +22,8 @@ from reft_core.spec import HeadSpec, PrefixSpec, SiteSpec, TaskSpec, TemplateSpe
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
     from trainer.data import Dataset
+    from trainer.evaluate import Evaluation
+    from trainer.progress import Progress
 
 
 class TrainedModel(Protocol):
@@ -36,6 +38,10 @@ class TrainedModel(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the parameters are, and batches are to be."""
+
+    @property
+    def interventions(self) -> Iterable[nn.Module]:
+        """Those that edit states, which compute in float32 always."""
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters the optimiser may change."""
@@ -88,8 +94,15 @@ class TrainedParts:
     template: TemplateSpec | None = None
 
 
+HeldOut = Mapping[str, tuple["Dataset", Sequence[Any]]]
+"""Examples by split, and the same ones as tokens."""
+
+
 class Task(Protocol):
-    """One run's model, its rows, and how they are measured. Made by :func:`task_for`."""
+    """One run's rows, and how they are trained on, measured and written. Made by :func:`task_for`.
+
+    It holds no model: whoever trains asks for :meth:`new_model` and hands it back to the others.
+    """
 
     @property
     def kind(self) -> ModelKind:
@@ -100,35 +113,48 @@ class Task(Protocol):
         """The tokenised rows by split."""
 
     @property
-    def model(self) -> TrainedModel:
-        """The base with what is trained."""
-
-    @property
     def collator(self) -> Callable[[Sequence[Any]], Any]:
-        """From rows to the batch that :attr:`model` takes."""
+        """From rows to the batch that the model takes."""
+
+    def new_model(self) -> TrainedModel:
+        """The base with what is to be trained, drawn from the seed."""
 
     def order(self, epoch: int) -> Sequence[int]:
-        """The training rows in the order of one epoch, drawn from the run's seed."""
+        """The training rows in the order of one epoch, drawn from the seed."""
 
-    def measure(self, rows: Sequence[Any]) -> Measured:
-        """Loss and metrics of :attr:`model` as it is, over all of ``rows``."""
+    def measure(self, model: Any, rows: Sequence[Any]) -> Measured:
+        """Loss and metrics of ``model`` as it is, over all of ``rows``."""
 
-    def parts(self) -> TrainedParts:
-        """What :attr:`model` has learnt."""
+    def parts(self, model: Any) -> TrainedParts:
+        """What ``model`` has learnt."""
+
+    def probe(self, model: Any, held_out: HeldOut, progress: Progress) -> dict[str, float]:
+        """What serving does not tell of ``model``, by name."""
+
+    def evaluate(
+        self, adapter: Adapter, held_out: HeldOut, progress: Progress
+    ) -> dict[str, Evaluation]:
+        """How the file's adapter does when it is served, by split. Asked last: what serves takes
+        the base over."""
+
+    def with_settings(self, config: TrainConfig) -> Self:
+        """The same rows under settings that do not change them."""
 
 
 def task_for(config: TrainConfig, loaded: LoadedModel, datasets: Mapping[str, Dataset]) -> Task:
-    """The task of ``config`` on an encoder or encoder-decoder, tokenised and untrained.
+    """The task of ``config`` on this base, its rows tokenised.
 
     Raises :class:`TrainingError` for rows or settings that the kind of base cannot use.
     """
-    examples: dict[str, Sequence[Any]] = {
-        split: dataset.examples for split, dataset in datasets.items()
-    }
-    if model_kind(loaded.model.config) == "encoder":
+    kind = model_kind(loaded.model.config)
+    if kind == "encoder":
         from trainer.classify.task import ClassifyTask
 
-        return ClassifyTask.of(config, loaded, examples)
-    from trainer.seq2seq.task import Seq2SeqTask
+        return ClassifyTask.of(config, loaded, datasets)
+    if kind == "seq2seq":
+        from trainer.seq2seq.task import Seq2SeqTask
 
-    return Seq2SeqTask.of(config, loaded, examples)
+        return Seq2SeqTask.of(config, loaded, datasets)
+    from trainer.causal import CausalTask
+
+    return CausalTask.of(config, loaded, datasets)

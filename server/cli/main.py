@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,18 +39,30 @@ def main() -> None:
     app()
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(
+    epilog="Settings: reft train --help-settings", context_settings={"ignore_unknown_options": True}
+)
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the file's")
+    target: Annotated[
+        str, typer.Argument(help="YAML file; or data: a file, a folder or a hub's data set")
+    ] = "",
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value, or --key value; they win over the file's")
     ] = None,
+    help_settings: Annotated[
+        bool, typer.Option("--help-settings", help="List all settings and presets")
+    ] = False,
 ) -> None:
     """Train an adapter."""
     with one_line_errors():
-        from trainer.cli import train_command
+        from trainer.cli import list_settings, train_command
 
-        train_command(config, overrides or [])
+        if help_settings:
+            list_settings()
+        elif not target:
+            raise typer.BadParameter("a YAML file, or data", param_hint="target")
+        else:
+            train_command(target, settings or [])
 
 
 @app.command()

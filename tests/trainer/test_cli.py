@@ -7,13 +7,13 @@ import yaml
 
 from reft_core.adapter import read_adapter
 from tests.trainer.factories import byte_model, make_config
-from trainer import cli, train
+from trainer import causal, cli, preparing
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config file of a run that takes a second."""
-    monkeypatch.setattr(train, "load_model", lambda *_, **__: byte_model())
+    monkeypatch.setattr(preparing, "load_any", lambda *_, **__: byte_model())
     document = make_config(tmp_path, epochs=1).model_dump(mode="json", exclude_defaults=True)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -52,7 +52,7 @@ def test_ctrl_c_leaves_nothing_behind(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_evaluate", interrupted)
+    monkeypatch.setattr(causal.CausalTask, "evaluate", interrupted)
     with pytest.raises(SystemExit) as caught:
         cli.train_command(config, [])
     assert caught.value.code == cli.EXIT_INTERRUPTED

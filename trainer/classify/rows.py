@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,24 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from reft_core.errors import TrainingError
 from reft_core.positions import PositionRule
 from reft_core.templates import encode_pair
+from trainer.data import Example
 from trainer.interventions import Cells
 from trainer.right_padded import check_edited, edited_cells, padded
-
-
-class LabelledText(Protocol):
-    """A row of data: a text, or a pair, and what is to be said of it."""
-
-    @property
-    def where(self) -> str:
-        """File and line, for messages."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The text, and the second one of a pair."""
-
-    @property
-    def label(self) -> str | float | None:
-        """A label, or the value of a regression; None: a row of another kind."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,7 @@ class TextBatch(TypedDict):
 
 
 def tokenise_texts(
-    examples: Sequence[LabelledText],
+    examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     rule: PositionRule,
     labels: Sequence[str] | None,
@@ -88,7 +73,7 @@ def tokenise_texts(
     return rows
 
 
-def _target(example: LabelledText, numbers: dict[str, float] | None) -> float:
+def _target(example: Example, numbers: dict[str, float] | None) -> float:
     label = example.label
     if label is None:
         raise TrainingError(f"{example.where}: an encoder learns rows with a text and a label")

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
-from reft_core.encoder import has_segments, longest_text
+from reft_core.adapter import Adapter
+from reft_core.batch import AdapterUse
+from reft_core.classification import HeadedEncoder
+from reft_core.encoder import EncoderRequest, has_segments, longest_text
 from reft_core.errors import TrainingError, explain
 from reft_core.loading import LoadedModel, ModelKind
 from reft_core.methods.virtual import VIRTUAL_METHODS
 from reft_core.spec import TaskSpec
+from trainer.batches import batches
 from trainer.classify.head import TrainableHead
 from trainer.classify.measure import accuracy, matthews, pearson
 from trainer.classify.model import ClassifierModel
-from trainer.classify.rows import (
-    LabelledText,
-    TextCollator,
-    TextRow,
-    order_by_length,
-    tokenise_texts,
-)
+from trainer.classify.rows import TextCollator, TextRow, order_by_length, tokenise_texts
 from trainer.config import TrainConfig
-from trainer.fit import batches
-from trainer.task import Measured, TrainedParts
+from trainer.data import Dataset, Example
+from trainer.evaluate import Evaluation, Sample
+from trainer.metrics import confusion
+from trainer.progress import Progress
+from trainer.task import HeldOut, Measured, TrainedParts
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,6 @@ class ClassifyTask:
     rows: Mapping[str, Sequence[TextRow]]
     labels: tuple[str, ...] | None
     """None: a regression."""
-    model: ClassifierModel
-    collator: TextCollator
     kind: ModelKind = "encoder"
 
     @classmethod
@@ -46,9 +46,9 @@ class ClassifyTask:
         cls,
         config: TrainConfig,
         loaded: LoadedModel,
-        texts: Mapping[str, Sequence[LabelledText]],
+        datasets: Mapping[str, Dataset],
     ) -> ClassifyTask:
-        """The untrained task on ``texts`` by split; see :func:`trainer.task.task_for`.
+        """See :func:`trainer.task.task_for`.
 
         Labels are the config's, or those of the training rows in alphabetical order; with
         numbers for labels it is a regression.
@@ -56,22 +56,45 @@ class ClassifyTask:
         if config.method in VIRTUAL_METHODS:
             expected = "one without virtual tokens: an encoder has no place for them"
             raise TrainingError(explain("method", config.method, expected), field="method")
-        labels = config.labels or _labels(texts["train"])
+        labels = config.labels or _labels(datasets["train"].examples)
         longest = longest_text(loaded.model, loaded.description)
         max_length = min(config.max_length or longest, longest)
         rows = {
-            split: tokenise_texts(examples, loaded.tokenizer, config.rule, labels, max_length)
-            for split, examples in texts.items()
+            split: tokenise_texts(
+                dataset.examples, loaded.tokenizer, config.rule, labels, max_length
+            )
+            for split, dataset in datasets.items()
         }
-        collator = TextCollator(
-            config.rule,
-            regression=labels is None,
-            segments=has_segments(loaded.model),
-            pad_id=loaded.model.config.pad_token_id or 0,
+        return cls(config, loaded, rows, labels)
+
+    @property
+    def collator(self) -> TextCollator:
+        """Texts are padded on the right."""
+        return TextCollator(
+            self.config.rule,
+            regression=self.labels is None,
+            segments=has_segments(self.loaded.model),
+            pad_id=self.loaded.model.config.pad_token_id or 0,
         )
-        targets = [row.target for row in rows["train"]]
-        return cls(
-            config, loaded, rows, labels, _untrained(config, loaded, labels, targets), collator
+
+    def new_model(self) -> ClassifierModel:
+        """The encoder with interventions and a head drawn from the seed."""
+        config, description = self.config, self.loaded.description
+        set_seed(config.seed)
+        head = TrainableHead(
+            config.head.spec,
+            description.hidden_size,
+            1 if self.labels is None else len(self.labels),
+            dropout=config.head.dropout,
+        )
+        targets = [row.target for row in self.rows["train"]]
+        head.start_from(targets, regression=self.labels is None)
+        return ClassifierModel(
+            self.loaded.model,
+            config.placement(description),
+            head,
+            num_units=config.rule.num_units,
+            head_learning_rate=config.head.learning_rate,
         )
 
     def order(self, epoch: int) -> list[int]:
@@ -80,72 +103,97 @@ class ClassifyTask:
         return order_by_length(lengths, self.config.batch_size, self.config.seed + epoch)
 
     @torch.no_grad()
-    def measure(self, rows: Sequence[TextRow]) -> Measured:
-        """Mean loss, and accuracy and Matthews correlation, or Pearson's of a regression."""
-        outputs, targets = self.outputs(rows)
-        loss = self.model.head.loss(outputs, targets).item()
-        if self.labels is None:
-            return Measured(loss, {"pearson": pearson(outputs[:, 0], targets)}, "pearson")
-        said = outputs.argmax(1)
-        metrics = {"accuracy": accuracy(said, targets), "matthews": matthews(said, targets)}
-        return Measured(loss, metrics, "accuracy")
+    def measure(self, model: ClassifierModel, rows: Sequence[TextRow]) -> Measured:
+        """Mean loss, and what :meth:`_metrics` says.
+
+        The config's first metric that is among these chooses what training keeps; else accuracy,
+        or Pearson's correlation.
+        """
+        outputs, targets = self.outputs(model, rows)
+        metrics = self._metrics(outputs, targets)
+        chosen_by = next((name for name in self.config.metrics if name in metrics), None)
+        loss = model.head.loss(outputs, targets).item()
+        return Measured(loss, metrics, chosen_by or next(iter(metrics)))
 
     @torch.no_grad()
-    def outputs(self, rows: Sequence[TextRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    def outputs(self, model: ClassifierModel, rows: Sequence[TextRow]) -> tuple[Tensor, Tensor]:
         """Logits or values (n, L) of the model as it is, and targets (n,), in the rows' order."""
-        was_training = self.model.training
-        self.model.eval()
+        was_training = model.training
+        model.eval()
         order = sorted(range(len(rows)), key=lambda row: len(rows[row].tokens))
-        size, device = 4 * self.config.batch_size, self.model.device
+        size = 4 * self.config.batch_size
         found, targets = [], []
-        for batch in batches([rows[row] for row in order], size, self.collator, device):
-            found.append(self.model(**batch)["logits"])
+        for batch in batches([rows[row] for row in order], size, self.collator, model.device):
+            found.append(model(**batch)["logits"])
             targets.append(batch["labels"])
-        self.model.train(was_training)
-        places = torch.tensor(order, device=device).argsort()
+        model.train(was_training)
+        places = torch.tensor(order, device=model.device).argsort()
         return torch.cat(found)[places], torch.cat(targets)[places]
 
-    def parts(self) -> TrainedParts:
+    def probe(
+        self, model: ClassifierModel, held_out: HeldOut, progress: Progress
+    ) -> dict[str, float]:
+        """Nothing: a head says all when it is served."""
+        return {}
+
+    def evaluate(
+        self, adapter: Adapter, held_out: HeldOut, progress: Progress
+    ) -> dict[str, Evaluation]:
+        """The served head's labels, or values, of each split. The base has none of its own."""
+        served = HeadedEncoder(self.loaded)
+        uses = (AdapterUse(adapter.to(self.loaded.model.device)),)
+        found = {}
+        for split, (dataset, rows) in held_out.items():
+            with progress.stage(f"answers, {split}"):
+                requests = [EncoderRequest(row.tokens, uses, row.segments) for row in rows]
+                outputs = torch.stack(served.logits(requests))
+            targets = torch.tensor([row.target for row in rows])
+            found[split] = self._evaluation(dataset, outputs, targets)
+        return found
+
+    def _evaluation(self, dataset: Dataset, outputs: Tensor, targets: Tensor) -> Evaluation:
+        """Of a split's outputs (n, L) and targets (n,)."""
+        if self.labels is None:
+            answers = [f"{value:.4g}" for value in outputs[:, 0].tolist()]
+        else:
+            targets = targets.long()
+            answers = [self.labels[number] for number in outputs.argmax(1).tolist()]
+        references = [str(example.label) for example in dataset.examples]
+        questions = [" / ".join(example.texts) for example in dataset.examples]
+        samples = [
+            Sample(question, reference, "", answer)
+            for question, reference, answer in zip(questions, references, answers, strict=True)
+        ]
+        matrix = confusion(self.labels, answers, references) if self.labels else None
+        return Evaluation(self._metrics(outputs, targets), matrix, tuple(samples))
+
+    def _metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """Accuracy and Matthews correlation, or Pearson's of a regression."""
+        if self.labels is None:
+            return {"pearson": pearson(outputs[:, 0], targets)}
+        said = outputs.argmax(1)
+        return {"accuracy": accuracy(said, targets), "matthews": matthews(said, targets)}
+
+    def parts(self, model: ClassifierModel) -> TrainedParts:
         """Edits, head and labels."""
         placement = self.config.placement(self.loaded.description)
         kind = "regression" if self.labels is None else "classification"
         return TrainedParts(
-            edits=self.model.interventions.to_edits(),
+            edits=model.interventions.to_edits(),
             task=TaskSpec(kind=kind, labels=self.labels),
             sites={} if placement is None else placement.site_specs(),
-            head=self.model.head.to_head(),
-            head_spec=self.model.head.spec,
+            head=model.head.to_head(),
+            head_spec=model.head.spec,
         )
 
+    def with_settings(self, config: TrainConfig) -> ClassifyTask:
+        """See :class:`trainer.task.Task`."""
+        return replace(self, config=config)
 
-def _labels(texts: Sequence[LabelledText]) -> tuple[str, ...] | None:
+
+def _labels(examples: Sequence[Example]) -> tuple[str, ...] | None:
     """The labels of some rows in alphabetical order; None where numbers stand for them."""
-    found = {text.label for text in texts}
-    if all(isinstance(label, float) for label in found):
+    found = {example.label for example in examples} - {None}
+    if found and all(isinstance(label, float) for label in found):
         return None
     return tuple(sorted(map(str, found)))
-
-
-def _untrained(
-    config: TrainConfig,
-    loaded: LoadedModel,
-    labels: Sequence[str] | None,
-    targets: Sequence[float],
-) -> ClassifierModel:
-    """The encoder with interventions and a head drawn from the seed."""
-    set_seed(config.seed)
-    num_outputs = 1 if labels is None else len(labels)
-    head = TrainableHead(
-        config.head.spec,
-        loaded.description.hidden_size,
-        num_outputs,
-        dropout=config.head.dropout,
-    )
-    head.start_from(targets, regression=labels is None)
-    return ClassifierModel(
-        loaded.model,
-        config.placement(loaded.description),
-        head,
-        num_units=config.rule.num_units,
-        head_learning_rate=config.head.learning_rate,
-    )

@@ -34,16 +34,12 @@ class Seq2SeqBatch(TypedDict):
     """Of each unit the edited cells of the prompts, None for all of them."""
 
 
-PLAIN = TemplateSpec(system="{content}\n", user="{content}", assistant="\n{content}\n")
-"""Encoder-decoders have no chat template: a prompt is the user's text alone, if it is one."""
-
-
 def tokenise_seq2seq(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     rule: PositionRule,
     *,
-    template: TemplateSpec | None = None,
+    template: TemplateSpec,
     max_length: int,
 ) -> list[TokenisedExample]:
     """Token ids of every row. Both sides get the special tokens that the tokenizer adds.
@@ -53,7 +49,7 @@ def tokenise_seq2seq(
     """
     rows = []
     for example in examples:
-        prompt = encode_text(tokenizer, render_text(template or PLAIN, example.messages))
+        prompt = encode_text(tokenizer, render_text(template, example.messages))
         answer = list(tokenizer(text_target=example.completion)["input_ids"])
         for name, tokens in (("prompt", prompt), ("completion", answer)):
             if len(tokens) > max_length:

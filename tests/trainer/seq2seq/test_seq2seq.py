@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from reft_core.sites import find_layers
 from reft_core.spec import AdapterSpec, TemplateSpec
 from tests.factories import assert_close
 from tests.reft_core.test_seq2seq import KINDS, NUM_LAYERS, loaded
-from tests.trainer.classify.test_task import letters, word_tokenizer
+from tests.trainer.classify.test_task import dataset, letters, word_tokenizer
 from tests.trainer.naive import edited_row_by_row, gradients, move
 from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.fit import fit
 from trainer.progress import SilentProgress
+from trainer.seq2seq.model import Seq2SeqModel
 from trainer.seq2seq.task import Seq2SeqTask
 
 
@@ -40,12 +42,13 @@ def make_task(kind: str, rows: Any = examples, **fields: object) -> Seq2SeqTask:
     loop = {"epochs": 3, "batch_size": 16, "learning_rate": 2e-2}
     config = TrainConfig.model_validate(given | loop | fields)
     model = replace(loaded(kind), tokenizer=word_tokenizer())
-    return Seq2SeqTask.of(config, model, {"train": rows(0, 96), "valid": rows(1000, 16)})
+    splits = {"train": dataset(rows(0, 96)), "valid": dataset(rows(1000, 16))}
+    return Seq2SeqTask.of(config, model, splits)
 
 
-def naive_loss(task: Seq2SeqTask, count: int) -> torch.Tensor:
+def naive_loss(task: Seq2SeqTask, model: Seq2SeqModel, count: int) -> torch.Tensor:
     """Mean over the target tokens of ``count`` rows, one unpadded row at a time."""
-    model, losses = task.model, []
+    losses = []
     layers = find_layers(model.base.get_encoder(), NUM_LAYERS)
     for row in task.rows["valid"][:count]:
         start = model.base.config.decoder_start_token_id
@@ -60,12 +63,13 @@ def naive_loss(task: Seq2SeqTask, count: int) -> torch.Tensor:
 
 
 def check(task: Seq2SeqTask) -> None:
-    move(task.model.trainable())
-    result = task.model(**task.collator(task.rows["valid"][:3]))
-    expected = naive_loss(task, 3)
+    model = task.new_model()
+    move(model.trainable())
+    result = model(**task.collator(task.rows["valid"][:3]))
+    expected = naive_loss(task, model, 3)
     assert len(result["logits"]) == sum(len(row.completion) for row in task.rows["valid"][:3])
     assert_close(result["loss"], expected)
-    parameters = task.model.trainable()
+    parameters = model.trainable()
     wanted = gradients(parameters, expected)
     assert wanted.abs().max() > 1e-4
     assert_close(gradients(parameters, result["loss"]), wanted, tolerance=3e-5)
@@ -92,18 +96,19 @@ def test_every_method_of_the_registry_trains(method: str) -> None:
 )
 def test_the_file_answers_as_the_trained_model_does(kind: str, fields: dict[str, Any]) -> None:
     task = make_task(kind, **fields)
+    model = task.new_model()
     result = fit(
-        task.model,
+        model,
         task.rows["train"],
         task.rows["valid"],
         task.config,
         task.collator,
         SilentProgress(),
-        measure=task.measure,
+        measure=partial(task.measure, model),
         order=task.order,
     )
     assert result.best.valid_loss < 0.9 * result.epochs[0].valid_loss
-    parts = task.parts()
+    parts = task.parts(model)
     spec = AdapterSpec(
         name="tiny",
         base=task.loaded.description.to_base_spec(),
@@ -117,17 +122,19 @@ def test_the_file_answers_as_the_trained_model_does(kind: str, fields: dict[str,
     rows = task.rows["valid"]
     generator = Seq2SeqGenerator(task.loaded)
     served = generator.generate([EncoderRequest(row.prompt, uses) for row in rows], 5)
-    assert served == [greedy(task, row.prompt, 5) for row in rows]
+    assert served == [greedy(task, model, row.prompt, 5) for row in rows]
     plain = generator.generate([EncoderRequest(row.prompt) for row in rows], 5)
     assert served != plain, "the training of this test must matter"
 
 
 @torch.no_grad()
-def greedy(task: Seq2SeqTask, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+def greedy(
+    task: Seq2SeqTask, model: Seq2SeqModel, prompt: tuple[int, ...], max_tokens: int
+) -> list[int]:
     """The trained model's own answer; the decoder reads all of it anew for every token."""
-    base: Any = task.model.base
+    base: Any = model.base
     layers = find_layers(base.get_encoder(), NUM_LAYERS)
-    interventions = task.model.interventions
+    interventions = model.interventions
     with edited_row_by_row(layers, interventions, task.config.rule, len(prompt)):
         encoded = base.get_encoder()(input_ids=torch.tensor([prompt]))
     answer = [base.config.decoder_start_token_id]
@@ -149,7 +156,7 @@ def test_a_prompt_is_the_users_text_or_the_templates() -> None:
     template = TemplateSpec(user="a {content} b")
     task = make_task("t5", template=template)
     assert list(task.rows["valid"][0].prompt) == tokenizer(f"a {asked.question} b")["input_ids"]
-    assert task.parts().template == template
+    assert task.parts(task.new_model()).template == template
 
 
 @pytest.mark.parametrize(

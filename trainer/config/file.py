@@ -1,8 +1,7 @@
-"""A training config in a YAML file, with ``key=value`` overrides."""
+"""A training config from a YAML file, from ``key=value`` settings, or from both."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,21 @@ from pydantic import ValidationError
 
 from reft_core.errors import TrainingError, explain
 from reft_core.spec import TemplateSpec
-from trainer.config import PATH_FIELDS, TrainConfig
+from trainer.config.base import PATH_FIELDS, SOURCE_FIELDS
+from trainer.config.train import TrainConfig
+from trainer.nearest import nearest
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def read_config(target: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config in ``target``, if it is a YAML file, or that trains on the data called so.
+
+    See :func:`load_config`, whose errors this raises too.
+    """
+    if Path(target).suffix in YAML_SUFFIXES:
+        return load_config(Path(target), overrides)
+    return _config_of({"data": _absolute(target)}, overrides, "settings")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -27,13 +40,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise TrainingError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(document, dict):
         raise TrainingError(explain(str(path), document, "a mapping of settings"))
-    values = _relative_to(path.resolve().parent, document)
+    return _config_of(_relative_to(path.resolve().parent, document), overrides, str(path))
+
+
+def _config_of(values: dict[str, Any], overrides: Sequence[str], place: str) -> TrainConfig:
+    """The config of ``values`` and ``overrides``; errors in it are said to be in ``place``."""
     for override in overrides:
         _override(values, override)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise TrainingError("\n".join(_problems(path, error))) from None
+        raise TrainingError("\n".join(_problems(place, error))) from None
+
+
+def _absolute(source: str) -> str:
+    """``source`` as a path from the root if there is such a file or folder, else as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _relative_to(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,9 +64,9 @@ def _relative_to(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     for key in PATH_FIELDS:
         if isinstance(values.get(key), str):
             values[key] = str(folder / values[key])
-    # A model may also be a folder; a hub id looks like a relative path, so look for it.
-    if isinstance(values.get("model"), str) and (folder / values["model"]).is_dir():
-        values["model"] = str(folder / values["model"])
+    for key in SOURCE_FIELDS:  # a hub id looks like a relative path, so look for it
+        if isinstance(values.get(key), str) and (folder / values[key]).exists():
+            values[key] = str(folder / values[key])
     return values
 
 
@@ -59,6 +81,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise TrainingError(f"override: {override!r} is not valid YAML ({error})") from error
     if key in PATH_FIELDS and isinstance(value, str):
         value = str(Path(value).resolve())
+    if key in SOURCE_FIELDS and isinstance(value, str):
+        value = _absolute(value)
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.get(parent)
@@ -69,24 +93,24 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _problems(path: Path, error: ValidationError) -> list[str]:
+def _problems(place: str, error: ValidationError) -> list[str]:
     """One line for each thing wrong with a config."""
     lines = []
     for problem in error.errors(include_url=False):
         if problem["type"] == "default_factory_not_called":
             continue  # a default that depends on a setting reported anyway
-        field = ".".join(str(part) for part in problem["loc"]) or "config"
+        field = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{path}: {field}: unknown setting{_nearest(problem['loc'])}")
-        elif problem["type"] == "missing":
-            lines.append(f"{path}: {field}: missing")
+            lines.append(f"{place}: {field}: unknown setting{_nearest(problem['loc'])}")
+        elif not field:  # settings that do not go together
+            lines.append(f"{place}: {message}")
         else:
-            lines.append(f"{path}: {explain(field, problem['input'], problem['msg'])}")
+            lines.append(f"{place}: {explain(field, problem['input'], message)}")
     return lines
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:
-    """', did you mean …?' for an unknown key, or what is known instead."""
+    """What an unknown key was meant to be."""
     known = TemplateSpec.model_fields if location[0] == "template" else TrainConfig.model_fields
-    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    return nearest(str(location[-1]), known)

@@ -1,43 +1,29 @@
-"""What one training run is told; :mod:`trainer.config_file` reads it from YAML."""
+"""Settings of the edits: the method, and where its edits sit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
 from reft_core.edits import Activation
 from reft_core.errors import InvalidRequest, TrainingError, explain
 from reft_core.loading import LoadedModel
-from reft_core.methods import get_method
+from reft_core.methods import METHODS
 from reft_core.methods.placement import Placement
 from reft_core.methods.virtual import VIRTUAL_METHODS, VirtualTokens
 from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
-from reft_core.spec import MAX_LAYERS, MAX_PREFIX, MAX_RANK, AdapterName, PositionSpec, TemplateSpec
+from reft_core.spec import MAX_LAYERS, MAX_PREFIX, MAX_RANK, PositionSpec
 from reft_core.subspaces import MAX_SUBSPACES, check_subspaces, parse_ranks
 from trainer.classify.config import HEAD_ONLY, HeadConfig
-from trainer.metrics import METRICS
-
-PATH_FIELDS = ("train", "valid", "test", "output", "report_dir")
-"""Relative ones count from the YAML file's folder; in an override, from the current folder."""
+from trainer.config.base import Label, Positive, Settings, as_value_error
+from trainer.nearest import nearest
 
 _NonNegative = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
-_Fraction = Annotated[float, Field(ge=0, lt=1)]
-_Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-_Label = Annotated[str, StringConstraints(max_length=256)]
 
 
 def _rule_text(value: object) -> object:
@@ -61,18 +47,8 @@ def _ranks(value: object) -> object:
     return value
 
 
-class TrainConfig(BaseModel):
-    """One training run. The defaults suit a labeller; only names and data must be given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str = Field(default="demo", description="'demo', a hub id, or a folder")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the frozen base; edits are float32 always"
-    )
-    name: AdapterName
-    description: Annotated[str, StringConstraints(max_length=8192)] = ""
-    licence: Annotated[str, StringConstraints(max_length=256)] = ""
+class MethodSettings(Settings):
+    """What is trained, and which layers and positions it edits."""
 
     method: str = "loreft"
     rank: int = Field(default=4, ge=1, le=MAX_RANK)
@@ -88,11 +64,11 @@ class TrainConfig(BaseModel):
         default="l1", description="rule of reft_core.positions, or a list of positions"
     )
     tied: bool = True
-    scale: _Positive | None = Field(
+    scale: Positive | None = Field(
         default=None,
         description="fixed factor s of methods that have one; absent: the method's own",
     )
-    alpha: _Positive | None = Field(
+    alpha: Positive | None = Field(
         default=None, description="LoRA's way to state the scale: alpha over rank"
     )
     scaling: Literal["rank", "sqrt_rank"] = Field(
@@ -122,98 +98,34 @@ class TrainConfig(BaseModel):
         default=None, description="'all' edits generated tokens too; absent: the method's own"
     )
 
-    subspaces: dict[_Label, Annotated[tuple[int, ...], BeforeValidator(_ranks)]] | None = Field(
+    subspaces: dict[Label, Annotated[tuple[int, ...], BeforeValidator(_ranks)]] | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_SUBSPACES,
         description="names for groups of ranks that a request may weigh, such as "
         "{tone: '0:2', topic: [2, 3]}; all ranks are trained together",
     )
-
     head: HeadConfig = Field(default=HeadConfig(), description="of an encoder")
-
-    template: TemplateSpec | None = Field(
-        default=None, description="absent: the base model's own chat template"
-    )
-    system: str | None = Field(
-        default=None, description="system message put before rows that have none"
-    )
-    labels: tuple[_Label, ...] | None = Field(
-        default=None,
-        min_length=2,
-        max_length=4096,
-        description="a labeller's answers; rows must hold one of them",
-    )
-    metrics: tuple[str, ...] = Field(default=("exact_match",), min_length=1)
-
-    train: Path
-    valid: Path = Field(description="chooses the epoch that is kept")
-    test: Path | None = None
-
-    epochs: int = Field(default=6, ge=1, le=10_000)
-    batch_size: int = Field(default=16, ge=1, le=65_536)
-    learning_rate: _Positive = 4e-3
-    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    warmup_ratio: _Fraction = 0.06
-    weight_decay: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
-    max_grad_norm: _Positive = 1.0
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    max_length: int | None = Field(
-        default=None, ge=2, description="most tokens of a row; absent: the base's context"
-    )
-    max_new_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="in evaluation; absent: 8 more than the longest reference answer",
-    )
-
-    prefix_cache_mb: int = Field(
-        default=4096, ge=0, description="memory for keys and values of unedited prompt beginnings"
-    )
-
-    output: Path = Field(
-        default_factory=lambda data: Path("runs", data["name"], f"{data['name']}.safetensors"),
-        description="adapter file to write; absent: in runs/NAME, from where the command is given",
-    )
-    report_dir: Path = Field(
-        default_factory=lambda data: data["output"].parent,
-        description="absent: the folder of the adapter file",
-    )
 
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        if value not in (*VIRTUAL_METHODS, HEAD_ONLY):
-            _as_value_error(lambda: get_method(value))
-        return value
-
-    @field_validator("metrics")
-    @classmethod
-    def _known_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in METRICS:
-                raise ValueError(f"{name!r} is no metric; known are {', '.join(METRICS)}")
-        return value
-
-    @field_validator("labels")
-    @classmethod
-    def _distinct_labels(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        stripped = [label.strip() for label in value or ()]
-        if len(set(stripped)) != len(stripped) or "" in stripped:
-            raise ValueError("labels must be distinct and not blank")
+        known = [*METHODS, *VIRTUAL_METHODS, HEAD_ONLY]
+        if value not in known:
+            raise ValueError(f"no method{nearest(value, known)}")
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _as_value_error(lambda: PositionRule.parse(self.positions))
+        as_value_error(lambda: PositionRule.parse(self.positions))
         virtual = VIRTUAL_METHODS.get(self.method)
-        if virtual is None and (given := self._changed("prefix_length", "prefix_bottleneck")):
+        if virtual is None and (given := self.changed("prefix_length", "prefix_bottleneck")):
             names = ", ".join(VIRTUAL_METHODS)
             raise ValueError(f"{given[0]} needs a method with virtual tokens: {names}")
         if virtual and virtual.kind == "embedding" and self.prefix_bottleneck is not None:
             raise ValueError("prefix_bottleneck makes keys and values, which prompt_tuning has not")
         edits = ("rank", "sites", "layers", "scale", "alpha", "activation", "phase", "subspaces")
-        if self.intervention is None and (unused := self._changed(*edits)):
+        if self.intervention is None and (unused := self.changed(*edits)):
             raise ValueError(f"{unused[0]} means nothing to {self.method}, which edits no state")
         if virtual and virtual.intervention and self.positions != "prompt":
             raise ValueError(f"{self.method} edits every token; positions must be 'prompt'")
@@ -227,11 +139,6 @@ class TrainConfig(BaseModel):
             if list(self.layers) != sorted(set(self.layers)):
                 raise ValueError("layers must be ascending and unique")
         return self
-
-    def _changed(self, *names: str) -> list[str]:
-        """Those settings that are not at their default."""
-        fields = type(self).model_fields
-        return [name for name in names if getattr(self, name) != fields[name].default]
 
     @property
     def rule(self) -> PositionRule:
@@ -252,7 +159,7 @@ class TrainConfig(BaseModel):
 
     @property
     def intervention(self) -> str | None:
-        """The method that edits states; None where virtual tokens do all."""
+        """The method that edits states; None where virtual tokens or a head do all."""
         if self.method == HEAD_ONLY:
             return None
         virtual = VIRTUAL_METHODS.get(self.method)
@@ -333,11 +240,3 @@ class TrainConfig(BaseModel):
                 field="layers",
             )
         return self.layers
-
-
-def _as_value_error(check: Callable[[], object]) -> None:
-    """Run ``check``; our own error becomes the ValueError that pydantic expects."""
-    try:
-        check()
-    except InvalidRequest as error:
-        raise ValueError(error.message) from None
