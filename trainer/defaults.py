@@ -26,7 +26,7 @@ STEPS = 150
 _STEPS_PER_LABEL = 10
 _MOST_STEPS = 600
 _MOST_EPOCHS = 12
-_FEWEST_STEPS = 40
+_FEWEST_STEPS = 100
 _MOST_LABELS_GUESSED = 32
 _FEW_LABELS = 8
 _DEEP = 12
@@ -169,19 +169,24 @@ def choose_evaluation(
         chooser.choose("eval_rows", most, f"of {largest}, to be done in about a minute")
 
 
-def choose_steps(chooser: Chooser, num_rows: int, seconds_for: Callable[[int], float]) -> None:
+def choose_steps(
+    chooser: Chooser,
+    num_rows: int,
+    seconds_for: Callable[[int], float],
+    kind: ModelKind = "causal",
+) -> None:
     """How long to train: ``seconds_for`` says how long some steps would take here."""
     config = chooser.config
     if config.sized:
         return
     per_epoch = -(-num_rows // config.batch_size)
-    wanted = min(max(STEPS, _STEPS_PER_LABEL * len(config.labels or ())), _MOST_STEPS)
+    least = STEPS if kind == "causal" else 2 * STEPS  # cheaper ones, of texts without a trigger
+    wanted = min(max(least, _STEPS_PER_LABEL * len(config.labels or ())), _MOST_STEPS)
     steps = min(wanted, _MOST_EPOCHS * per_epoch)
     reason = f"{steps / per_epoch:.1f} times through {num_rows} rows"
     needed = seconds_for(steps)
     if needed > config.budget_seconds and steps > _FEWEST_STEPS:
-        fewer = int(steps * config.budget_seconds / needed) // 10 * 10
-        fewer = max(fewer, _FEWEST_STEPS)
+        fewer = max(int(steps * config.budget_seconds / needed) // 10 * 10, _FEWEST_STEPS)
         reason = (
             f"{steps} would take about {needed:.0f} s here, and budget_seconds is "
             f"{config.budget_seconds:g}"

@@ -12,12 +12,13 @@ import torch
 from trainer.batches import batches
 from trainer.collate import IGNORED
 from trainer.config import TrainConfig
-from trainer.loop import ReftTrainer, Validation
+from trainer.loop import ReftTrainer
 from trainer.order import in_order, num_steps, spread
 from trainer.outcome import Epoch, FitResult, diverged
 from trainer.processes import summed, world
 from trainer.progress import Progress
 from trainer.task import EpochOrder, Measure, Measured, TrainedModel
+from trainer.validation import Validation
 
 
 def fit(

@@ -73,7 +73,8 @@ def prepare(config: TrainConfig, loaded: LoadedModel | None, progress: Progress)
         kind = model_kind(loaded.model.config)
     chooser = choose_from_data(config, splits, kind)
     if loaded is None:
-        choose_dtype(chooser)
+        if kind == "causal":
+            choose_dtype(chooser)
         with progress.stage("loading the base model"):
             loaded = load_any(
                 chooser.config.model,
@@ -88,6 +89,7 @@ def prepare(config: TrainConfig, loaded: LoadedModel | None, progress: Progress)
         chooser,
         len(task.rows["train"]),
         lambda steps: seconds_for(chooser.config, task.with_settings(chooser.config), steps),
+        kind,
     )
     choices = resumed.choices if resumed else chooser.choices
     remarks += splits.remarks

@@ -39,6 +39,8 @@ def to_document(result: TrainResult) -> dict[str, object]:
             "num_bytes": result.adapter.num_bytes,
         },
         "config": _shown_config(result.config),
+        "choices": {c.setting: {"value": str(c.value), "why": c.reason} for c in result.choices},
+        "remarks": list(result.remarks),
         "num_trainable": result.num_trainable,
         "trainable_share": result.num_trainable / result.num_base_parameters,
         "data": dict(result.adapter.spec.training.data),
@@ -77,6 +79,7 @@ def render_markdown(result: TrainResult) -> str:
         f"# {result.config.name}",
         result.config.description,
         _facts_table(result),
+        *_choices(result),
         "## Data",
         _table(
             ("split", "rows", "repeated", "SHA-256"),
@@ -85,6 +88,7 @@ def render_markdown(result: TrainResult) -> str:
                 for split, data in result.datasets.items()
             ],
         ),
+        "\n".join(f"- {_cell(remark, 400)}" for remark in result.remarks),
         "## Loss per completion token",
         _losses(result.fit),
         "## Metrics",
@@ -127,13 +131,22 @@ def _facts_table(result: TrainResult) -> str:
     )
 
 
+def _choices(result: TrainResult) -> list[str]:
+    """The settings that nobody gave, what they became, and why."""
+    if not result.choices:
+        return []
+    rows = [(c.setting, f"`{_cell(str(c.value))}`", _cell(c.reason)) for c in result.choices]
+    return ["## Chosen settings", _table(("setting", "value", "why"), rows)]
+
+
 def _losses(fit: FitResult) -> str:
     """The losses of every epoch, and which epoch was kept."""
     table = _table(
-        ("epoch", "training", "validation"),
+        ("epoch", "step", "training", "validation"),
         [
             (
                 str(epoch.number),
+                str(epoch.step),
                 "" if epoch.train_loss is None else f"{epoch.train_loss:.4f}",
                 f"{epoch.valid_loss:.4f}",
             )

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from reft_core.adapter import read_adapter
+from reft_core.errors import TrainingError
 from tests.trainer.factories import byte_model, make_config
 from trainer import causal, cli, preparing
 
@@ -67,3 +68,50 @@ def test_the_module_says_how_it_is_called(
     monkeypatch.setattr("sys.argv", ["trainer", *arguments])
     with pytest.raises(SystemExit, match="usage: python -m trainer CONFIG"):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        (["rank=2", "--layers", "every:3"], ["rank=2", "layers=every:3"]),
+        (["--learning-rate=1e-3", "--max_length", "9"], ["learning_rate=1e-3", "max_length=9"]),
+        (["--resume", "--no-tied", "a=1"], ["resume=true", "tied=false", "a=1"]),
+        (["--resume", "false", "--tied"], ["resume=false", "tied=true"]),
+        (["--template.user", "Q: {content}"], ["template.user=Q: {content}"]),
+    ],
+)
+def test_flags_are_settings(arguments: list[str], settings: list[str]) -> None:
+    assert cli.settings_of(arguments) == settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(["rank"], "argument: got 'rank'"), (["--rank"], "--rank: got None, expected a value")],
+)
+def test_half_a_setting_is_refused(arguments: list[str], problem: str) -> None:
+    with pytest.raises(TrainingError, match=problem):
+        cli.settings_of(arguments)
+
+
+def test_settings_and_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.list_settings()
+    out = capsys.readouterr().out
+    assert "learning_rate" in out
+    assert "commonsense" in out
+
+
+def test_ctrl_c_says_how_to_go_on(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(causal.CausalTask, "evaluate", interrupted)
+    with pytest.raises(SystemExit):
+        cli.train_command(config, ["--checkpoint-steps", "2"])
+    err = capsys.readouterr().err
+    assert "add --resume to go on from" in err
+    assert "checkpoint-4" in err

@@ -10,7 +10,9 @@ from reft_core.positions import PositionRule
 from reft_core.spec import TemplateSpec
 from reft_core.templates import encode_chat
 from tests.trainer.factories import byte_tokenizer, write_rows
-from trainer.data import Dataset, check_no_leak, load_dataset, tokenise
+from trainer.data import Dataset, RowFormat, check_no_leak, load_dataset, tokenise
+from trainer.data.reading import read_source
+from trainer.data.sources import read_file
 
 GOOD = {"instruction": "2+2?", "completion": "4"}
 RULE = PositionRule.parse("l1")
@@ -42,6 +44,13 @@ def test_both_row_forms_are_read(tmp_path: Path) -> None:
     assert [role for role, _ in found[2].turns] == ["system", "user", "assistant", "user"]
     assert [example.completion for example in found] == ["4", "3", "ciao"]
     assert found[2].question == "bye"
+
+
+def test_an_input_is_put_where_its_template_says(tmp_path: Path) -> None:
+    row = {"instruction": "Sum {input}", "input": "{instruction}", "completion": "3"}
+    source = read_file(write_rows(tmp_path / "rows.jsonl", [row]))
+    found = read_source(source, RowFormat(input_template="In: {input}\nDo: {instruction}"))
+    assert found.examples[0].question == "In: {instruction}\nDo: Sum {input}"
 
 
 def test_a_system_message_is_put_before_rows_without_one(tmp_path: Path) -> None:

@@ -49,8 +49,9 @@ def run(config: TrainConfig, loaded: LoadedModel, **settings: object) -> TrainRe
 
 def test_labelled_texts_make_a_head_on_an_encoder(tmp_path: Path) -> None:
     """No setting but the data: the rest is chosen, and said."""
-    config = write_splits(tmp_path, {"train": labelled_rows(0, 160), "valid": labelled_rows(900, 40),
-                                     "test": labelled_rows(2000, 40)})  # fmt: skip
+    starts = {"train": (0, 160), "valid": (900, 40), "test": (2000, 40)}
+    rows = {split: labelled_rows(*place) for split, place in starts.items()}
+    config = write_splits(tmp_path, rows)
     result = run(config, encoder(), steps=60, rank=4)
     chosen = {choice.setting for choice in result.choices}
     assert {"labels", "positions", "learning_rate", "head.learning_rate"} <= chosen

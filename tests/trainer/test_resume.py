@@ -72,9 +72,10 @@ def test_a_run_taken_up_again_gives_the_same_adapter(
     shared = {"epochs": 3, "checkpoint_steps": 1, **settings}
     whole = train(make_config(tmp_path, **shared), loaded=byte_model())
     again = make_config(tmp_path, output=tmp_path / "again/a.safetensors", **shared)
-    with monkeypatch.context() as patch, pytest.raises(_PowerCut):
+    with monkeypatch.context() as patch:
         cut_after(patch, cut)
-        train(again, loaded=byte_model())
+        with pytest.raises(_PowerCut):
+            train(again, loaded=byte_model())
     assert not again.output.exists()
     checkpoint = last_checkpoint(again.checkpoint_dir)
     assert checkpoint is not None
@@ -111,9 +112,10 @@ def test_a_process_killed_in_the_midst_loses_nothing(tmp_path: Path) -> None:
 def cut_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The config of a run that died after two steps."""
     config = make_config(tmp_path, epochs=1, checkpoint_steps=1)
-    with monkeypatch.context() as patch, pytest.raises(_PowerCut):
+    with monkeypatch.context() as patch:
         cut_after(patch, 2)
-        train(config, loaded=byte_model())
+        with pytest.raises(_PowerCut):
+            train(config, loaded=byte_model())
     return config
 
 

@@ -12,6 +12,7 @@ from reft_core.spec import NAME_PATTERN, AdapterName
 from trainer.config.data import DataSettings
 from trainer.config.loop import LoopSettings
 from trainer.config.method import MethodSettings
+from trainer.data.sources import SUFFIXES
 from trainer.nearest import nearest
 from trainer.presets import PRESETS, with_preset
 
@@ -19,7 +20,7 @@ from trainer.presets import PRESETS, with_preset
 def _own_name(values: dict[str, Any]) -> str:
     """The adapter's name, made of the data's where none is given."""
     source = Path(str(values.get("data") or values.get("train") or "adapter"))
-    stem = source.stem if source.suffix else source.name
+    stem = source.stem if source.suffix in SUFFIXES else source.name
     if stem in ("train", "data") and source.is_absolute():
         stem = source.parent.name
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:96]

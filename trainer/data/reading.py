@@ -47,12 +47,12 @@ def carve(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
         groups.setdefault(example.prompt_key, []).append(example)
     num_rows = len(dataset.examples)
     wanted = min(max(math.ceil(share * num_rows), min(8, num_rows // 4)), MAX_CARVED)
-    left = Counter(example.label for example in dataset.examples)
+    left = Counter(map(_class, dataset.examples))
     taken: set[str] = set()
     for key in sorted(groups, key=lambda key: _draw(key, seed)):
         if len(taken) >= wanted:
             break
-        labels = Counter(example.label for example in groups[key])
+        labels = Counter(map(_class, groups[key]))
         if all(left[label] > count for label, count in labels.items()):
             left -= labels
             taken |= {example.where for example in groups[key]}
@@ -69,6 +69,11 @@ def without_leaks(earlier: Dataset, held_out: Dataset) -> Dataset:
     """``earlier`` without the rows whose prompt recurs in ``held_out``."""
     prompts = {example.turns for example in held_out.examples}
     return _of(earlier, [e for e in earlier.examples if e.turns not in prompts])
+
+
+def _class(example: Example) -> str | None:
+    """The class of a row; scores are none."""
+    return example.label if isinstance(example.label, str) else None
 
 
 def _draw(key: tuple[str, ...], seed: int) -> bytes:

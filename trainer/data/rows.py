@@ -8,6 +8,7 @@ not learnt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,9 +75,8 @@ class RowFormat:
         """The turns of an instruction row, the completion last."""
         asked = _text(row, "instruction", where)
         if row.get("input"):
-            given = _text(row, "input", where)
-            first, second = self.input_template.split("{input}")
-            asked = first.replace("{instruction}", asked) + given + second
+            parts = {"instruction": asked, "input": _text(row, "input", where)}
+            asked = _fill(self.input_template, parts)
         if not asked.strip():
             raise TrainingError(f"{where}: the instruction is empty")
         return [("user", asked), ("assistant", _text(row, "completion", where))]
@@ -86,8 +86,13 @@ class RowFormat:
         if not completion.strip():
             raise TrainingError(f"{where}: the completion is empty")
         if self.labels and completion.strip() not in {label.strip() for label in self.labels}:
+            held = (
+                f"label {example.label!r}"
+                if example.kind == "label"
+                else f"completion {completion!r}"
+            )
             raise TrainingError(
-                f"{where}: completion {completion!r} is none of the labels"
+                f"{where}: {held} is none of the labels"
                 f"{nearest(completion.strip(), sorted(self.labels))}"
             )
 
@@ -96,8 +101,13 @@ def pair_text(texts: Sequence[str]) -> str:
     """The one message that a text, or a pair of them, becomes."""
     if len(texts) == 1:
         return texts[0]
-    first, second = PAIR.split("{text_pair}")
-    return first.replace("{text}", texts[0]) + texts[1] + second
+    return _fill(PAIR, {"text": texts[0], "text_pair": texts[1]})
+
+
+def _fill(template: str, parts: Mapping[str, str]) -> str:
+    """``template`` with each part in place of its name in braces; no part is a template."""
+    names = "|".join(parts)
+    return re.sub(rf"\{{({names})\}}", lambda found: parts[found[1]], template)
 
 
 def _example(turns: Sequence[Turn], where: str, kind: RowKind) -> Example:
