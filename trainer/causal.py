@@ -15,9 +15,9 @@ from reft_core.spec import TaskSpec
 from trainer.collate import Collator
 from trainer.config import TrainConfig
 from trainer.data import Dataset, TokenisedExample, tokenise
-from trainer.evaluate import Evaluation, evaluate, likeliest_labels
+from trainer.evaluation.scoring import score
+from trainer.evaluation.splits import Evaluation, evaluate, likeliest_labels
 from trainer.fit import mean_loss
-from trainer.metrics import score
 from trainer.order import shuffled
 from trainer.prefix import PrefixStore
 from trainer.progress import Progress

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from reft_core.adapter import write_durably
 from trainer.config import PATH_FIELDS, TrainConfig
-from trainer.metrics import OTHER, Confusion
+from trainer.evaluation.scoring import OTHER, Confusion
 
 if TYPE_CHECKING:
-    from trainer.evaluate import Evaluation
+    from trainer.evaluation.splits import Evaluation
     from trainer.fit import FitResult
     from trainer.train import TrainResult
 

@@ -22,7 +22,7 @@ from reft_core.spec import HeadSpec, PrefixSpec, SiteSpec, TaskSpec, TemplateSpe
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
     from trainer.data import Dataset
-    from trainer.evaluate import Evaluation
+    from trainer.evaluation.splits import Evaluation
     from trainer.progress import Progress
 
 

@@ -16,7 +16,7 @@ from reft_core.loading import LoadedModel
 from trainer.config import TrainConfig
 from trainer.data import Dataset
 from trainer.defaults import Choice
-from trainer.evaluate import Evaluation
+from trainer.evaluation.splits import Evaluation
 from trainer.export import build_spec, check_finite
 from trainer.fit import FitResult, fit
 from trainer.order import spread

@@ -11,6 +11,7 @@ from server.cli.bench import bench
 from server.cli.chat import chat
 from server.cli.config import config_app
 from server.cli.errors import OneLineGroup, one_line_errors
+from server.cli.eval import evaluate
 from server.cli.keys import keys_app
 from server.cli.methods import methods
 from server.cli.registry import registry_app
@@ -27,6 +28,7 @@ app.command()(serve)
 app.command()(demo)
 app.command()(chat)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.add_typer(adapters_app, name="adapter")
 app.add_typer(keys_app, name="key")
 app.add_typer(registry_app, name="registry")

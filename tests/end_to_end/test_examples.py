@@ -14,7 +14,7 @@ from reft_core.loading import LoadedModel
 from reft_core.templates import encode_chat
 from tests.end_to_end.conftest import NAMES, test_rows
 from tests.reference.slow import reference_generate, reference_logits
-from trainer.metrics import METRICS
+from trainer.evaluation.scoring import METRICS
 
 NUM_ROWS = 30
 MAX_TOKENS = 24

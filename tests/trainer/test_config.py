@@ -115,7 +115,7 @@ def test_overrides_win_and_reach_into_mappings(
         ("layers: every:0", ["layers"]),
         ("layers: []", ["layers", "at least one"]),
         ("layers: [2, 1]", ["ascending"]),
-        ("metrics: [bleu]", ["bleu", "exact_match"]),
+        ("metrics: [bluer]", ["bluer", "did you mean 'bleu'"]),
         ("labels: [a, ' a']", ["labels", "distinct"]),
         ("learning_rate: .nan", ["learning_rate"]),
         ("name: 'a/b'", ["name", "a/b"]),

@@ -19,13 +19,12 @@ from reft_core.methods.virtual import VIRTUAL_METHODS
 from reft_core.spec import TaskSpec
 from trainer.batches import batches
 from trainer.classify.head import TrainableHead
-from trainer.classify.measure import accuracy, matthews, pearson
 from trainer.classify.model import ClassifierModel
 from trainer.classify.rows import TextCollator, TextRow, order_by_length, tokenise_texts
 from trainer.config import TrainConfig
 from trainer.data import Dataset, Example
-from trainer.evaluate import Evaluation, Sample
-from trainer.metrics import confusion
+from trainer.evaluation.scoring import TEXT_METRICS, confusion, score
+from trainer.evaluation.splits import Evaluation, Sample
 from trainer.progress import Progress
 from trainer.task import HeldOut, Measured, TrainedParts
 
@@ -56,6 +55,10 @@ class ClassifyTask:
         if config.method in VIRTUAL_METHODS:
             expected = "one without virtual tokens: an encoder has no place for them"
             raise TrainingError(explain("method", config.method, expected), field="method")
+        for name in config.metrics:
+            if name not in TEXT_METRICS:
+                expected = f"some of {', '.join(TEXT_METRICS)}"
+                raise TrainingError(explain("metrics", name, expected), field="metrics")
         labels = config.labels or _labels(datasets["train"].examples)
         longest = longest_text(loaded.model, loaded.description)
         max_length = min(config.max_length or longest, longest)
@@ -104,16 +107,10 @@ class ClassifyTask:
 
     @torch.no_grad()
     def measure(self, model: ClassifierModel, rows: Sequence[TextRow]) -> Measured:
-        """Mean loss, and what :meth:`_metrics` says.
-
-        The config's first metric that is among these chooses what training keeps; else accuracy,
-        or Pearson's correlation.
-        """
+        """Mean loss and metrics, the first of which chooses what training keeps."""
         outputs, targets = self.outputs(model, rows)
-        metrics = self._metrics(outputs, targets)
-        chosen_by = next((name for name in self.config.metrics if name in metrics), None)
-        loss = model.head.loss(outputs, targets).item()
-        return Measured(loss, metrics, chosen_by or next(iter(metrics)))
+        metrics = self._metrics(self._said(outputs), self._said_right(targets))
+        return Measured(model.head.loss(outputs, targets).item(), metrics, next(iter(metrics)))
 
     @torch.no_grad()
     def outputs(self, model: ClassifierModel, rows: Sequence[TextRow]) -> tuple[Tensor, Tensor]:
@@ -147,32 +144,41 @@ class ClassifyTask:
             with progress.stage(f"answers, {split}"):
                 requests = [EncoderRequest(row.tokens, uses, row.segments) for row in rows]
                 outputs = torch.stack(served.logits(requests))
-            targets = torch.tensor([row.target for row in rows])
-            found[split] = self._evaluation(dataset, outputs, targets)
+            right = self._said_right(torch.tensor([row.target for row in rows]))
+            found[split] = self._evaluation(dataset, self._said(outputs), right)
         return found
 
-    def _evaluation(self, dataset: Dataset, outputs: Tensor, targets: Tensor) -> Evaluation:
-        """Of a split's outputs (n, L) and targets (n,)."""
-        if self.labels is None:
-            answers = [f"{value:.4g}" for value in outputs[:, 0].tolist()]
-        else:
-            targets = targets.long()
-            answers = [self.labels[number] for number in outputs.argmax(1).tolist()]
-        references = [str(example.label) for example in dataset.examples]
+    def _evaluation(
+        self, dataset: Dataset, answers: Sequence[str], references: Sequence[str]
+    ) -> Evaluation:
+        """Of a split's answers."""
         questions = [" / ".join(example.texts) for example in dataset.examples]
         samples = [
             Sample(question, reference, "", answer)
             for question, reference, answer in zip(questions, references, answers, strict=True)
         ]
         matrix = confusion(self.labels, answers, references) if self.labels else None
-        return Evaluation(self._metrics(outputs, targets), matrix, tuple(samples))
+        return Evaluation(self._metrics(answers, references), matrix, tuple(samples))
 
-    def _metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        """Accuracy and Matthews correlation, or Pearson's of a regression."""
+    def _metrics(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Those of the config, if it names any; else accuracy and Matthews correlation, or of a
+        regression Pearson's and Spearman's."""
+        names = ("pearson", "spearman") if self.labels is None else ("accuracy", "matthews")
+        if "metrics" in self.config.model_fields_set:
+            names = self.config.metrics
+        return {name: score(name, answers, references) for name in names}
+
+    def _said(self, outputs: Tensor) -> list[str]:
+        """The likeliest labels, or the values, of outputs (n, L)."""
         if self.labels is None:
-            return {"pearson": pearson(outputs[:, 0], targets)}
-        said = outputs.argmax(1)
-        return {"accuracy": accuracy(said, targets), "matthews": matthews(said, targets)}
+            return [f"{value:.6f}" for value in outputs[:, 0].tolist()]
+        return [self.labels[number] for number in outputs.argmax(1).tolist()]
+
+    def _said_right(self, targets: Tensor) -> list[str]:
+        """Targets (n,) as :meth:`_said` writes them."""
+        if self.labels is None:
+            return [f"{value:.6f}" for value in targets.tolist()]
+        return [self.labels[int(number)] for number in targets.tolist()]
 
     def parts(self, model: ClassifierModel) -> TrainedParts:
         """Edits, head and labels."""

@@ -12,7 +12,7 @@ from trainer.config.base import Fraction, Label, Settings
 from trainer.data.columns import COLUMNS, ColumnNames
 from trainer.data.rows import RowFormat
 from trainer.data.templates import LABEL_TEMPLATE, label_lead
-from trainer.metrics import METRICS
+from trainer.evaluation.scoring import TEXT_METRICS
 from trainer.nearest import nearest
 
 
@@ -80,8 +80,8 @@ class DataSettings(Settings):
     @classmethod
     def _known_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in METRICS:
-                raise ValueError(f"{name!r} is no metric{nearest(name, METRICS)}")
+            if name not in TEXT_METRICS:
+                raise ValueError(f"{name!r} is no metric{nearest(name, TEXT_METRICS)}")
         return value
 
     @field_validator("columns")

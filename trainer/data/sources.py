@@ -95,7 +95,7 @@ def _read_folder(folder: Path) -> dict[str, Source]:
     """The splits in ``folder``, by the names of its files."""
     labels = ()
     if (folder / LABELS_FILE).is_file():
-        labels = _read_labels(folder / LABELS_FILE)
+        labels = read_labels(folder / LABELS_FILE)
     found: dict[str, Source] = {}
     for split, stems in _SPLIT_NAMES.items():
         files = [
@@ -110,7 +110,8 @@ def _read_folder(folder: Path) -> dict[str, Source]:
     return found
 
 
-def _read_labels(path: Path) -> tuple[str, ...]:
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The list in a file of labels, in order. Raises :class:`TrainingError`."""
     value = _from_json(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
         raise TrainingError(f"{path}: not a list of the labels' names")

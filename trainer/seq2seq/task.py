@@ -18,7 +18,7 @@ from reft_core.spec import TaskSpec
 from trainer.config import TrainConfig
 from trainer.data import Dataset, TokenisedExample
 from trainer.data.templates import PLAIN_TEMPLATE
-from trainer.evaluate import Evaluation, evaluation_of
+from trainer.evaluation.splits import Evaluation, evaluation_of
 from trainer.fit import mean_loss
 from trainer.order import shuffled
 from trainer.progress import Progress

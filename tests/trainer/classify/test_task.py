@@ -20,7 +20,6 @@ from reft_core.errors import TrainingError
 from reft_core.spec import AdapterSpec, HeadSpec
 from tests.reft_core.test_classification import loaded
 from tests.trainer.classify.test_model import ROWS
-from trainer.classify.measure import accuracy, matthews, pearson
 from trainer.classify.model import ClassifierModel
 from trainer.classify.rows import order_by_length
 from trainer.classify.task import ClassifyTask
@@ -213,6 +212,15 @@ def test_a_row_that_cannot_be_used_is_named(text: Example, message: str) -> None
         make_task("bert", make_config(), lambda first, _: [text] if first else labelled(0, 8))
 
 
+def test_the_first_metric_of_the_config_chooses() -> None:
+    task = make_task("bert", make_config(metrics=("macro_f1", "matthews")))
+    found = task.measure(task.new_model(), task.rows["valid"])
+    assert list(found.metrics) == ["macro_f1", "matthews"]
+    assert found.rank == (found.metrics["macro_f1"], -found.loss)
+    with pytest.raises(TrainingError, match="metrics: got 'perplexity', expected some of"):
+        make_task("bert", make_config(metrics=("perplexity",)))
+
+
 def test_settings_that_an_encoder_cannot_use_are_named() -> None:
     config = make_config(method="prompt_tuning", positions="l1")
     with pytest.raises(TrainingError, match=r"method: got 'prompt_tuning'.*without virtual tokens"):
@@ -233,16 +241,6 @@ def test_batches_hold_texts_of_like_length_and_every_row_once() -> None:
         batches = [[lengths[row] for row in order[i : i + 8]] for i in range(0, 203, 8)]
         spread = sum(max(batch) - min(batch) for batch in batches) / len(batches)
         assert spread < 4, "shuffled alone, a batch spans nearly all of 31 lengths"
-
-
-def test_measures_are_those_of_their_formulas() -> None:
-    said, right = torch.tensor([1, 1, 0, 0, 1, 0]), torch.tensor([1, 0, 0, 0, 1, 1])
-    assert accuracy(said, right) == pytest.approx(4 / 6)
-    tp, tn, fp, fn = 2, 2, 1, 1
-    assert matthews(said, right) == pytest.approx((tp * tn - fp * fn) / 9)
-    assert matthews(torch.zeros(4, dtype=torch.int64), right[:4]) == 0
-    x, y = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 1.0, 7.0])
-    assert pearson(x, y) == pytest.approx(torch.corrcoef(torch.stack([x, y]))[0, 1].item())
 
 
 def test_the_fixture_has_pairs() -> None:

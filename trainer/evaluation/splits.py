@@ -1,4 +1,4 @@
-"""How well an adapter answers, measured by the engine that will serve it."""
+"""What ``reft train`` measures of its held-out splits, by the engine that will serve them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.generate import generate as run_requests
 from reft_core.engine.interface import AdapterChoice, Engine, Request, SamplingParams
+from trainer.batches import batches
 from trainer.collate import IGNORED, Collator
 from trainer.data import Dataset, TokenisedExample
-from trainer.fit import batches
-from trainer.metrics import Confusion, confusion, score
+from trainer.evaluation.scoring import Confusion, confusion, score
 from trainer.reft_model import ReftModel
 
 

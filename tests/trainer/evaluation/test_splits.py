@@ -11,7 +11,7 @@ from reft_core.positions import PositionRule
 from tests.trainer.factories import byte_model, byte_tokenizer, write_rows
 from trainer.collate import Collator
 from trainer.data import load_dataset, tokenise
-from trainer.evaluate import evaluate, generate, likeliest_labels
+from trainer.evaluation.splits import evaluate, generate, likeliest_labels
 from trainer.reft_model import ReftModel
 
 RULE = PositionRule.parse("l1")

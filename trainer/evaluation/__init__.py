@@ -1,0 +1,1 @@
+"""How well a model and its adapters answer: questions, answers, metrics, reports."""
