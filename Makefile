@@ -12,7 +12,7 @@ PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout soak fuzz load chaos lm-eval transcript \
+	bench-kernel bench-gpu bench-residency bench-fanout bench-train soak fuzz load chaos lm-eval transcript \
 	docs lint-deploy rehearse clean
 
 help:  ## this list
@@ -77,6 +77,10 @@ bench-fanout:  ## what one prompt costs under 16 adapters, against one of them
 bench-residency:  ## thousands of registered adapters against ten, and the time of a cold load
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.residency
+
+bench-train:  ## a training step against pyreft and PEFT's LoRA, in time and memory (REFT_DATA=folder with sst2)
+	@scripts/install demo train
+	@$(BIN)/python -m benchmarks.training
 
 lint-deploy:  ## Dockerfile, Compose file, Helm chart, systemd unit, by the tools that read them
 	@scripts/install test

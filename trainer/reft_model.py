@@ -1,40 +1,44 @@
 """A frozen base model with trainable interventions, and a forward that skips dead work.
 
-Three things make a step cheap, none of which changes a gradient:
+What makes a step cheap, none of which changes a gradient:
 
-- Columns before the first edited one are the base's own: they run without a graph, once
+- Tokens before a row's first edited one are the base's own: they run without a graph, once
   if there is memory to keep their keys and values, and the rest runs on those.
+- The rest runs without padding, and what rows have in common runs once (:mod:`trainer.packing`).
 - Below the first edited layer nothing needs a gradient, so autograd records nothing there.
-- Logits are computed only for cells that carry loss.
+- Logits are computed only for cells that carry loss, and no edit in the last layer elsewhere.
+- All bases of an adapter are made orthonormal in one batched product.
 
-Dimension letters as in :mod:`trainer.collate`; S = T − split, M edits, N completion tokens
-in the batch, d hidden size, V vocabulary.
+Dimension letters as in :mod:`trainer.collate` and :mod:`trainer.packing`; M cells of one unit,
+d hidden size, V vocabulary; here N counts completion tokens, or cells where that is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from reft_core.adapter import EditKey, Prefix
 from reft_core.edits import Edit
-from reft_core.loading import cache_argument
 from reft_core.methods import Intervention
 from reft_core.methods.placement import Placement
+from reft_core.methods.rotated import rotating_together
 from reft_core.methods.virtual import VirtualTokens
 from reft_core.sites import SiteEdit, edit_site, find_layers
 from trainer.collate import IGNORED
+from trainer.packing import Packing, unpad
 from trainer.prefix import PrefixStore
+from trainer.row_attention import RowAttention, attending_by_row, check_packs
 
-Cells = tuple[Tensor, Tensor]
-"""Row and column (M,) of each state one unit edits, in a (B, S, d) tensor."""
+_ONE_TOKEN_SITES = ("block_output", "attn_output", "mlp_output", "heads")
+"""Sites whose output at a token reaches other tokens through later layers only."""
 
 
 class LossAndLogits(TypedDict):
@@ -62,16 +66,19 @@ class ReftModel(nn.Module):
         prefixes: PrefixStore | None = None,
         virtual: VirtualTokens | None = None,
     ) -> None:
-        """Trains a placement's interventions, ``virtual`` tokens, or both."""
+        """Trains a placement's interventions, ``virtual`` tokens, or both.
+
+        Raises :class:`UnsupportedModel` for a base whose rows cannot be packed.
+        """
         super().__init__()
         self.placement = placement
         self.virtual = virtual
         self._edits = True
         self._prefixes = prefixes or PrefixStore(base, max_bytes=0)
         self.base = base.requires_grad_(False).eval()
+        check_packs(base)
         # Not registered here: these modules belong to the base already.
         self._layers = find_layers(base)
-        self._head: Callable[[], nn.Module] = base.get_output_embeddings
         built = {} if placement is None else placement.build(num_units)
         self.keys = tuple(built)
         self.interventions = nn.ModuleList(built.values())
@@ -139,119 +146,98 @@ class ReftModel(nn.Module):
         split: int,
     ) -> LossAndLogits:
         """Loss and logits of a :class:`trainer.collate.Batch`."""
-        if self._edits and self.virtual is not None:
-            return self._with_virtual(
-                input_ids, attention_mask, position_ids, labels, edit_columns, edit_valid
-            )
-        cache = None
-        if split > 0:
-            cache = self._prefixes.cache(
-                input_ids[:, :split], attention_mask[:, :split], position_ids[:, :split]
-            )
-        cells = self._edited_cells(attention_mask, labels, edit_columns, edit_valid)
-        return self._loss_and_logits(
-            labels,
-            [(rows, columns - split) for rows, columns in cells],
-            input_ids=input_ids[:, split:],
-            attention_mask=attention_mask,
-            position_ids=position_ids[:, split:],
-            use_cache=cache is not None,
-            **cache_argument(self.base, cache),
+        virtual = self.virtual if self._edits else None
+        rows = unpad(
+            input_ids,
+            attention_mask,
+            self._units(attention_mask, labels, edit_columns, edit_valid),
+            last_prompt=input_ids.shape[1] - labels.shape[1],
+            whole=virtual is not None,
         )
-
-    def _with_virtual(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        labels: Tensor,
-        edit_columns: Tensor,
-        edit_valid: Tensor,
-    ) -> LossAndLogits:
-        """The forward behind n virtual tokens, which stand in columns 0 to n − 1.
-
-        Every position attends to them, so no column can be computed without a graph.
-        """
-        assert self.virtual is not None
-        size, n = len(input_ids), self.virtual.length
-        cells = self._edited_cells(attention_mask, labels, edit_columns, edit_valid)
-        mask = F.pad(attention_mask, (n, 0), value=1)
-        positions = position_ids + n
-        if self.virtual.kind == "kv":
-            cache = DynamicCache()
-            states = self.virtual.keys_and_values().to(self.base.dtype)
-            for layer, (keys, values) in enumerate(states):  # (KH, n, D)
-                cache.update(keys.expand(size, -1, -1, -1), values.expand(size, -1, -1, -1), layer)
-            return self._loss_and_logits(
-                labels,
-                cells,
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                **cache_argument(self.base, cache),
-            )
-        embedded = self.base.get_input_embeddings()(input_ids)  # (B, T, d)
-        virtual = self.virtual.embedding.to(embedded.dtype).expand(size, -1, -1)
-        first = torch.arange(n, device=positions.device).expand(size, -1)
-        return self._loss_and_logits(
-            labels,
-            [(rows, columns + n) for rows, columns in cells],
-            inputs_embeds=torch.cat([virtual, embedded], dim=1),
-            attention_mask=mask,
-            position_ids=torch.cat([first, positions], dim=1),
-            use_cache=False,
-        )
-
-    def _loss_and_logits(
-        self, labels: Tensor, cells: Sequence[Cells], **inputs: Any
-    ) -> LossAndLogits:
-        """The base on ``inputs`` with ``cells`` edited, columns counted from the inputs' own."""
-        carries_loss = labels != IGNORED  # (B, C)
-        with self._hooked(cells, carries_loss):
-            logits = self.base(**inputs, logits_to_keep=labels.shape[1]).logits[0]  # (N, V)
-        loss = F.cross_entropy(logits.float(), labels[carries_loss])
+        if virtual is not None and virtual.kind == "embedding":
+            rows = [row.behind(virtual.length) for row in rows]
+        packing = Packing.of(rows, edit_valid.shape[1], input_ids.device)
+        answers = labels != IGNORED  # (B, C)
+        predicting = packing.predicting(labels.shape[1])[answers]  # (N,)
+        read, which = predicting.unique(return_inverse=True)
+        inputs = self._inputs(packing, virtual)  # before there are hooks: it may run the base
+        with attending_by_row(self.base), self._hooked(packing.edited, read) as unused:
+            logits = self.base(**inputs, use_cache=False, logits_to_keep=read).logits[0]
+        logits = logits[which]  # (N, V)
+        loss = F.cross_entropy(logits.float(), labels[answers])
+        for parameter in unused:
+            # Processes that train together expect a gradient of every parameter.
+            loss = loss + 0 * parameter.sum()
         return LossAndLogits(loss=loss, logits=logits)
 
-    def _edited_cells(
+    def _units(
         self, attention_mask: Tensor, labels: Tensor, edit_columns: Tensor, edit_valid: Tensor
-    ) -> list[Cells]:
-        """The cells of each unit, in columns of the batch; none where the base alone runs."""
-        cells = _cells(edit_columns, edit_valid & self._edits)
-        if self._edits and self.placement is not None and self.placement.phase == "all":
+    ) -> list[dict[int, tuple[int, ...]]]:
+        """For each row the units that edit a column, by column."""
+        units: list[dict[int, tuple[int, ...]]] = [{} for _ in labels]
+        places = edit_valid.nonzero()
+        columns = edit_columns[edit_valid]
+        for (row, unit, _), column in zip(places.tolist(), columns.tolist(), strict=True):
+            units[row][column] = (*units[row].get(column, ()), unit)
+        if self.placement is not None and self.placement.phase == "all":
             # Completion tokens that are read, not only predicted, belong to the last unit.
             start = attention_mask.shape[1] - labels.shape[1] + 1
-            rows, columns = attention_mask[:, start:].nonzero(as_tuple=True)
-            edited_rows, edited_columns = cells[-1]
-            cells[-1] = (
-                torch.cat([edited_rows, rows]),
-                torch.cat([edited_columns, columns + start]),
-            )
-        return cells
+            for row, column in attention_mask[:, start:].nonzero().tolist():
+                units[row][column + start] = (edit_valid.shape[1] - 1,)
+        return units
+
+    def _inputs(self, packing: Packing, virtual: VirtualTokens | None) -> dict[str, Any]:
+        """What the base is given: the cells, and what stands before them."""
+        tokens, positions = packing.tokens, packing.positions
+        if virtual is None:
+            lengths = [len(row.beginning) for row in packing.rows]
+            attention = RowAttention(packing)
+            if any(lengths):
+                before = self._prefixes.read([row.beginning for row in packing.rows])
+                num_before = torch.tensor(lengths, device=tokens.device)
+                attention = RowAttention(packing, before, num_before)
+        elif virtual.kind == "kv":
+            states = virtual.keys_and_values().to(self.base.dtype)  # (L, 2, KH, n, D)
+            size = len(packing.rows)
+            attention = RowAttention(packing, states.unsqueeze(2).expand(-1, -1, size, -1, -1, -1))
+            positions = positions + virtual.length
+        else:
+            attention = RowAttention(packing)
+            # Every row begins with them, so they are the first cells.
+            own = self.base.get_input_embeddings()(tokens[virtual.length :])  # (N − n, d)
+            embedded = torch.cat([virtual.embedding.to(own.dtype), own])
+            rest = {"position_ids": positions[None], "reft_batch": attention}
+            return {"inputs_embeds": embedded[None], **rest}
+        return {
+            "input_ids": tokens[None],
+            "position_ids": positions[None],
+            "reft_batch": attention,
+        }
 
     def _trained(self) -> list[nn.Module]:
         """The modules that training changes."""
         return [self.interventions] if self.virtual is None else [self.interventions, self.virtual]
 
     @contextmanager
-    def _hooked(self, cells: Sequence[Cells], carries_loss: Tensor) -> Iterator[None]:
-        """While open, the base applies the interventions and spares needless logits.
+    def _hooked(self, edited: Sequence[Tensor], read: Tensor) -> Iterator[list[nn.Parameter]]:
+        """While open, the base applies the interventions to the cells ``edited`` of each unit.
 
-        ``cells`` of each unit, columns counted from the split; ``carries_loss`` (B, C).
+        ``read`` are the cells whose logits are wanted. Gives the parameters that take no part.
         """
-
-        def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            # Besides sparing padding, this makes one matrix of the slice (B, C, d) that the
-            # head is given; for a strided batch torch would copy the head's weights B times.
-            return (args[0][carries_loss].unsqueeze(0), *args[1:])  # (1, N, d)
-
+        unused: list[nn.Parameter] = []
+        last = len(self._layers) - 1
         with ExitStack() as stack:
-            stack.callback(self._head().register_forward_pre_hook(select).remove)
+            stack.enter_context(rotating_together(self.interventions))
             for key, intervention in self._by_key():
-                if len(cells[key.unit][0]):
-                    edit = _cell_editor(intervention, cells[key.unit])
+                cells = edited[key.unit]
+                if key.layer == last and key.site in _ONE_TOKEN_SITES:
+                    cells = cells[torch.isin(cells, read)]
+                if len(cells) and self._edits:
+                    edit = _cell_editor(intervention, cells)
                     stack.callback(edit_site(self._layers[key.layer], key.site, edit).remove)
-            yield
+                else:
+                    unused += intervention.parameters()
+            yield unused
 
     def _by_key(self) -> Iterator[tuple[EditKey, Intervention]]:
         for key, intervention in zip(self.keys, self.interventions, strict=True):
@@ -259,24 +245,18 @@ class ReftModel(nn.Module):
             yield key, intervention
 
 
-def _cells(edit_columns: Tensor, edit_valid: Tensor) -> list[Cells]:
-    """The valid cells of each unit, of ``edit_columns`` and ``edit_valid`` (B, U, K)."""
-    found = []
-    for unit in range(edit_valid.shape[1]):
-        rows, places = edit_valid[:, unit].nonzero(as_tuple=True)  # (M,), (M,)
-        found.append((rows, edit_columns[rows, unit, places]))
-    return found
+def _cell_editor(intervention: Intervention, cells: Tensor) -> SiteEdit:
+    """A function from a site's output (1, N, d) and input to the output with ``cells`` edited.
 
-
-def _cell_editor(intervention: Intervention, cells: Cells) -> SiteEdit:
-    """A function from a site's output (B, S, d) and input to the output with cells edited.
-
-    The sum is taken in float32 and rounded once to the base's dtype, as serving does.
+    The sum is taken in float32 and rounded once to the base's dtype, as serving does. ``cells``
+    (M,) are numbers of cells.
     """
 
     def edit(hidden: Tensor, x: Tensor) -> Tensor:
-        h = hidden[cells].float()  # (M, d)
-        read = x[cells].float() if intervention.source == "input" else h
-        return hidden.index_put(cells, (h + intervention(h, read)).to(hidden.dtype))
+        h = hidden[0].index_select(0, cells).float()  # (M, d)
+        reads_input = intervention.source == "input"
+        read = x[0].index_select(0, cells).float() if reads_input else h
+        edited = (h + intervention(h, read)).to(hidden.dtype)
+        return hidden.index_copy(1, cells, edited.unsqueeze(0))
 
     return edit

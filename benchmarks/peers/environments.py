@@ -26,6 +26,8 @@ class Environment:
     packages: tuple[str, ...]
     options: tuple[str, ...] = ()
     """Of ``pip install``."""
+    bare: tuple[str, ...] = ()
+    """Packages installed without what they ask for: ``packages`` holds what they need of it."""
     removed: tuple[str, ...] = ()
     """Packages that came along and must go."""
     build: tuple[tuple[str, str], ...] = ()
@@ -51,6 +53,25 @@ LLAMACPP = Environment(
     ),
 )
 PEFT = Environment("peft", ("torch==2.13.0", "transformers>=5.16", "peft>=0.19"))
+# pyreft asks for a transformers between releases, and for packages that only its notebooks import.
+PYREFT = Environment(
+    "pyreft",
+    (
+        "torch==2.13.0",
+        "numpy<2.3",
+        "transformers==4.45.1",
+        "huggingface-hub<1.0",
+        "accelerate<1.5",
+        "datasets<4",
+        "evaluate",
+        "protobuf",
+        "sentencepiece",
+        "matplotlib",
+        "plotnine",
+        "ipywidgets",
+    ),
+    bare=("pyreft==0.1.0", "pyvene==0.1.8"),
+)
 # Asks servers over HTTP, so that it needs tokenizers but no torch.
 LM_EVAL = Environment("lm-eval", ("lm-eval[api]==0.4.13", "transformers>=5.16"))
 
@@ -72,6 +93,8 @@ def python_of(environment: Environment) -> Path:
         _run([str(python), "-m", "pip", "install", "--index-url", index, "torch"], environment)
     install = [str(python), "-m", "pip", "install", *environment.options, *environment.packages]
     _run(install, environment)
+    if environment.bare:
+        _run([str(python), "-m", "pip", "install", "--no-deps", *environment.bare], environment)
     if environment.removed:
         _run([str(python), "-m", "pip", "uninstall", "-y", *environment.removed], environment)
     (folder / _STAMP).write_text(repr(environment))

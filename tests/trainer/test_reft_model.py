@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from reft_core.loading import cache_argument
+from reft_core.errors import UnsupportedModel
+from reft_core.loading import cache_argument, load_model
 from reft_core.methods import METHODS
 from reft_core.methods.placement import Placement
 from reft_core.methods.virtual import VIRTUAL_METHODS, VirtualTokens
 from reft_core.positions import PositionRule
 from reft_core.sites import describe_model, edit_site, find_layers
 from tests.factories import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
+from trainer import row_attention
 from trainer.collate import Collator
 from trainer.data import TokenisedExample
 from trainer.prefix import PrefixStore
@@ -184,18 +186,93 @@ def test_no_graph_reaches_below_the_first_edited_layer() -> None:
     assert len(seen) == 2 * NUM_LAYERS
 
 
-def test_only_columns_from_the_split_on_are_run_and_only_loss_cells_have_logits() -> None:
+def test_only_cells_from_the_first_edited_one_run_and_only_loss_cells_have_logits() -> None:
     rule = PositionRule.parse("l1")
     model = make_model(tiny_model(), rule)
     batch = Collator(rule)(ROWS)
-    widths = []
+    num_cells = []
     find_layers(model.base)[0].register_forward_hook(
-        lambda _m, args, _out: widths.append(args[0].shape[1])
+        lambda _m, args, _out: num_cells.append(args[0].shape[1])
     )
     logits = model(**batch)["logits"]
-    num_answer = batch["labels"].shape[1]
-    assert widths == [batch["split"], num_answer]
-    assert logits.shape == (sum(len(row.completion) for row in ROWS), VOCAB_SIZE)
+    num_answer = sum(len(row.completion) for row in ROWS)
+    assert num_cells == [sum(len(row.prompt) - 1 for row in ROWS), num_answer]
+    assert logits.shape == (num_answer, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(("text", "tied"), RULES)
+def test_what_rows_have_in_common_runs_once(text: str, tied: bool) -> None:
+    """Rows share a template, a whole prompt, and the beginning of an answer."""
+    rule = PositionRule.parse(text, tied=tied)
+    first, second, third, fourth = make_rows([9, 9, 5, 1], [3, 2, 2, 1])
+    rows = [
+        first,
+        TokenisedExample(first.prompt, (first.completion[0], *second.completion)),
+        TokenisedExample(first.prompt[:6] + second.prompt[6:], second.completion),
+        TokenisedExample(first.prompt[:5] + third.prompt, third.completion),
+        fourth,
+        first,
+    ]
+    model = make_model(tiny_model(), rule)
+    num_cells = []
+    find_layers(model.base)[0].register_forward_hook(
+        lambda _m, args, _out: num_cells.append(args[0].shape[1])
+    )
+    ours = model(**Collator(rule)(rows))["loss"]
+    assert sum(num_cells) < sum(len(row.prompt) + len(row.completion) - 1 for row in rows) - 15
+    theirs = naive_loss(model, rows, rule)
+    assert_same(ours, theirs)
+    assert_same(gradients(model, ours), gradients(model, theirs))
+
+
+def test_no_edit_is_computed_in_the_last_layer_where_nothing_is_read() -> None:
+    rule = PositionRule.parse("f2+l2", tied=False)
+    model = make_model(tiny_model(), rule)
+    num_edited = dict.fromkeys(model.keys, 0)
+    for key, intervention in zip(model.keys, model.interventions, strict=True):
+
+        def note(_module: torch.nn.Module, args: tuple[Tensor, ...], key=key) -> None:
+            num_edited[key] = len(args[0])
+
+        intervention.register_forward_pre_hook(note)
+    loss = model(**Collator(rule)(ROWS))["loss"]
+    of_each_unit = sum(min(2, len(row.prompt) // 2) for row in ROWS)
+    for key, count in num_edited.items():
+        read = 0 if key.unit == 0 else len(ROWS)
+        assert count == (read if key.layer == NUM_LAYERS - 1 else of_each_unit)
+    loss.backward()
+    # Processes that train together expect a gradient of every parameter.
+    assert all(parameter.grad is not None for parameter in model.trainable())
+
+
+def test_long_rows_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs go through another kernel, lest all their scores be kept."""
+    monkeypatch.setattr(row_attention, "_MAX_SCORES", 0)
+    for text in ("l1", "f2+l2"):
+        rule = PositionRule.parse(text)
+        model = make_model(tiny_model("mistral"), rule)
+        ours, theirs = model(**Collator(rule)(ROWS))["loss"], naive_loss(model, ROWS, rule)
+        assert_same(ours, theirs)
+        assert_same(gradients(model, ours), gradients(model, theirs))
+
+
+def test_a_base_whose_rows_cannot_be_packed_is_refused() -> None:
+    base = tiny_model()
+    base.model.layers[0].register_forward_hook(lambda _m, _a, out: out + out.mean(1, keepdim=True))
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM computes other logits"):
+        make_model(base, PositionRule.parse("l1"))
+
+
+@pytest.mark.parametrize("text", ["l1", "f7+l7"])
+def test_the_demo_model_has_the_naive_gradients(text: str) -> None:
+    """In its own size, 135 million parameters, of which three layers are edited."""
+    base = load_model("demo").model
+    rule = PositionRule.parse(text)
+    model = make_model(base, rule, layers=(0, 14, 29))
+    rows = make_rows([15, 9], [1, 2])
+    ours, theirs = model(**Collator(rule)(rows))["loss"], naive_loss(model, rows, rule)
+    assert_same(ours, theirs)
+    assert_same(gradients(model, ours), gradients(model, theirs))
 
 
 def test_the_base_stays_frozen_in_eval_mode_and_unhooked() -> None:
