@@ -14,6 +14,7 @@ from reft_core.adapter import EditKey
 from reft_core.edits import Edit
 from reft_core.methods import Intervention
 from reft_core.methods.placement import Placement
+from reft_core.methods.rotated import rotating_together
 from reft_core.sites import SiteEdit, edit_site
 
 Cells = tuple[Tensor, Tensor]
@@ -47,9 +48,14 @@ class Interventions(nn.Module):
         return {key: intervention.to_edit().to(device="cpu") for key, intervention in self.by_key()}
 
     @contextmanager
-    def hooked(self, cells: Sequence[Cells | None]) -> Iterator[None]:
-        """While open, the layers apply each unit's interventions to its cells; None: to all."""
+    def hooked(self, cells: Sequence[Cells | None]) -> Iterator[list[nn.Parameter]]:
+        """While open, the layers apply each unit's interventions to its cells; None: to all.
+
+        Gives the parameters that take no part, since their units have no cells.
+        """
+        unused: list[nn.Parameter] = []
         with ExitStack() as stack:
+            stack.enter_context(rotating_together(self))
             for key, intervention in self.by_key():
                 edited = cells[key.unit]
                 if edited is None:
@@ -57,9 +63,20 @@ class Interventions(nn.Module):
                 elif len(edited[0]):
                     edit = _cell_editor(intervention, edited)
                 else:
+                    unused += intervention.parameters()
                     continue
                 stack.callback(edit_site(self._layers[key.layer], key.site, edit).remove)
-            yield
+            yield unused
+
+
+def with_unused(loss: Tensor, unused: Sequence[nn.Parameter]) -> Tensor:
+    """``loss`` with zero gradients of what took no part in it.
+
+    Processes that train together expect a gradient of every parameter.
+    """
+    for parameter in unused:
+        loss = loss + 0 * parameter.sum()
+    return loss
 
 
 def _cell_editor(intervention: Intervention, cells: Cells) -> SiteEdit:

@@ -15,7 +15,7 @@ from reft_core.methods.placement import Placement
 from reft_core.sites import find_layers
 from trainer.classify.head import TrainableHead
 from trainer.frozen import FrozenBase
-from trainer.interventions import Cells, Interventions
+from trainer.interventions import Cells, Interventions, with_unused
 from trainer.reft_model import LossAndLogits
 
 
@@ -35,12 +35,17 @@ class ClassifierModel(FrozenBase):
         *,
         num_units: int,
         head_learning_rate: float | None = None,
+        max_bytes: int = 2**30,
     ) -> None:
-        """Without a rate of its own the head is trained with the interventions'."""
+        """Without a rate of its own the head is trained with the interventions'.
+
+        Pooled states take at most about ``max_bytes``; the rest is computed each time.
+        """
         super().__init__(base)
         self._head_learning_rate = head_learning_rate
         self.interventions = Interventions(find_layers(base), placement, num_units)
         self.head = head
+        self._most_kept = max_bytes // (4 * base.config.hidden_size)
         self._kept: dict[tuple[int, ...], Tensor] | None = {} if placement is None else None
 
     @property
@@ -72,23 +77,21 @@ class ClassifierModel(FrozenBase):
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         if self._kept is None:
-            pooled = self._pooled(cells, inputs)
+            with self.interventions.hooked(cells) as unused:
+                pooled = self._pooled(inputs)
         else:
-            pooled = self._kept_pooled(self._kept, cells, inputs)
+            unused, pooled = [], self._kept_pooled(self._kept, inputs)
         logits = self.head(pooled)
-        return LossAndLogits(loss=self.head.loss(logits, labels), logits=logits)
+        loss = with_unused(self.head.loss(logits, labels), unused)
+        return LossAndLogits(loss=loss, logits=logits)
 
-    def _pooled(self, cells: Sequence[Cells | None], inputs: dict[str, Tensor]) -> Tensor:
-        """Pooled states (B, d) of the edited encoder."""
-        with self.interventions.hooked(cells):
-            output: Any = self.base(**inputs)
+    def _pooled(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Pooled states (B, d)."""
+        output: Any = self.base(**inputs)
         return pool(self.head.spec.pooling, output, inputs["attention_mask"])
 
     def _kept_pooled(
-        self,
-        kept: dict[tuple[int, ...], Tensor],
-        cells: Sequence[Cells | None],
-        inputs: dict[str, Tensor],
+        self, kept: dict[tuple[int, ...], Tensor], inputs: dict[str, Tensor]
     ) -> Tensor:
         """Pooled states (B, d), of which those known from earlier are not computed again."""
         told = torch.stack(list(inputs.values()), dim=2)  # (B, T, 2 or 3)
@@ -97,8 +100,11 @@ class ClassifierModel(FrozenBase):
             for row, mask in zip(told, inputs["attention_mask"], strict=True)
         ]
         new = [row for row, text in enumerate(texts) if text not in kept]
+        found = {}
         if new:
             with torch.no_grad():
-                pooled = self._pooled(cells, {name: value[new] for name, value in inputs.items()})
-            kept |= {texts[row]: state for row, state in zip(new, pooled, strict=True)}
-        return torch.stack([kept[text] for text in texts])
+                pooled = self._pooled({name: value[new] for name, value in inputs.items()})
+            found = {texts[row]: state for row, state in zip(new, pooled, strict=True)}
+            if len(kept) + len(found) <= self._most_kept:
+                kept |= found
+        return torch.stack([found[text] if text in found else kept[text] for text in texts])

@@ -98,6 +98,7 @@ class ClassifyTask:
             head,
             num_units=config.rule.num_units,
             head_learning_rate=config.head.learning_rate,
+            max_bytes=config.prefix_cache_mb * 2**20,
         )
 
     def order(self, epoch: int) -> list[int]:

@@ -40,7 +40,10 @@ class LoopSettings(Settings):
     )
     seed: int = Field(default=0, ge=0, lt=2**32)
     prefix_cache_mb: int = Field(
-        default=4096, ge=0, description="memory for keys and values of unedited prompt beginnings"
+        default=4096,
+        ge=0,
+        description="memory for keys and values of unedited prompt beginnings, or for what a head "
+        "alone reads of an encoder",
     )
 
     eval_steps: int | None = Field(

@@ -18,7 +18,7 @@ from reft_core.methods.placement import Placement
 from reft_core.sites import find_layers
 from trainer.collate import IGNORED
 from trainer.frozen import FrozenBase
-from trainer.interventions import Cells, Interventions
+from trainer.interventions import Cells, Interventions, with_unused
 from trainer.reft_model import LossAndLogits
 
 
@@ -51,7 +51,7 @@ class Seq2SeqModel(FrozenBase):
     ) -> LossAndLogits:
         """Loss and logits (N, V) of a :class:`trainer.seq2seq.rows.Seq2SeqBatch`."""
         is_target = labels != IGNORED  # (B, C)
-        with self.interventions.hooked(cells), self._logits_of(is_target):
+        with self.interventions.hooked(cells) as unused, self._logits_of(is_target):
             logits = self.base(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -59,7 +59,7 @@ class Seq2SeqModel(FrozenBase):
                 use_cache=False,
             ).logits[0]  # (N, V)
         loss = F.cross_entropy(logits.float(), labels[is_target])
-        return LossAndLogits(loss=loss, logits=logits)
+        return LossAndLogits(loss=with_unused(loss, unused), logits=logits)
 
     @contextmanager
     def _logits_of(self, is_target: Tensor) -> Iterator[None]:
