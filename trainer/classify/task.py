@@ -60,6 +60,9 @@ class ClassifyTask:
                 expected = f"some of {', '.join(TEXT_METRICS)}"
                 raise TrainingError(explain("metrics", name, expected), field="metrics")
         labels = config.labels or _labels(datasets["train"].examples)
+        if labels is not None and len(labels) < 2:
+            path = datasets["train"].path
+            raise TrainingError(f"{path}: every row has the label {labels[0]!r}", field="labels")
         longest = longest_text(loaded.model, loaded.description)
         max_length = min(config.max_length or longest, longest)
         rows = {
@@ -164,7 +167,9 @@ class ClassifyTask:
     def _metrics(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """Those of the config, if it names any; else accuracy and Matthews correlation, or of a
         regression Pearson's and Spearman's."""
-        names = ("pearson", "spearman") if self.labels is None else ("accuracy", "matthews")
+        names: tuple[str, ...] = ("accuracy", "matthews")
+        if self.labels is None:
+            names = ("pearson", "spearman")
         if "metrics" in self.config.model_fields_set:
             names = self.config.metrics
         return {name: score(name, answers, references) for name in names}

@@ -228,8 +228,11 @@ def test_settings_that_an_encoder_cannot_use_are_named() -> None:
     mixed = [example(("a",), 1.0), example(("b",), "late")]
     with pytest.raises(TrainingError, match=r"label 1\.0"):
         make_task("bert", make_config(labels=("early", "late")), lambda *_: mixed)
+    with pytest.raises(TrainingError, match="every row has the label 'x'"):
+        make_task("bert", make_config(), lambda *_: [example(("a",), "x")] * 2)
+    both = [example(("a",), "x"), example(("a",), "y")]
     with pytest.raises(TrainingError, match="positions '5,6' edit nothing"):
-        make_task("bert", make_config(positions="5,6"), lambda *_: [example(("a",), "x")] * 2)
+        make_task("bert", make_config(positions="5,6"), lambda *_: both)
 
 
 def test_batches_hold_texts_of_like_length_and_every_row_once() -> None:
