@@ -23,7 +23,7 @@ from trainer.checkpoints import read_checkpoint, write_checkpoint
 from trainer.collate import IGNORED
 from trainer.config import TrainConfig
 from trainer.outcome import diverged
-from trainer.processes import summed, world
+from trainer.processes import device, summed, world
 from trainer.task import TrainedModel
 from trainer.trackers import tracker_callbacks
 from trainer.validation import Saving, Validation
@@ -211,6 +211,7 @@ def _arguments(config: TrainConfig, num_visits: int, scratch: str) -> TrainingAr
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         bf16=config.autocast,
+        use_cpu=device().type == "cpu",  # else bf16 is refused there
         save_strategy="no",  # Saving asks for checkpoints
         logging_strategy="no" if config.report_to == "none" else "steps",
         logging_steps=1,

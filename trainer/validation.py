@@ -78,7 +78,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         if self._epochs:
             self.revisit(state.global_step)
         else:
-            self._note(Epoch(0, None, found.loss, valid_metrics=dict(found.metrics)))
+            self._note(Epoch(0, None, found.loss, valid_metrics=dict(found.metrics)), control)
 
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -95,7 +95,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         if not math.isfinite(epoch.valid_loss):
             raise diverged(f"the validation loss became {epoch.valid_loss}")
         self._losses = []
-        self._note(epoch)
+        self._note(epoch, control)
         if self._best is None or found.rank > self._best_rank:
             self._best, self._best_rank = epoch, found.rank
             self._best_parameters = self._model.trained_state()
@@ -103,11 +103,13 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         if patience is not None and epoch.number - self._best.number >= patience:
             control.should_training_stop = True
 
-    def _note(self, epoch: Epoch) -> None:
-        """Keep what was measured, and tell the trackers."""
+    def _note(self, epoch: Epoch, control: Any) -> None:
+        """Keep what was measured, and tell the trackers; a step's own log that is due still comes."""
         self._epochs.append(epoch)
+        due = control.should_log
         metrics = {f"eval_{name}": value for name, value in epoch.valid_metrics.items()}
         self.log({"eval_loss": epoch.valid_loss, **metrics})
+        control.should_log = due
 
 
 class Saving(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from reft_core.adapter import Adapter, read_adapter
 from reft_core.errors import TrainingError
-from tests.trainer.factories import byte_model, make_config
+from tests.trainer.factories import byte_model, make_config, write_rows
 from trainer import trackers
 from trainer.config import TrainConfig
 from trainer.order import in_order, num_steps, shuffled, spread, visits
@@ -68,18 +68,12 @@ def test_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
     rows = [
         {"instruction": f"no {n}", "completion": "yes" * (1 + n % 5) + str(n)} for n in range(40)
     ]
-    shared = {"train": _rows(tmp_path / "uneven.jsonl", rows), "learning_rate": 1e-2}
+    shared = {"train": write_rows(tmp_path / "uneven.jsonl", rows), "learning_rate": 1e-2}
     whole = run(tmp_path, "whole", **shared)
     parts = run(tmp_path, "parts", accumulate=4, **shared)
     torch.testing.assert_close(tensors(parts.adapter), tensors(whole.adapter), atol=1e-4, rtol=1e-4)
     for one, other in zip(whole.fit.epochs[1:], parts.fit.epochs[1:], strict=True):
         assert one.train_loss == pytest.approx(other.train_loss, abs=1e-4)
-
-
-def _rows(path: Path, rows: list[Any]) -> Path:
-    from tests.trainer.factories import write_rows
-
-    return write_rows(path, rows)
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
