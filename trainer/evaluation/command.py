@@ -132,7 +132,7 @@ def _opened(asked: Asked, *, are_labels: bool) -> Iterator[_Opened]:
         names = [asked.model] * asked.with_base + list(asked.adapters)
         contenders = tuple(remote_contender(asked.url, name, own) for name in names)
         batch = asked.batch or URL_BATCH
-        asker = UrlAsker(asked.url, asked.key, concurrency=batch, timeout_s=asked.timeout_s)
+        asker = UrlAsker.at(asked.url, asked.key, concurrency=batch, timeout_s=asked.timeout_s)
         # A server that has the template tells no likelihood of a given answer behind it.
         unmeasured = frozenset({"loss"}) if own is None else frozenset()
         with closing(asker):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from reft_core.adapter import write_durably
 from trainer.evaluation.evaluate import EvaluationReport, Result
@@ -85,10 +86,14 @@ def examples(report: EvaluationReport) -> Iterator[dict[str, object]]:
 
 def to_table(report: EvaluationReport) -> Table:
     """The metrics of every contender side by side."""
-    head, lines = _cells(report)
-    table = Table(*head, title=_title(report), title_justify="left")
-    for line in lines:
-        table.add_row(*line)
+    (first, *others), lines = _cells(report)
+    table = Table(title=_title(report), title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right")
+    for metric, *cells in lines:
+        # The interval under its value: several adapters fit side by side.
+        table.add_row(metric, *(Text(cell.replace(" [", "\n[")) for cell in cells))
     return table
 
 

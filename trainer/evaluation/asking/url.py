@@ -31,13 +31,20 @@ class UrlAsker:
     prompt's text and so a template.
     """
 
-    def __init__(
-        self, url: str, key: str | None, *, concurrency: int = 8, timeout_s: float = 600.0
-    ) -> None:
-        limits = httpx.Limits(max_connections=concurrency)
-        self._http = httpx.Client(**options(api_url(url), key, timeout_s), limits=limits)
+    def __init__(self, http: httpx.Client, *, concurrency: int = 8) -> None:
+        """``http`` asks what is below the API's address, and may be used by several threads."""
+        self._http = http
         self._concurrency = concurrency
         self._has_classify: dict[str, bool] = {}
+
+    @classmethod
+    def at(
+        cls, url: str, key: str | None, *, concurrency: int = 8, timeout_s: float = 600.0
+    ) -> UrlAsker:
+        """Asks the server at ``url``. Raises :class:`InvalidRequest` if it is no address."""
+        limits = httpx.Limits(max_connections=concurrency)
+        http = httpx.Client(**options(api_url(url), key, timeout_s), limits=limits)
+        return cls(http, concurrency=concurrency)
 
     def close(self) -> None:
         """Close the connections."""
