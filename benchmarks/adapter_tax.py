@@ -1,12 +1,14 @@
 """What adapters cost: the same requests with K distinct adapters and with none.
 
 Regime: one engine, all requests submitted at once, prompts of random tokens, greedy, no early
-stop, no prefix cache (every run sends the same prompts). Adapters are random LoReFT of one rank
-at f7+l7 in all layers, each used by as many requests as the others. Every repeat runs each K in
-turn, so a machine that slows down slows all of them; ratios are taken within a repeat. A run
-that warms up comes first and is not counted. Correctness gate: with adapters, edits must have
-been applied, and in float32 tokens with K = 0 must be equal before and after the others. (In
-bfloat16 they may differ by which requests shared a step, as that decides how products round.)
+stop, no prefix cache (every run sends the same prompts). Adapters are random LoReFT of one rank at
+f7+l7 in all layers, each used by as many requests as the others. Every repeat runs each K, in an
+order of its own, so a machine that slows down slows all of them; ratios are taken within a repeat.
+K = 0 is run twice a repeat: the ratio of the second run to the first, ``control``, is what the
+machine's noise looks like. Two runs that warm up are not counted. Correctness gate: with adapters,
+edits must have been applied, and in float32 tokens with K = 0 must be equal before and after the
+others. (In bfloat16 they may differ by which requests shared a step, as that decides how products
+round.)
 
 The last line printed is JSON; the same goes to ``results/engine-tax-{dtype}.json``.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from dataclasses import asdict, dataclass, fields
 from statistics import median
@@ -48,8 +51,13 @@ class Regime:
     """Numbers of distinct adapters, K."""
 
 
-def measure(regime: Regime) -> dict[int, dict[str, Any]]:
-    """For K = 0 and each other K: tokens/s, and [smallest, median, largest] ratios to K = 0.
+CONTROL = "control"
+"""K = 0 once more."""
+
+
+def measure(regime: Regime) -> dict[str, dict[str, Any]]:
+    """For "K=0", "control" and each other K: tokens/s, and ratios to K = 0 as [smallest, median,
+    largest].
 
     ``throughput_ratio`` is 1 where adapters cost nothing and smaller where they cost something;
     ``token_gap_ratio``, of the time between a request's tokens, is larger.
@@ -79,30 +87,35 @@ def measure(regime: Regime) -> dict[int, dict[str, Any]]:
     try:
         _, first = run(0)
         run(max(regime.adapters))
-        counts = [0, *regime.adapters]
-        seconds: dict[int, list[float]] = {k: [] for k in counts}
-        gaps: dict[int, list[float]] = {k: [] for k in counts}
-        for _ in range(regime.repeats):
-            for k in counts:
-                took, completions = run(k)
-                seconds[k].append(took)
+        counts = {name_of(0): 0, CONTROL: 0, **{name_of(k): k for k in regime.adapters}}
+        seconds: dict[str, list[float]] = {name: [] for name in counts}
+        gaps: dict[str, list[float]] = {name: [] for name in counts}
+        for repeat in range(regime.repeats):
+            for name in random.Random(repeat).sample(list(counts), len(counts)):
+                took, completions = run(counts[name])
+                seconds[name].append(took)
                 times = [c.timings.decode_s for c in completions if c.timings]
-                gaps[k].append(median(times) / (regime.output_tokens - 1))
+                gaps[name].append(median(times) / (regime.output_tokens - 1))
         if regime.dtype == "float32":
             _, last = run(0)
             if [c.token_ids for c in first] != [c.token_ids for c in last]:
                 raise SystemExit("correctness gate: the base model's tokens changed during the run")
     finally:
         engine.stop()
-    tokens = regime.requests * regime.output_tokens
+    tokens, base = regime.requests * regime.output_tokens, name_of(0)
     return {
-        k: {
-            "tokens_per_s": round(tokens / median(seconds[k]), 1),
-            "throughput_ratio": spread_of_ratios(seconds[0], seconds[k]),
-            "token_gap_ratio": spread_of_ratios(gaps[k], gaps[0]),
+        name: {
+            "tokens_per_s": round(tokens / median(seconds[name]), 1),
+            "throughput_ratio": spread_of_ratios(seconds[base], seconds[name]),
+            "token_gap_ratio": spread_of_ratios(gaps[name], gaps[base]),
         }
-        for k in counts
+        for name in counts
     }
+
+
+def name_of(num_adapters: int) -> str:
+    """What the row of so many adapters is called."""
+    return f"K={num_adapters}"
 
 
 def _load_random(engine: EmbeddedEngine, rank: int, seed: int) -> str:
@@ -125,12 +138,11 @@ def main() -> None:
     regime = Regime(**{**options, "adapters": tuple(options["adapters"])})
 
     table = measure(regime)
-    for k, row in table.items():
-        print(f"K={k:4d}  {row}")
-    results = {f"K={k}": row for k, row in table.items()}
-    document = {**provenance(), **asdict(regime), "results": results}
+    for name, row in table.items():
+        print(f"{name:8s} {row}")
+    document = {**provenance(), **asdict(regime), "results": table}
     print("saved to", save(f"engine-tax-{regime.dtype}", document))
-    summary = {f"tax_{k}": table[k]["throughput_ratio"][1] for k in regime.adapters}
+    summary = {f"tax_{k}": table[name_of(k)]["throughput_ratio"][1] for k in regime.adapters}
     print(json.dumps(summary))
 
 

@@ -14,8 +14,8 @@ Peers' environments are made on first use, next to the project or in the folder 
 folder's ``*.jsonl`` files instead of ``prompts.txt``.
 
 The last line printed is JSON; the whole goes to ``results/engine-full.json`` or
-``results/engine-quick.json``; with ``--sections`` their names follow. Until the command ends, and
-with ``--peers``, what was found so far is in ``results/engine-partial.json``.
+``results/engine-quick.json``; with ``--sections``, ``--workloads`` and ``--peers`` their names
+follow. Until the command ends, what was found so far is in ``results/engine-partial.json``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from benchmarks.compare import Outcome, load_all, run_workload
 from benchmarks.gate import gate
 from benchmarks.peers.contenders import STATIC, VARIANTS, start
 from benchmarks.peers.protocol import ROOT, PeerMissing
-from benchmarks.plan import FULL, QUICK, Plan
+from benchmarks.plan import FULL, HEADLINE, QUICK, Plan
 from benchmarks.provenance import RESULTS, provenance, save
 from benchmarks.workloads import WORKLOADS, data_passages, own_passages, prompts_of
 from reft_core.loading import DEMO_MODEL, Dtype, materialise_demo_model
@@ -115,10 +115,10 @@ class Bench:
                     trials=self._plan.trials,
                 )
                 yield
-            if dtype == "float32":
+            if dtype == "float32" and self._plan.has_gate:
                 judges = [e.worker for e in entrants if e.variant.peer == STATIC]
-                measured = outcome.measured[report.HEADLINE]
-                prompts = self._prompts(report.HEADLINE)
+                measured = outcome.measured[HEADLINE]
+                prompts = self._prompts(HEADLINE)
                 passed, verdicts = gate(judges[0] if judges else None, prompts, measured)
                 self.document["gate"] = {"passed": passed, "float32_tokens": verdicts}
 
@@ -132,10 +132,10 @@ class Bench:
         rows = adapter_tax.measure(regime)
         self.document["adapter_tax"] = {
             "regime": asdict(regime),
-            **{f"K={k}": row for k, row in rows.items()},
+            **rows,
         }
-        for k, row in rows.items():
-            print(f"   K={k:<4} {row}")
+        for name, row in rows.items():
+            print(f"   {name:8s} {row}")
 
     def peer_tax(self) -> None:
         """What adapters cost the peers."""
@@ -182,11 +182,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less of everything, in five minutes")
     parser.add_argument("--data", type=Path, default=os.environ.get("REFT_DATA") or None)
     parser.add_argument("--peers", nargs="+", default=[], help="compare only these")
+    parser.add_argument("--workloads", nargs="+", default=[], choices=WORKLOADS)
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     options = parser.parse_args()
 
     disable_progress_bar()
     plan = QUICK if options.quick else FULL
+    plan = plan.only(options.workloads) if options.workloads else plan
     passages = data_passages(Path(options.data)) if options.data else own_passages()
     facts = {"model": options.model, "threads": options.threads, "prompts": _source(options.data)}
     facts = {**provenance(), **facts}
@@ -206,12 +208,11 @@ def main() -> None:
 
     document = bench.document
     print(report.table(document))
-    path = bench.save(result_name(plan, wanted, options.peers))
-    if path.stem != PARTIAL:
-        (RESULTS / f"{PARTIAL}.json").unlink(missing_ok=True)
+    path = bench.save(result_name(plan, wanted, options.workloads, options.peers))
+    (RESULTS / f"{PARTIAL}.json").unlink(missing_ok=True)
     print("saved to", path)
     figures = report.summary(document)
-    failed = "throughput" in wanted and not figures["gate"]
+    failed = "throughput" in wanted and plan.has_gate and not figures["gate"]
     if failed:
         print("correctness gate: FAILED", document.get("gate"))
     for name, error in document["errors"].items():
@@ -221,12 +222,12 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def result_name(plan: Plan, sections: Sequence[str], peers: Sequence[str]) -> str:
+def result_name(
+    plan: Plan, sections: Sequence[str], workloads: Sequence[str], peers: Sequence[str]
+) -> str:
     """Of the file that a run goes to once it has ended."""
-    if peers:
-        return PARTIAL
     parts = [] if set(sections) == set(plan.expected_s) else sections
-    return "-".join(["engine", plan.name, *parts])
+    return "-".join(["engine", plan.name, *parts, *workloads, *peers])
 
 
 def _source(data: Path | None) -> str:

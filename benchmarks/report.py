@@ -7,12 +7,9 @@ from typing import Any
 
 from benchmarks.compare import Measured, Outcome
 from benchmarks.peers.contenders import CONTINUOUS, OURS, STATIC
-from benchmarks.plan import TAX_COUNTS
+from benchmarks.plan import HEADLINE, TAX_COUNTS
 from benchmarks.spreads import spread, spread_of_ratios
 from benchmarks.workloads import WORKLOADS
-
-HEADLINE = "a"
-"""The workload of the summary's ratios."""
 
 _SHORT = {"bfloat16": "bf16", "float32": "f32"}
 

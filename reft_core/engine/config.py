@@ -25,7 +25,8 @@ class EngineConfig:
     """While the prompts of those have so many tokens together, new requests are refused; what is
     submitted together is accepted or refused together."""
     max_prefill_tokens: int = 512
-    """Prompt tokens computed in one step; longer prompts are prefilled in chunks."""
+    """Prompt tokens computed in one step; longer prompts are prefilled in chunks. What is left of
+    prompts that share all else with another one may exceed it by a quarter."""
     kv_tokens: int | None = None
     """Tokens that all running requests may hold together, at least ``max_model_len``; beyond,
     requests lose their slot and are computed again. None: what the slots have room for."""

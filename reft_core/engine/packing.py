@@ -17,17 +17,26 @@ MOST_SCORED = 256
 vocabulary, for requests that want log-probabilities of their prompt."""
 
 
+MOST_BEYOND = 1 / 4
+"""Share of the budget that may be exceeded to complete prompts that follow another one. What they
+have of their own is short, and a forward for it alone costs as much as for several times as many
+rows."""
+
+
 @dataclass
 class Packing:
     """Chunks that one forward computes, and what may still be added."""
 
     num_layers: int
     budget: int
-    """Rows times layers that may still be computed."""
+    """Rows times layers that may still be computed; negative if it was exceeded."""
     branching: bool
     """Whether sequences may share lower layers only."""
     chunks: list[Chunk] = field(default_factory=list)
     _common: dict[tuple[Sequence, Sequence], Common] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._most_beyond = int(MOST_BEYOND * self.budget)
 
     def common(self, one: Sequence, other: Sequence) -> Common:
         """What two sequences have in common; nothing changes that while a step is packed."""
@@ -81,19 +90,34 @@ class Packing:
             if lead.alike == lead.chunk.end and not lead.chunk.completes_prompt:
                 target = min(target, lead.alike)  # there is more to follow in the next step
             costs = [(lead.same, 0), (lead.alike, self.num_layers - lead.depth), *costs]
-        end = start
-        for until, cost in costs:
-            wanted = max(0, min(until, target) - end)
-            length = min(wanted, self.budget // cost) if cost else wanted
-            self.budget -= length * cost
-            end += length
-            if length < wanted:
-                break
+        completes = lead is not None and target == sequence.prefill_target
+        end = self._spend(start, target, costs, beyond=self._most_beyond if completes else 0)
         if end == start:
             return None
         chunk = Chunk(sequence, start, end, lead.up_to(end) if lead else None)
         self.chunks.append(chunk)
         return chunk
+
+    def _spend(self, start: int, target: int, costs: list[tuple[int, int]], *, beyond: int) -> int:
+        """Where a chunk from ``start`` ends, whose tokens up to each position cost so much. The
+        budget is exceeded by ``beyond`` at most, and only to reach the target."""
+        stretches, at = [], start
+        for until, cost in costs:
+            length = max(0, min(until, target) - at)
+            stretches.append((length, cost))
+            at += length
+        whole = sum(length * cost for length, cost in stretches)
+        if whole <= self.budget + beyond:
+            self.budget -= whole
+            return at
+        end = start
+        for length, cost in stretches:
+            affordable = min(length, max(0, self.budget) // cost) if cost else length
+            self.budget -= affordable * cost
+            end += affordable
+            if affordable < length:
+                break
+        return end
 
     def lead_of(self, sequence: Sequence) -> Lead | None:
         """The chunk that it saves most to follow."""

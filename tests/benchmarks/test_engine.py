@@ -11,7 +11,7 @@ import pytest
 from benchmarks import engine, provenance, report
 from benchmarks.peers.contenders import VARIANTS
 from benchmarks.peers.protocol import Worker
-from benchmarks.plan import FULL, QUICK, TAX_COUNTS, Plan
+from benchmarks.plan import FULL, HEADLINE, QUICK, TAX_COUNTS, Plan
 from benchmarks.soak.world import save_tiny_model
 
 FIGURES = {
@@ -52,7 +52,7 @@ def test_plans_name_what_there_is(plan: Plan) -> None:
     for dtype, variants in plan.variants.items():
         assert set(variants) <= names
         assert "reft" in variants
-        assert report.HEADLINE in plan.repeats[dtype]
+        assert HEADLINE in plan.repeats[dtype]
 
 
 def test_the_full_plan_leaves_nothing_out() -> None:
@@ -121,10 +121,10 @@ def test_throughput_is_saved_workload_by_workload(
 
 def test_names_of_result_files() -> None:
     everything = list(FULL.expected_s)
-    assert engine.result_name(FULL, everything, []) == "engine-full"
-    assert engine.result_name(QUICK, list(QUICK.expected_s), []) == "engine-quick"
-    assert engine.result_name(QUICK, ["tax"], []) == "engine-quick-tax"
-    assert engine.result_name(FULL, everything, ["vllm"]) == engine.PARTIAL
+    assert engine.result_name(FULL, everything, [], []) == "engine-full"
+    assert engine.result_name(QUICK, list(QUICK.expected_s), [], []) == "engine-quick"
+    assert engine.result_name(QUICK, ["tax"], [], []) == "engine-quick-tax"
+    assert engine.result_name(FULL, everything, ["c"], ["vllm"]) == "engine-full-c-vllm"
 
 
 def test_quick_command_from_end_to_end(

@@ -232,9 +232,24 @@ def test_remainders_go_into_one_forward(rows: list[list[int]], cache_blocks: int
     engine = make_engine(cache_blocks, max_prefill_tokens=20)
     counted_answers(engine, rows, suffix_only(3))
     assert [forward[-1] for forward in rows] == [20, 20, 5 + 2 * 7]
-    engine = make_engine(cache_blocks, max_prefill_tokens=45)
-    counted_answers(engine, rows, suffix_only(7))
-    assert [forward[-1] for forward in rows] == [45, 6 * 7]
+
+
+@needs_fused
+@pytest.mark.parametrize(
+    ("max_prefill_tokens", "num_adapters", "forwards"),
+    [
+        # In rows times four layers, three of which a remainder has of its own:
+        (60, 6, [45 + 5 * 7]),  # 285 of at most 300
+        (52, 6, [45 + 3 * 7, 2 * 7]),  # 243 of at most 260, and one more would be 264
+        (45, 7, [45 + 2 * 7, 4 * 7]),
+    ],
+)
+def test_remainders_may_take_a_step_a_quarter_beyond_its_budget(
+    rows: list[list[int]], max_prefill_tokens: int, num_adapters: int, forwards: list[int]
+) -> None:
+    engine = make_engine(64, max_prefill_tokens=max_prefill_tokens)
+    counted_answers(engine, rows, suffix_only(num_adapters))
+    assert [forward[-1] for forward in rows] == forwards
 
 
 @needs_fused
