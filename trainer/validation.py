@@ -104,7 +104,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
             control.should_training_stop = True
 
     def _note(self, epoch: Epoch, control: Any) -> None:
-        """Keep what was measured, and tell the trackers; a step's own log that is due still comes."""
+        """Keep what was measured, and tell the trackers; a step's own log still comes if due."""
         self._epochs.append(epoch)
         due = control.should_log
         metrics = {f"eval_{name}": value for name, value in epoch.valid_metrics.items()}
