@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from trainer.checkpoints import last_checkpoint
 from trainer.config import TrainConfig
 from trainer.config.file import read_config
 from trainer.presets import PRESETS
+from trainer.processes import world
 from trainer.progress import BarProgress, Progress, SilentProgress
 from trainer.report import metric_rows
 from trainer.train import TrainResult, train
@@ -121,4 +121,4 @@ def main() -> None:
 
 def _progress(console: Console) -> Progress:
     """A terminal's progress in the first of several processes, none in the others."""
-    return BarProgress(console) if os.environ.get("RANK", "0") == "0" else SilentProgress()
+    return BarProgress(console) if world()[0] == 0 else SilentProgress()

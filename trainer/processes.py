@@ -12,14 +12,22 @@ from accelerate import PartialState
 from torch import distributed
 
 
+def _joined() -> PartialState:
+    """accelerate's view, once this process has joined the others, where there are any.
+
+    Told that it is on a CPU, since it would not look for others there by itself.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def device() -> torch.device:
     """Where this process computes."""
-    return PartialState().device
+    return _joined().device
 
 
 def world() -> tuple[int, int]:
     """This process's number, from 0, and how many work together now."""
-    state = PartialState()  # joins the others, where there are any
+    state = _joined()
     if not distributed.is_initialized():
         return 0, 1
     return state.process_index, state.num_processes
