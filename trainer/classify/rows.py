@@ -73,10 +73,15 @@ def tokenise_texts(
     return rows
 
 
-def _target(example: Example, numbers: dict[str, float] | None) -> float:
-    label = example.label
-    if label is None:
+def labelled(example: Example) -> str | float:
+    """The label of a row. Raises :class:`TrainingError` for a row of another kind."""
+    if example.label is None:
         raise TrainingError(f"{example.where}: an encoder learns rows with a text and a label")
+    return example.label
+
+
+def _target(example: Example, numbers: dict[str, float] | None) -> float:
+    label = labelled(example)
     if numbers is None:
         if isinstance(label, str):
             raise TrainingError(f"{example.where}: label {label!r}, expected a number")

@@ -20,10 +20,16 @@ from reft_core.spec import TaskSpec
 from trainer.batches import batches
 from trainer.classify.head import TrainableHead
 from trainer.classify.model import ClassifierModel
-from trainer.classify.rows import TextCollator, TextRow, order_by_length, tokenise_texts
+from trainer.classify.rows import (
+    TextCollator,
+    TextRow,
+    labelled,
+    order_by_length,
+    tokenise_texts,
+)
 from trainer.config import TrainConfig
 from trainer.data import Dataset, Example
-from trainer.evaluation.scoring import TEXT_METRICS, confusion, score
+from trainer.evaluation.scoring import confusion, score
 from trainer.evaluation.splits import Evaluation, Sample
 from trainer.progress import Progress
 from trainer.task import HeldOut, Measured, TrainedParts
@@ -55,10 +61,6 @@ class ClassifyTask:
         if config.method in VIRTUAL_METHODS:
             expected = "one without virtual tokens: an encoder has no place for them"
             raise TrainingError(explain("method", config.method, expected), field="method")
-        for name in config.metrics:
-            if name not in TEXT_METRICS:
-                expected = f"some of {', '.join(TEXT_METRICS)}"
-                raise TrainingError(explain("metrics", name, expected), field="metrics")
         labels = config.labels or _labels(datasets["train"].examples)
         if labels is not None and len(labels) < 2:
             path = datasets["train"].path
@@ -170,7 +172,7 @@ class ClassifyTask:
         names: tuple[str, ...] = ("accuracy", "matthews")
         if self.labels is None:
             names = ("pearson", "spearman")
-        if "metrics" in self.config.model_fields_set:
+        if self.config.changed("metrics"):
             names = self.config.metrics
         return {name: score(name, answers, references) for name in names}
 
@@ -205,7 +207,7 @@ class ClassifyTask:
 
 def _labels(examples: Sequence[Example]) -> tuple[str, ...] | None:
     """The labels of some rows in alphabetical order; None where numbers stand for them."""
-    found = {example.label for example in examples} - {None}
-    if found and all(isinstance(label, float) for label in found):
+    found = {labelled(example) for example in examples}
+    if all(isinstance(label, float) for label in found):
         return None
     return tuple(sorted(map(str, found)))
