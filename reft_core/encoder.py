@@ -33,6 +33,9 @@ class EncoderRequest:
     tokens: tuple[int, ...]
     uses: tuple[AdapterUse, ...] = ()
     """Adapters in the order they act."""
+    segments: tuple[int, ...] = ()
+    """Of a pair of texts, which of them each token belongs to: 0 or 1. Empty: one text. Models
+    without segments do not look at it."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +67,21 @@ class Encoder:
         self._model = model
         self._layers = layers
         self._pad = model.config.pad_token_id or 0
+        self._has_segments = has_segments(model)
         self._max_batch_tokens = max_batch_tokens
         self._forward_lock = threading.Lock()
 
     @property
     def max_tokens(self) -> int:
-        """Longest text in tokens. RoBERTa's first positions belong to padding."""
-        reserved = [
-            module.padding_idx + 1
-            for name, module in self._model.named_modules()
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None)
-        ]
-        return self.model.max_positions - max(reserved, default=0)
+        """Longest text in tokens."""
+        return longest_text(self._model, self.model)
 
     def check(self, request: EncoderRequest) -> None:
         """Raise :class:`InvalidRequest` or :class:`AdapterMismatch` for what cannot be read."""
         check_not_empty("input", request.tokens)
         check_length("input", len(request.tokens), self.max_tokens)
         check_known("input", request.tokens, self.model.vocab_size)
+        assert not request.segments or len(request.segments) == len(request.tokens)
         for use in request.uses:
             check_fits(use.adapter.spec, self.model)
             if use.adapter.prefix is not None:
@@ -108,13 +108,32 @@ class Encoder:
         lengths = tuple(len(request.tokens) for request in batch)
         width = max(lengths)
         tokens = torch.full((len(batch), width), self._pad)
+        segments = torch.zeros_like(tokens)
         chunks = []
         for row, (request, length) in enumerate(zip(batch, lengths, strict=True)):
             tokens[row, :length] = torch.tensor(request.tokens)
+            if request.segments:
+                segments[row, :length] = torch.tensor(request.segments)
             edits = PromptEdits(request.uses, length, reads="all")
             chunks.append(PackedChunk(row * width, 0, length, edits))
         mask = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long().to(device)
         plan = build_plan(chunks, device)
+        beside = {"token_type_ids": segments.to(device)} if self._has_segments else {}
         with self._forward_lock, edited(self._layers, plan):
-            output = self._model(input_ids=tokens.to(device), attention_mask=mask)
+            output = self._model(input_ids=tokens.to(device), attention_mask=mask, **beside)
         return Encoded(output, mask, lengths)
+
+
+def longest_text(model: PreTrainedModel, description: ModelDescription) -> int:
+    """Most tokens of a text. RoBERTa's first positions belong to padding."""
+    reserved = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None)
+    ]
+    return description.max_positions - max(reserved, default=0)
+
+
+def has_segments(model: PreTrainedModel) -> bool:
+    """Whether an encoder embeds which text of a pair a token belongs to, as BERT does."""
+    return getattr(model.config, "type_vocab_size", 0) > 1

@@ -95,11 +95,19 @@ def read_config(name: str, *, field: str = "base") -> PreTrainedConfig:
     raise UnsupportedModel(explain(field, name, allowed), field=field)
 
 
-def load_any(name: str) -> LoadedModel:
-    """Load ``name`` as the kind of model that it is, in float32; see the three loaders."""
-    kind = "causal" if name == DEMO_MODEL else model_kind(read_config(name))
-    load = {"causal": load_model, "encoder": load_encoder, "seq2seq": load_seq2seq}[kind]
-    return load(name)
+def kind_of(name: str, *, field: str = "base") -> ModelKind:
+    """As what the model ``name`` takes adapters. Raises what :func:`read_config` does."""
+    return "causal" if name == DEMO_MODEL else model_kind(read_config(name, field=field))
+
+
+def load_any(
+    name: str, *, dtype: Dtype = "float32", device: str = "cpu", field: str = "base"
+) -> LoadedModel:
+    """Load ``name`` as the kind of model that it is; see the three loaders."""
+    loaders = {"causal": load_model, "encoder": load_encoder, "seq2seq": load_seq2seq}
+    load: Any = loaders[kind_of(name, field=field)]
+    loaded: LoadedModel = load(name, dtype=dtype, device=device)
+    return loaded
 
 
 def load_model(

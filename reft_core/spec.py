@@ -153,14 +153,17 @@ class PrefixSpec(_Document):
         }
 
 
+Pooling = Literal["first", "mean", "pooler"]
+
+
 class HeadSpec(_Document):
-    """A trained classification head on an encoder: pooling, a dense layer if any, then logits.
+    """A trained head on an encoder: pooling, a dense layer if any, then logits or one number.
 
     ``first`` pools the first token's state, ``mean`` the mean over the text's tokens, and
     ``pooler`` what the base model's own pooling layer makes of the first one.
     """
 
-    pooling: Literal["first", "mean", "pooler"] = "first"
+    pooling: Pooling = "first"
     hidden: int | None = Field(
         default=None, ge=1, le=MAX_SIZE, description="width of the dense layer; absent: none"
     )
@@ -174,14 +177,14 @@ class HeadSpec(_Document):
             )
         return self
 
-    def tensor_shapes(self, hidden_size: int, num_labels: int) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self, hidden_size: int, num_outputs: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of the head's tensors; they multiply row vectors from the right."""
         shapes: dict[str, tuple[int, ...]] = {}
         if self.hidden is not None:
             shapes["head.dense.weight"] = (hidden_size, self.hidden)
             shapes["head.dense.bias"] = (self.hidden,)
-        shapes["head.out.weight"] = (self.hidden or hidden_size, num_labels)
-        shapes["head.out.bias"] = (num_labels,)
+        shapes["head.out.weight"] = (self.hidden or hidden_size, num_outputs)
+        shapes["head.out.bias"] = (num_outputs,)
         return shapes
 
 
@@ -230,11 +233,27 @@ class TaskSpec(_Document):
     """What the adapter is for.
 
     ``generation``: ``labels`` are the completions a labeller may answer. ``classification``:
-    they are what the head's logits stand for, in order.
+    they are what the head's logits stand for, in order. ``regression``: there are none; the head
+    puts out one number.
     """
 
-    kind: Literal["generation", "classification"] = "generation"
+    kind: Literal["generation", "classification", "regression"] = "generation"
     labels: tuple[_Short, ...] | None = Field(default=None, min_length=2, max_length=4096)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        needed = {"generation": None, "classification": True, "regression": False}[self.kind]
+        if needed is not None and (self.labels is not None) != needed:
+            expected = "labels" if needed else "no labels"
+            raise ValueError(f"labels: got {self.labels}, expected {expected} for {self.kind!r}")
+        return self
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that a head puts out; 0 for a task without one."""
+        if self.kind == "generation":
+            return 0
+        return 1 if self.labels is None else len(self.labels)
 
 
 class TrainingSpec(_Document):
@@ -264,7 +283,9 @@ class AdapterSpec(_Document):
     positions: PositionSpec
     sites: dict[Site, SiteSpec] = Field(default_factory=dict, max_length=256)
     prefix: PrefixSpec | None = None
-    head: HeadSpec | None = Field(default=None, description="for tasks of kind classification")
+    head: HeadSpec | None = Field(
+        default=None, description="for tasks of kind classification and regression"
+    )
     subspaces: dict[_Short, tuple[int, ...]] | None = Field(
         default=None,
         max_length=MAX_SUBSPACES,
@@ -292,15 +313,14 @@ class AdapterSpec(_Document):
                     f"sites.{name}.rank: got {site.rank}, expected at most the site's width "
                     f"{min(site.sizes(self.base.hidden_size))}"
                 )
-        if not self.sites and self.prefix is None:
-            raise ValueError("sites: got none, expected at least one site or a prefix")
+        if not self.sites and self.prefix is None and self.head is None:
+            raise ValueError("sites: got none, expected at least one site, a prefix or a head")
         num_ranks = min((site.rank for site in self.sites.values()), default=0)
         check_subspaces(self.subspaces or {}, num_ranks)
-        classifies = self.task.kind == "classification"
-        if classifies != (self.head is not None) or (classifies and self.task.labels is None):
+        if (self.task.kind == "generation") != (self.head is None):
             raise ValueError(
-                f"head: got {self.head} for a task of kind {self.task.kind!r} with labels "
-                f"{self.task.labels}, expected a head and labels for 'classification' only"
+                f"head: got {self.head} for a task of kind {self.task.kind!r}, expected one for "
+                "'classification' and 'regression' only"
             )
         if self.head is not None and self.prefix is not None:
             raise ValueError("prefix: got one beside a head, expected none on an encoder")
@@ -325,8 +345,9 @@ class AdapterSpec(_Document):
             yield from self.prefix.tensor_shapes(
                 self.base.num_layers, self.base.hidden_size
             ).items()
-        if self.head is not None and self.task.labels is not None:
-            yield from self.head.tensor_shapes(self.base.hidden_size, len(self.task.labels)).items()
+        if self.head is not None:
+            shapes = self.head.tensor_shapes(self.base.hidden_size, self.task.num_outputs)
+            yield from shapes.items()
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """:meth:`iter_tensor_shapes` as a dict."""

@@ -77,3 +77,15 @@ def encode_chat(
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a plain prompt, with the special tokens the tokenizer adds by itself."""
     return list(tokenizer(text)["input_ids"])
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, text: str, text_pair: str | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of a text, or of a pair, and the segment of each token: 0, or 1 of the second.
+
+    All segments are 0 with a tokenizer that tells them apart by its special tokens alone.
+    """
+    encoded = tokenizer(text, text_pair)
+    tokens = list(encoded["input_ids"])
+    return tokens, list(encoded.get("token_type_ids", [0] * len(tokens)))

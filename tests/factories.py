@@ -209,7 +209,9 @@ def random_classifier_bytes(
     labels: tuple[str, ...] | None = None,
     **fields: object,
 ) -> bytes:
-    """The file of an encoder's adapter with moved edits and a random head."""
+    """The file of an encoder's adapter with moved edits and a random head; 1 label: of a
+    regression.
+    """
     torch.manual_seed(seed)
     placement = make_placement(model, method, layers=None, rank=2, sites=sites)
     spec = make_spec(
@@ -218,7 +220,9 @@ def random_classifier_bytes(
         method=method,
         name=f"{method}-{seed}",
         head=head,
-        task=TaskSpec(
+        task=TaskSpec(kind="regression")
+        if num_labels == 1
+        else TaskSpec(
             kind="classification", labels=labels or tuple(f"l{i}" for i in range(num_labels))
         ),
         **fields,  # type: ignore[arg-type]

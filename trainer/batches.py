@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from trainer.collate import Batch, Collator
-from trainer.data import TokenisedExample
+from accelerate.utils import send_to_device
 
 
 def batches(
-    rows: Sequence[TokenisedExample], size: int, collator: Collator, device: torch.device
-) -> Iterator[Batch]:
-    """``rows`` in order, in batches on ``device``."""
+    rows: Sequence[Any],
+    size: int,
+    collator: Callable[[Sequence[Any]], Any],
+    device: torch.device,
+) -> Iterator[Any]:
+    """``rows`` in order, in the collator's batches on ``device``."""
     for start in range(0, len(rows), size):
-        batch: dict[str, Any] = dict(collator(rows[start : start + size]))
-        for name, value in batch.items():
-            batch[name] = value.to(device) if isinstance(value, Tensor) else value
-        yield Batch(**batch)  # type: ignore[typeddict-item]
+        yield send_to_device(collator(rows[start : start + size]), device)

@@ -6,15 +6,17 @@ The figures behind the choices are from runs on SmolLM2-135M: docs/training.md h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from reft_core.errors import TrainingError
+from reft_core.loading import ModelKind
+from trainer.choosing import Choice, Chooser
+from trainer.classify.defaults import choose_for_encoder
 from trainer.config import TrainConfig
-from trainer.data.examples import Dataset, TokenisedExample
+from trainer.data.examples import Dataset
 from trainer.data.splits import Splits
 from trainer.data.templates import LABEL_TEMPLATE, PLAIN_TEMPLATE, label_lead
 
@@ -36,37 +38,18 @@ _LEARNING_RATES = {"lora": 1e-3, "series_adapter": 1e-3, "parallel_adapter": 1e-
 _SHORT = 16
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One setting that was chosen for the user."""
+def choose_from_data(config: TrainConfig, splits: Splits, kind: ModelKind = "causal") -> Chooser:
+    """Choices that need the rows and the kind of base alone.
 
-    setting: str
-    value: Any
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.setting} = {self.value}: {self.reason}"
-
-
-class Chooser:
-    """Fills in what a config leaves open. Its choices are listed in order."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.choices: list[Choice] = []
-
-    def choose(self, setting: str, value: object, reason: str, shown: object = None) -> None:
-        """Take ``value`` for a setting unless it is given; ``shown`` is how people see it."""
-        if setting in self.config.model_fields_set:
-            return
-        self.config = self.config.choosing(**{setting: value})
-        self.choices.append(Choice(setting, value if shown is None else shown, reason))
-
-
-def choose_from_data(config: TrainConfig, splits: Splits) -> Chooser:
-    """Choices that need the rows alone. Raises :class:`TrainingError` for scores as labels."""
+    Raises :class:`TrainingError` for scores as labels of a base that writes its answers.
+    """
     chooser = Chooser(config)
     chooser.choose("name", config.name, "after the data")
+    if kind == "encoder":
+        choose_for_encoder(chooser, splits)
+        return chooser
+    if kind == "seq2seq":
+        chooser.choose("positions", "prompt", "an encoder reads all of the prompt at once")
     train = splits.train.examples
     if train[0].kind == "label":
         chooser.choose(
@@ -133,10 +116,17 @@ def _choose_size(chooser: Chooser, train: Dataset) -> None:
 
 
 def choose_from_model(
-    chooser: Chooser, num_layers: int, tokenizer: PreTrainedTokenizerBase
+    chooser: Chooser,
+    num_layers: int,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: ModelKind = "causal",
 ) -> None:
     """Choices that need the base model."""
     config = chooser.config
+    if kind == "encoder":
+        if config.intervention is not None:
+            chooser.choose("layers", "all", f"the {num_layers} of the base")
+        return
     if config.intervention is not None and num_layers >= _DEEP and config.rank == 1:
         chooser.choose("layers", "every:3", f"every third of {num_layers}, with few labels")
     elif config.intervention is not None:
@@ -154,9 +144,14 @@ def choose_dtype(chooser: Chooser) -> None:
 
 
 def choose_evaluation(
-    chooser: Chooser, splits: Splits, rows: Mapping[str, Sequence[TokenisedExample]]
+    chooser: Chooser, rows: Mapping[str, Sequence[Any]], kind: ModelKind = "causal"
 ) -> None:
-    """Choices that need the rows' tokens: how much is measured, and how."""
+    """Choices that need the rows' tokens: how much is measured, and how.
+
+    A head's answer is one forward of a batch, so that all of them are measured.
+    """
+    if kind == "encoder":
+        return
     held_out = [row for name, part in rows.items() if name != "train" for row in part]
     longest = max(len(row.completion) for row in held_out)
     chooser.choose(
@@ -174,13 +169,19 @@ def choose_evaluation(
         chooser.choose("eval_rows", most, f"of {largest}, to be done in about a minute")
 
 
-def choose_steps(chooser: Chooser, num_rows: int, seconds_for: Callable[[int], float]) -> None:
+def choose_steps(
+    chooser: Chooser,
+    num_rows: int,
+    seconds_for: Callable[[int], float],
+    kind: ModelKind = "causal",
+) -> None:
     """How long to train: ``seconds_for`` says how long some steps would take here."""
     config = chooser.config
     if config.sized:
         return
     per_epoch = -(-num_rows // config.batch_size)
-    wanted = min(max(STEPS, _STEPS_PER_LABEL * len(config.labels or ())), _MOST_STEPS)
+    least = STEPS if kind == "causal" else 2 * STEPS  # cheaper ones, of texts without a trigger
+    wanted = min(max(least, _STEPS_PER_LABEL * len(config.labels or ())), _MOST_STEPS)
     steps = min(wanted, _MOST_EPOCHS * per_epoch)
     reason = f"{steps / per_epoch:.1f} times through {num_rows} rows"
     needed = seconds_for(steps)
@@ -204,3 +205,14 @@ def _fast_bfloat16() -> bool:
 
 def _shown(template: Any) -> str:
     return repr(f"{template.user}{template.generation}")
+
+
+__all__ = [
+    "Choice",
+    "Chooser",
+    "choose_dtype",
+    "choose_evaluation",
+    "choose_from_data",
+    "choose_from_model",
+    "choose_steps",
+]

@@ -9,13 +9,14 @@ import torch
 import transformers
 
 import reft_core
-from reft_core.adapter import EditKey, Prefix
+from reft_core.adapter import EditKey, Head, Prefix
 from reft_core.edits import Edit
 from reft_core.sites import ModelDescription
-from reft_core.spec import AdapterSpec, PrefixSpec, TaskSpec, TrainingSpec
+from reft_core.spec import AdapterSpec, TrainingSpec
 from trainer.config import TrainConfig
 from trainer.data import Dataset
 from trainer.fit import FitResult, diverged
+from trainer.task import TrainedParts
 
 TOOL = (
     f"reft-serve {reft_core.__version__}, torch {torch.__version__}, "
@@ -32,7 +33,7 @@ def build_spec(
     result: FitResult,
     metrics: Mapping[str, float],
     command: str,
-    prefix: PrefixSpec | None = None,
+    parts: TrainedParts,
 ) -> AdapterSpec:
     """The complete spec of what ``config`` trained on ``model``."""
     data: dict[str, str | int] = {}
@@ -42,7 +43,6 @@ def build_spec(
         data[f"{split}_rows"] = len(dataset.examples)
         if split != "train" and config.eval_rows and config.eval_rows < len(dataset.examples):
             data[f"{split}_rows_answered"] = config.eval_rows
-    placement = config.placement(model)
     return AdapterSpec(
         name=config.name,
         description=config.description,
@@ -50,11 +50,12 @@ def build_spec(
         base=model.to_base_spec(),
         method=config.method,
         positions=config.position_spec,
-        sites={} if placement is None else placement.site_specs(),
-        prefix=prefix,
+        sites=dict(parts.sites),
+        prefix=parts.prefix_spec,
+        head=parts.head_spec,
         subspaces=config.subspaces,
-        task=TaskSpec(labels=config.labels),
-        template=config.template,
+        task=parts.task,
+        template=parts.template,
         training=TrainingSpec(
             tool=TOOL,
             command=command[:_MAX_COMMAND],
@@ -67,7 +68,9 @@ def build_spec(
     )
 
 
-def check_finite(edits: Mapping[EditKey, Edit], prefix: Prefix | None = None) -> None:
+def check_finite(
+    edits: Mapping[EditKey, Edit], prefix: Prefix | None = None, head: Head | None = None
+) -> None:
     """Raise :class:`TrainingError` if a trained tensor holds NaN or infinity."""
     trained = {
         f"{part} of layer {key.layer}, {key.site}": tensor
@@ -75,6 +78,7 @@ def check_finite(edits: Mapping[EditKey, Edit], prefix: Prefix | None = None) ->
         for part, tensor in edit.parts()
     }
     trained |= {} if prefix is None else prefix.tensors()
+    trained |= {} if head is None else head.tensors()
     for name, tensor in trained.items():
         if not torch.isfinite(tensor).all():
             raise diverged(f"{name} ended with NaN or infinity")

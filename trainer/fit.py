@@ -10,52 +10,50 @@ from typing import Any
 import torch
 
 from trainer.batches import batches
-from trainer.collate import IGNORED, Collator
+from trainer.collate import IGNORED
 from trainer.config import TrainConfig
-from trainer.data import TokenisedExample
 from trainer.loop import ReftTrainer
 from trainer.order import in_order, num_steps, spread
 from trainer.outcome import Epoch, FitResult, diverged
 from trainer.processes import summed, world
 from trainer.progress import Progress
-from trainer.reft_model import ReftModel
+from trainer.task import EpochOrder, Measure, Measured, TrainedModel
 from trainer.validation import Validation
 
 
 def fit(
-    model: ReftModel,
-    train: Sequence[TokenisedExample],
-    valid: Sequence[TokenisedExample],
+    model: TrainedModel,
+    train: Sequence[Any],
+    valid: Sequence[Any],
     config: TrainConfig,
-    collator: Collator,
+    collator: Callable[[Sequence[Any]], Any],
     progress: Progress,
     *,
+    measure: Measure | None = None,
+    order: EpochOrder | None = None,
     checkpoint: Path | None = None,
     run: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> FitResult:
-    """Train ``model`` in place and leave it with the parameters of lowest validation loss.
+    """Train ``model`` in place and leave it with the best parameters on ``valid``.
 
+    ``measure`` says which those are; without it, those of lowest mean loss over completion
+    tokens. ``order`` gives the rows of ``train`` an order for each epoch, else they are shuffled.
     ``on_epoch`` is called after each validation and may raise to end the training.
     Goes on from ``checkpoint`` if there is one; those that are written hold ``run``, which says
     what belongs to them. Deterministic for a seed on one machine, also
     when it was interrupted. Raises :class:`TrainingError` as soon as a loss is not finite.
     """
-    measured = spread(valid, config.valid_rows)
+    rows = spread(valid, config.valid_rows)
+    measured = measure or (lambda rows: Measured(mean_loss(model, rows, config, collator)))
     with (
         tempfile.TemporaryDirectory() as scratch,  # the Trainer insists on a folder
         progress.stage("training", num_steps(config, len(train))) as advance,
     ):
-        validation = Validation(
-            model,
-            config,
-            len(train),
-            lambda: mean_loss(model, measured, config, collator),
-            on_epoch,
-        )
+        validation = Validation(model, config, len(train), lambda: measured(rows), on_epoch)
         trainer = ReftTrainer(
             model,
-            in_order(train, config),
+            in_order(train, config, order),
             config,
             collator,
             validation,
@@ -73,7 +71,10 @@ def fit(
 
 @torch.no_grad()
 def mean_loss(
-    model: ReftModel, rows: Sequence[TokenisedExample], config: TrainConfig, collator: Collator
+    model: TrainedModel,
+    rows: Sequence[Any],
+    config: TrainConfig,
+    collator: Callable[[Sequence[Any]], Any],
 ) -> float:
     """Mean loss over all completion tokens of ``rows``, however they fall into batches.
 

@@ -20,12 +20,11 @@ from typing_extensions import override
 from reft_core.errors import TrainingError, explain
 from trainer.batches import batches
 from trainer.checkpoints import read_checkpoint, write_checkpoint
-from trainer.collate import IGNORED, Collator
+from trainer.collate import IGNORED
 from trainer.config import TrainConfig
-from trainer.data import TokenisedExample
 from trainer.outcome import diverged
 from trainer.processes import device, summed, world
-from trainer.reft_model import ReftModel
+from trainer.task import TrainedModel
 from trainer.trackers import tracker_callbacks
 from trainer.validation import Saving, Validation
 
@@ -39,10 +38,10 @@ class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def __init__(
         self,
-        model: ReftModel,
-        rows: Sequence[TokenisedExample],
+        model: TrainedModel,
+        rows: Sequence[Any],
         config: TrainConfig,
-        collator: Collator,
+        collator: Callable[[Sequence[Any]], Any],
         validation: Validation,
         *,
         scratch: str,
@@ -60,8 +59,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.step_seconds = 0.0
         optimizer = torch.optim.AdamW(
             # Weight decay cannot harm a basis (see orthonormalise).
-            model.trainable(),
-            lr=config.learning_rate,
+            model.parameter_groups(config.learning_rate),
             weight_decay=config.weight_decay,
         )
         super().__init__(

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from trainer.config import TrainConfig
+from trainer.task import EpochOrder
 
 T = TypeVar("T")
 
@@ -24,20 +25,31 @@ def steps_between_validations(config: TrainConfig, num_rows: int) -> int:
     return config.eval_steps or math.ceil(num_rows / config.batch_size)
 
 
-def visits(num_rows: int, seed: int) -> Iterator[int]:
-    """Rows in the order of training, without end: epoch after epoch, each in a new order."""
-    for epoch in count():
+def shuffled(num_rows: int, seed: int) -> EpochOrder:
+    """Each epoch in a new order."""
+
+    def order(epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed + epoch)
-        yield from torch.randperm(num_rows, generator=generator).tolist()
+        places: list[int] = torch.randperm(num_rows, generator=generator).tolist()
+        return places
+
+    return order
 
 
-def in_order(rows: Sequence[T], config: TrainConfig) -> list[T]:
-    """Every row as often, and in the order, as a run trains on it.
+def visits(order: EpochOrder) -> Iterator[int]:
+    """Rows in the order of training, without end: epoch after epoch."""
+    for epoch in count():
+        yield from order(epoch)
+
+
+def in_order(rows: Sequence[T], config: TrainConfig, order: EpochOrder | None = None) -> list[T]:
+    """Every row as often, and in the order, as a run trains on it; shuffled without ``order``.
 
     All steps have ``batch_size`` rows: one may hold an epoch's last and the next one's first.
     """
     wanted = num_steps(config, len(rows)) * config.batch_size
-    return [rows[place] for place in islice(visits(len(rows), config.seed), wanted)]
+    places = visits(order or shuffled(len(rows), config.seed))
+    return [rows[place] for place in islice(places, wanted)]
 
 
 def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:

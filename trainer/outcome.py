@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from reft_core.errors import TrainingError
 
@@ -18,6 +19,8 @@ class Epoch:
     valid_loss: float
     step: int = 0
     """Steps trained so far."""
+    valid_metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else is measured of the validation rows, by name."""
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from transformers import set_seed
-
-from reft_core.loading import LoadedModel, load_model
+from reft_core.loading import LoadedModel, kind_of, load_any, model_kind
 from trainer.batches import batches
 from trainer.checkpoints import last_checkpoint
-from trainer.collate import Collator
 from trainer.config import TrainConfig
-from trainer.data import Dataset, TokenisedExample, tokenise
+from trainer.data import Dataset
 from trainer.data.splits import load_splits
 from trainer.defaults import (
     Choice,
@@ -26,13 +24,10 @@ from trainer.defaults import (
     choose_steps,
 )
 from trainer.order import visits
-from trainer.prefix import PrefixStore
 from trainer.processes import device, summed, world
 from trainer.progress import Progress
-from trainer.reft_model import ReftModel
 from trainer.resuming import as_json, check_same_data, find_resumed, run_of
-
-Rows = Mapping[str, Sequence[TokenisedExample]]
+from trainer.task import Task, task_for
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Prepared:
     """What a person should know of how the data were read."""
     loaded: LoadedModel
     datasets: Mapping[str, Dataset]
-    rows: Rows
+    task: Task
     checkpoint: Path | None
     """To go on from."""
     run: Mapping[str, object]
@@ -72,18 +67,29 @@ def prepare(config: TrainConfig, loaded: LoadedModel | None, progress: Progress)
     splits = load_splits(config)
     if resumed is not None:
         check_same_data(resumed, splits.datasets)
-    chooser = choose_from_data(config, splits)
     if loaded is None:
-        choose_dtype(chooser)
+        kind = kind_of(config.model, field="model")
+    else:
+        kind = model_kind(loaded.model.config)
+    chooser = choose_from_data(config, splits, kind)
+    if loaded is None:
+        if kind == "causal":
+            choose_dtype(chooser)
         with progress.stage("loading the base model"):
-            loaded = load_model(
-                chooser.config.model, dtype=chooser.config.dtype, device=str(device())
+            loaded = load_any(
+                chooser.config.model,
+                dtype=chooser.config.dtype,
+                device=str(device()),
+                field="model",
             )
-    choose_from_model(chooser, loaded.description.num_layers, loaded.tokenizer)
-    rows = _tokenise(chooser.config, loaded, splits.datasets)
-    choose_evaluation(chooser, splits, rows)
+    choose_from_model(chooser, loaded.description.num_layers, loaded.tokenizer, kind)
+    task = task_for(chooser.config, loaded, splits.datasets)
+    choose_evaluation(chooser, task.rows, kind)
     choose_steps(
-        chooser, len(rows["train"]), lambda n: seconds_for(chooser.config, loaded, rows, n)
+        chooser,
+        len(task.rows["train"]),
+        lambda steps: seconds_for(chooser.config, task.with_settings(chooser.config), steps),
+        kind,
     )
     choices = resumed.choices if resumed else chooser.choices
     remarks += splits.remarks
@@ -95,61 +101,31 @@ def prepare(config: TrainConfig, loaded: LoadedModel | None, progress: Progress)
         tuple(remarks),
         loaded,
         splits.datasets,
-        rows,
+        task.with_settings(chooser.config),
         resumed.checkpoint if resumed else None,
         run_of(given, chooser.config, choices, splits.datasets),
     )
 
 
-def new_model(config: TrainConfig, loaded: LoadedModel) -> ReftModel:
-    """The base with untrained interventions, drawn from the seed."""
-    set_seed(config.seed)
-    return ReftModel(
-        loaded.model,
-        config.placement(loaded.description),
-        num_units=config.rule.num_units,
-        prefixes=PrefixStore(loaded.model, config.prefix_cache_mb * 2**20),
-        virtual=config.virtual_tokens(loaded),
-    )
-
-
-def seconds_for(config: TrainConfig, loaded: LoadedModel, rows: Rows, steps: int) -> float:
+def seconds_for(config: TrainConfig, task: Task, steps: int) -> float:
     """How long so many steps would take here, from three on a model that is thrown away."""
-    model = new_model(config, loaded).to(device())
+    model: Any = task.new_model()
+    model = model.to(device())
     size = max(1, config.batch_size // world()[1])
-    train = rows["train"]
-    chosen = [train[place] for place in islice(visits(len(train), config.seed), 2 * size)]
+    train = task.rows["train"]
+    chosen = [train[place] for place in islice(visits(task.order), 2 * size)]
     warm_up, timed = chosen[:size], chosen[size:]
-    _seconds_of_step(model, config, warm_up)
-    first = _seconds_of_step(model, config, timed)
-    again = _seconds_of_step(model, config, timed)
+    _seconds_of_step(model, task, warm_up)
+    first = _seconds_of_step(model, task, timed)
+    again = _seconds_of_step(model, task, timed)
     num_first = min(steps, -(-len(train) // config.batch_size))
     seconds = first * num_first + again * (steps - num_first)
     return summed([seconds])[0] / world()[1]
 
 
-def _seconds_of_step(
-    model: ReftModel, config: TrainConfig, rows: Sequence[TokenisedExample]
-) -> float:
+def _seconds_of_step(model: Any, task: Task, rows: Sequence[Any]) -> float:
     start = time.perf_counter()
-    for batch in batches(rows, len(rows), Collator(config.rule), model.device):
+    for batch in batches(rows, len(rows), task.collator, model.device):
         model(**batch)["loss"].backward()
         model.zero_grad()
     return time.perf_counter() - start
-
-
-def _tokenise(
-    config: TrainConfig, loaded: LoadedModel, datasets: Mapping[str, Dataset]
-) -> dict[str, list[TokenisedExample]]:
-    """The rows by split, each of which fits the base's context behind the virtual tokens."""
-    context = loaded.description.max_positions - config.num_virtual
-    return {
-        split: tokenise(
-            dataset,
-            loaded.tokenizer,
-            config.rule,
-            template=config.template,
-            max_length=min(config.max_length or context, context),
-        )
-        for split, dataset in datasets.items()
-    }

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ from reft_core.methods.rotated import rotating_together
 from reft_core.methods.virtual import VirtualTokens
 from reft_core.sites import SiteEdit, edit_site, find_layers
 from trainer.collate import IGNORED
+from trainer.frozen import FrozenBase
+from trainer.interventions import with_unused
 from trainer.packing import Packing, unpad
 from trainer.prefix import PrefixStore
 from trainer.row_attention import RowAttention, attending_by_row, check_packs
@@ -54,11 +56,10 @@ class LossAndLogits(TypedDict):
     """(N, V) of the cells whose label is not :data:`IGNORED`, row by row."""
 
 
-class ReftModel(nn.Module):
+class ReftModel(FrozenBase):
     """Interventions where ``placement`` puts them; the base itself never changes.
 
-    The base's parameters are frozen in place and it stays in eval mode. It is hooked only
-    while :meth:`forward` runs.
+    It is hooked only while :meth:`forward` runs.
     """
 
     def __init__(
@@ -74,12 +75,11 @@ class ReftModel(nn.Module):
 
         Raises :class:`UnsupportedModel` for a base whose rows cannot be packed.
         """
-        super().__init__()
+        super().__init__(base)
         self.placement = placement
         self.virtual = virtual
         self._edits = True
         self._prefixes = prefixes or PrefixStore(base, max_bytes=0)
-        self.base = base.requires_grad_(False).eval()
         check_packs(base)
         # Not registered here: these modules belong to the base already.
         self._layers = find_layers(base)
@@ -88,32 +88,9 @@ class ReftModel(nn.Module):
         self.interventions = nn.ModuleList(built.values())
 
     @property
-    def device(self) -> torch.device:
-        """Where the parameters are, and batches are to be."""
-        return self.trainable()[0].device
-
     @override
-    def train(self, mode: bool = True) -> Self:
-        """Set the interventions' mode; the frozen base keeps its dropout off."""
-        super().train(mode)
-        self.base.eval()
-        return self
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters the optimiser may change."""
-        return [p for part in self._trained() for p in part.parameters() if p.requires_grad]
-
-    def trained_state(self) -> list[dict[str, Tensor]]:
-        """A copy of what training changes."""
-        return [
-            {name: tensor.clone() for name, tensor in part.state_dict().items()}
-            for part in self._trained()
-        ]
-
-    def load_trained_state(self, state: Sequence[dict[str, Tensor]]) -> None:
-        """Put back what :meth:`trained_state` returned."""
-        for part, tensors in zip(self._trained(), state, strict=True):
-            part.load_state_dict(tensors)
+    def trained_parts(self) -> list[nn.Module]:
+        return [self.interventions] if self.virtual is None else [self.interventions, self.virtual]
 
     def to_prefix(self) -> Prefix | None:
         """The virtual tokens with the present parameters, if there are any."""
@@ -166,10 +143,7 @@ class ReftModel(nn.Module):
             logits = self.base(**inputs, use_cache=False, logits_to_keep=kept).logits[0]
         logits = logits[which]  # (N, V)
         loss = F.cross_entropy(logits.float(), labels[answers])
-        for parameter in unused:
-            # Processes that train together expect a gradient of every parameter.
-            loss = loss + 0 * parameter.sum()
-        return LossAndLogits(loss=loss, logits=logits)
+        return LossAndLogits(loss=with_unused(loss, unused), logits=logits)
 
     def _units(
         self, attention_mask: Tensor, labels: Tensor, edit_columns: Tensor, edit_valid: Tensor
@@ -214,10 +188,6 @@ class ReftModel(nn.Module):
             "position_ids": positions[None],
             "reft_batch": attention,
         }
-
-    def _trained(self) -> list[nn.Module]:
-        """The modules that training changes."""
-        return [self.interventions] if self.virtual is None else [self.interventions, self.virtual]
 
     @contextmanager
     def _hooked(self, edited: Sequence[Tensor], read: Tensor) -> Iterator[list[nn.Parameter]]:

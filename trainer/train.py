@@ -6,26 +6,23 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from reft_core.adapter import Adapter, decode_adapter, encode_adapter, write_durably
-from reft_core.engine.config import EngineConfig
-from reft_core.engine.engine import EmbeddedEngine
 from reft_core.errors import TrainingError, explain
 from reft_core.loading import LoadedModel
-from trainer.collate import Collator
 from trainer.config import TrainConfig
-from trainer.data import Dataset, TokenisedExample
+from trainer.data import Dataset
 from trainer.defaults import Choice
-from trainer.evaluation.scoring import score
-from trainer.evaluation.splits import Evaluation, evaluate, likeliest_labels
+from trainer.evaluation.splits import Evaluation
 from trainer.export import build_spec, check_finite
-from trainer.fit import FitResult, fit, mean_loss
+from trainer.fit import FitResult, fit
 from trainer.order import spread
-from trainer.preparing import new_model, prepare
+from trainer.preparing import prepare
 from trainer.processes import leave
 from trainer.progress import Progress, SilentProgress
-from trainer.reft_model import ReftModel
 from trainer.report import write_report
 from trainer.trackers import check_tracker
 
@@ -74,42 +71,40 @@ def train(
     check_tracker(config)
     prepared = prepare(config, loaded, progress)
     config, loaded, datasets = prepared.config, prepared.loaded, prepared.datasets
-    model = new_model(config, loaded)
-    collator = Collator(config.rule)
+    task = prepared.task
+    model = task.new_model()
 
     result = fit(
         model,
-        prepared.rows["train"],
-        prepared.rows["valid"],
+        task.rows["train"],
+        task.rows["valid"],
         config,
-        collator,
+        task.collator,
         progress,
+        measure=partial(task.measure, model),
+        order=task.order,
         checkpoint=prepared.checkpoint,
         run=prepared.run,
     )
     if not leave():
         raise SystemExit(0)  # what follows is the main process's
-    edits, prefix = model.to_edits(), model.to_prefix()
-    check_finite(edits, prefix)
+    parts = task.parts(model)
+    check_finite(parts.edits, parts.prefix, parts.head)
 
     def as_file(metrics: Mapping[str, float]) -> bytes:
-        virtual = None if model.virtual is None else model.virtual.spec()
-        spec = build_spec(config, loaded.description, datasets, result, metrics, command, virtual)
-        return encode_adapter(spec, edits, prefix)
+        spec = build_spec(config, loaded.description, datasets, result, metrics, command, parts)
+        return encode_adapter(spec, parts.edits, parts.prefix, parts.head)
 
     held_out = {
-        split: _limited(datasets[split], prepared.rows[split], config.eval_rows)
-        for split in prepared.rows
+        split: _limited(datasets[split], task.rows[split], config.eval_rows)
+        for split in task.rows
         if split != "train"
     }
     metrics = {"valid_loss": result.best.valid_loss, "base_valid_loss": result.epochs[0].valid_loss}
     if "test" in held_out:
-        metrics["test_loss"] = mean_loss(model, held_out["test"][1], config, collator)
-    if config.labels:
-        dataset, rows = list(held_out.values())[-1]
-        metrics |= _label_choice(config, model, loaded, dataset, rows, progress)
-
-    evaluations = _evaluate(config, loaded, decode_adapter(as_file(metrics)), held_out, progress)
+        metrics["test_loss"] = task.measure(model, held_out["test"][1]).loss
+    metrics |= task.probe(model, held_out, progress)
+    evaluations = task.evaluate(decode_adapter(as_file(metrics)), held_out, progress)
     for split, evaluation in evaluations.items():
         metrics |= {f"{split}_{name}": value for name, value in evaluation.metrics.items()}
     data = as_file(metrics)
@@ -143,72 +138,8 @@ def _check_writable(path: Path) -> None:
 
 
 def _limited(
-    dataset: Dataset, rows: Sequence[TokenisedExample], limit: int | None
-) -> tuple[Dataset, Sequence[TokenisedExample]]:
+    dataset: Dataset, rows: Sequence[Any], limit: int | None
+) -> tuple[Dataset, Sequence[Any]]:
     """At most ``limit`` examples, and the same ones as tokens."""
     examples = tuple(spread(dataset.examples, limit))
     return replace(dataset, examples=examples), spread(rows, limit)
-
-
-def _label_choice(
-    config: TrainConfig,
-    model: ReftModel,
-    loaded: LoadedModel,
-    dataset: Dataset,
-    rows: Sequence[TokenisedExample],
-    progress: Progress,
-) -> dict[str, float]:
-    """Accuracy of adapter and base when they must choose among the labels."""
-    assert config.labels is not None
-    references = [example.completion for example in dataset.examples]
-    found = {}
-    for prefix, edited in (("", True), ("base_", False)):
-        with progress.stage(f"likelihoods, {'adapter' if edited else 'base'}"):
-            chosen = likeliest_labels(
-                model,
-                loaded.tokenizer,
-                rows,
-                config.labels,
-                Collator(config.rule),
-                batch_size=config.batch_size,
-                edited=edited,
-            )
-        found[f"{prefix}label_choice"] = score("exact_match", chosen, references)
-    return found
-
-
-def _evaluate(
-    config: TrainConfig,
-    loaded: LoadedModel,
-    adapter: Adapter,
-    splits: Mapping[str, tuple[Dataset, Sequence[TokenisedExample]]],
-    progress: Progress,
-) -> dict[str, Evaluation]:
-    """Each split's answers by base and adapter, from an engine of our own."""
-    all_rows = [row for _, rows in splits.values() for row in rows]
-    longest_answer = max(len(row.completion) for row in all_rows)
-    max_tokens = config.max_new_tokens or longest_answer
-    longest_prompt = max(len(row.prompt) for row in all_rows)
-    longest_prompt += config.num_virtual
-    context = loaded.description.max_positions
-    max_tokens = min(max_tokens, context - longest_prompt)
-    engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=longest_prompt + max_tokens))
-    engine.start()
-    try:
-        engine.load_adapter(adapter)
-        found = {}
-        for split, (dataset, rows) in splits.items():
-            with progress.stage(f"answers, {split}"):
-                found[split] = evaluate(
-                    engine,
-                    loaded.tokenizer,
-                    dataset,
-                    rows,
-                    adapter=adapter.digest,
-                    metrics=config.metrics,
-                    labels=config.labels,
-                    max_tokens=max_tokens,
-                )
-        return found
-    finally:
-        engine.stop()

@@ -15,18 +15,18 @@ from trainer.config import TrainConfig
 from trainer.order import steps_between_validations
 from trainer.outcome import Epoch, FitResult, diverged
 from trainer.processes import summed, world
-from trainer.reft_model import ReftModel
+from trainer.task import Measured, TrainedModel
 
 
 class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Measures the validation loss now and then, and keeps the best parameters."""
+    """Measures the model on the validation rows now and then, and keeps the best parameters."""
 
     def __init__(
         self,
-        model: ReftModel,
+        model: TrainedModel,
         config: TrainConfig,
         num_rows: int,
-        valid_loss: Callable[[], float],
+        measure: Callable[[], Measured],
         on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     ) -> None:
         self.log: Callable[[dict[str, float]], None] = lambda logs: None
@@ -34,10 +34,11 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self._model = model
         self._config = config
         self.num_rows = num_rows
-        self._valid_loss = valid_loss
+        self._measure = measure
         self._on_epoch = on_epoch
         self._epochs: list[Epoch] = []
         self._best: Epoch | None = None
+        self._best_rank = (-math.inf, -math.inf)
         self._best_parameters: list[dict[str, Tensor]] = []
         self._losses: list[float] = []
         """Of this process's steps since the last validation."""
@@ -52,6 +53,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
             "epochs": [vars(epoch) for epoch in self._epochs],
             "best": None if self._best is None else vars(self._best),
             "best_parameters": self._best_parameters,
+            "best_rank": self._best_rank,
             "losses": self._losses,
         }
 
@@ -60,6 +62,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self._epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self._best = None if state["best"] is None else Epoch(**state["best"])
         self._best_parameters = state["best_parameters"]
+        self._best_rank = tuple(state["best_rank"])
         self._losses = state["losses"]
 
     def finish(self, steps: int, seconds: float) -> FitResult:
@@ -73,12 +76,11 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         if state.global_step == state.max_steps:
             return
         # Also when going on from a checkpoint: what is kept of it counts among what steps use.
-        loss = self._valid_loss()
+        found = self._measure()
         if self._epochs:
             self.revisit(state.global_step)
         else:
-            self._epochs.append(Epoch(0, None, loss))
-            self._tell(loss, control)
+            self._note(Epoch(0, None, found.loss, valid_metrics=dict(found.metrics)), control)
 
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -89,24 +91,27 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
             return
         count = len(self._losses) * world()[1]
         train_loss = summed([sum(self._losses)])[0] / count
-        epoch = Epoch(len(self._epochs), train_loss, self._valid_loss(), step)
+        found = self._measure()
+        metrics = dict(found.metrics)
+        epoch = Epoch(len(self._epochs), train_loss, found.loss, step, metrics)
         if not math.isfinite(epoch.valid_loss):
             raise diverged(f"the validation loss became {epoch.valid_loss}")
         self._losses = []
-        self._epochs.append(epoch)
-        self._tell(epoch.valid_loss, control)
-        if self._best is None or epoch.valid_loss < self._best.valid_loss:
-            self._best = epoch
+        self._note(epoch, control)
+        if self._best is None or found.rank > self._best_rank:
+            self._best, self._best_rank = epoch, found.rank
             self._best_parameters = self._model.trained_state()
         self._on_epoch(epoch)
         patience = self._config.patience
         if patience is not None and epoch.number - self._best.number >= patience:
             control.should_training_stop = True
 
-    def _tell(self, loss: float, control: Any) -> None:
-        """Send a loss to the trackers; the step's own log, if it is due, still comes."""
+    def _note(self, epoch: Epoch, control: Any) -> None:
+        """Keep what was measured, and tell the trackers; a step's own log still comes if due."""
+        self._epochs.append(epoch)
         due = control.should_log
-        self.log({"eval_loss": loss})
+        metrics = {f"eval_{name}": value for name, value in epoch.valid_metrics.items()}
+        self.log({"eval_loss": epoch.valid_loss, **metrics})
         control.should_log = due
 
 

@@ -145,7 +145,8 @@ def _check_spec(spec: Json) -> dict[str, list[int]]:
                     shapes[name] = _shape(held, part, hidden)
     _check_subspaces(spec["subspaces"] or {}, min(ranks, default=0))
     _check_template(spec["template"])
-    _need(bool(spec["sites"]) or spec["prefix"] is not None, "no edits at all")
+    changes = bool(spec["sites"]) or spec["prefix"] is not None
+    _need(changes or spec["head"] is not None, "neither edits nor a head")
     shapes |= _prefix_shapes(spec, num_layers, hidden)
     return shapes | _head_shapes(spec, hidden)
 
@@ -227,13 +228,15 @@ def _head_shapes(spec: Json, hidden: int) -> dict[str, list[int]]:
     head, task = spec["head"], spec.get("task") or {}
     labels = task.get("labels")
     _need(labels is None or 2 <= len(labels) <= 4096, f"labels {labels!r:.80}")
-    _need((head is not None) == (task.get("kind") == "classification"), "head and task")
+    kind = task.get("kind", "generation")
+    _need(kind in ("generation", "classification", "regression"), f"task {kind!r:.80}")
+    _need((head is None) == (kind == "generation"), "head and task")
+    _need(kind == "generation" or (labels is None) == (kind == "regression"), "task and labels")
     if head is None:
         return {}
-    if labels is None:
-        raise Bad("a head without labels")
+    size = 1 if labels is None else len(labels)
     inner = head.get("hidden")
-    shapes = {"head.out.weight": [inner or hidden, len(labels)], "head.out.bias": [len(labels)]}
+    shapes = {"head.out.weight": [inner or hidden, size], "head.out.bias": [size]}
     if inner is not None:
         shapes |= {"head.dense.weight": [hidden, inner], "head.dense.bias": [inner]}
     return shapes

@@ -1,4 +1,4 @@
-"""Classification by an encoder: the trained head in an adapter's file says what it knows."""
+"""Labels or values by an encoder: the trained head in an adapter's file says what it knows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from reft_core.classification.interface import (
 )
 from reft_core.engine.admission import check_length
 from reft_core.errors import InvalidRequest, ReftError
-from reft_core.templates import encode_text
+from reft_core.spec import TaskSpec
+from reft_core.templates import encode_pair
 
 
 class EncoderClassifier:
     """Asks trained heads on an encoder. Implements :class:`interface.Classifier`.
 
-    Exactly one adapter of a text has a head. The text gets the special tokens that the encoder's
-    tokenizer puts around it.
+    Exactly one adapter of a text has a head. The text, or the pair, gets the special tokens that
+    the encoder's tokenizer puts around it.
     """
 
     def __init__(self, engine: EncoderEngine, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -30,11 +31,14 @@ class EncoderClassifier:
 
     def submit(self, request: TextRequest, sink: ClassificationSink) -> TextTicket:
         """Accept a text; see :meth:`interface.Classifier.submit`."""
-        tokens = encode_text(self._tokenizer, request.text)
+        tokens, segments = encode_pair(self._tokenizer, request.text, request.text_pair)
         if request.max_tokens is not None:
             check_length("input", len(tokens), request.max_tokens)
-        known = self._known_labels(request)
+        task = self._task(request)
+        known = task.labels or ()
         labels = request.labels or known
+        if request.labels and task.kind == "regression":
+            raise InvalidRequest.because("labels", labels, "none: the head says a number")
         for label in labels:
             if known and label not in known:
                 allowed = f"some of {', '.join(known)}, which the head was trained on"
@@ -44,11 +48,14 @@ class EncoderClassifier:
             if isinstance(outcome, ReftError):
                 sink(outcome)
                 return
+            if task.kind == "regression":
+                sink(Classification((), (), value=outcome.item()))
+                return
             logprobs = dict(zip(known, outcome.double().log_softmax(-1).tolist(), strict=True))
             sink(Classification(labels, tuple(logprobs[label] for label in labels)))
 
         ticket = self.engine.submit(
-            request.request_id, tokens, request.adapters, finish, request.deadline_s
+            request.request_id, tokens, request.adapters, finish, request.deadline_s, segments
         )
         return TextTicket(request.request_id, ticket.num_prompt_tokens, 0, ticket.num_edits)
 
@@ -56,7 +63,7 @@ class EncoderClassifier:
         """Drop a text; see :meth:`interface.Classifier.cancel`."""
         self.engine.cancel(request_id)
 
-    def _known_labels(self, request: TextRequest) -> tuple[str, ...]:
-        """What the head's logits stand for; the engine refuses a request without one head."""
+    def _task(self, request: TextRequest) -> TaskSpec:
+        """What the head is for; the engine refuses a request without one head."""
         specs = [self.engine.adapter_spec(choice.digest) for choice in request.adapters]
-        return next((spec.task.labels for spec in specs if spec.head and spec.task.labels), ())
+        return next((spec.task for spec in specs if spec.head), TaskSpec())

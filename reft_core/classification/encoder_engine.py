@@ -87,8 +87,11 @@ class EncoderEngine(ThreadedHost[_Waiting]):
         adapters: Sequence[AdapterChoice],
         sink: LogitsSink,
         deadline_s: float | None = None,
+        segments: Sequence[int] = (),
     ) -> Ticket:
         """Accept a text in tokens, exactly one of whose adapters has a head.
+
+        ``segments`` as in :class:`EncoderRequest`.
 
         Raises without calling ``sink``: :class:`InvalidRequest`, :class:`PromptTooLong`,
         :class:`EngineOverloaded`, :class:`EngineUnavailable`.
@@ -98,7 +101,7 @@ class EncoderEngine(ThreadedHost[_Waiting]):
         for use in uses:
             if use.source:
                 raise InvalidRequest.because("source", use.source, "none on an encoder")
-        request = EncoderRequest(tuple(tokens), uses)
+        request = EncoderRequest(tuple(tokens), uses, tuple(segments))
         self._heads.check(request)
         num_edits = PromptEdits(uses, len(tokens), reads="all").num_edits
         waiting = _Waiting(request_id, request, sink, deadline_s, num_edits)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reft_core.adapter import Adapter
-from reft_core.encoder import MAX_BATCH_TOKENS, Encoded, Encoder, EncoderRequest
+from reft_core.encoder import MAX_BATCH_TOKENS, Encoder, EncoderRequest
 from reft_core.errors import InvalidRequest
 from reft_core.loading import LoadedModel
 from reft_core.sites import find_layers
+from reft_core.spec import Pooling
 
 
 class HeadedEncoder:
@@ -48,7 +50,9 @@ class HeadedEncoder:
             for rows in groups.values():
                 adapter = adapters[places[rows[0]]]
                 assert adapter.head is not None
-                logits = adapter.head.logits(_pooled(encoded, adapter, rows)).cpu()  # (K, L)
+                assert adapter.spec.head is not None
+                pooled = pool(adapter.spec.head.pooling, encoded.output, encoded.mask)  # (B, d)
+                logits = adapter.head.logits(pooled[rows]).cpu()  # (K, L)
                 found |= {places[row]: logits[i] for i, row in enumerate(rows)}
         return [found[place] for place in range(len(requests))]
 
@@ -65,17 +69,18 @@ class HeadedEncoder:
         return headed[0]
 
 
-def _pooled(encoded: Encoded, adapter: Adapter, rows: Sequence[int]) -> Tensor:
-    """Pooled states (K, d) of the texts in ``rows``, all of which use ``adapter``'s head."""
-    assert adapter.spec.head is not None
-    pooling = adapter.spec.head.pooling
+def pool(pooling: Pooling, output: Any, mask: Tensor) -> Tensor:
+    """Pooled states (B, d) of an encoder's ``output`` for texts whose tokens ``mask`` (B, T) marks.
+
+    Raises :class:`InvalidRequest` for a pooling layer that the model has not.
+    """
     if pooling == "pooler":
-        pooler: Tensor | None = getattr(encoded.output, "pooler_output", None)
+        pooler: Tensor | None = getattr(output, "pooler_output", None)
         if pooler is None:
             raise InvalidRequest.because("head.pooling", pooling, "first or mean on this model")
-        return pooler[rows]
-    states: Tensor = encoded.output.last_hidden_state[rows]  # (K, T, d)
+        return pooler
+    states: Tensor = output.last_hidden_state  # (B, T, d)
     if pooling == "first":
         return states[:, 0]
-    mask = encoded.mask[rows].unsqueeze(-1)
-    return (states.float() * mask).sum(1) / mask.sum(1)
+    marked = mask.unsqueeze(-1)
+    return (states.float() * marked).sum(1) / marked.sum(1)

@@ -32,11 +32,13 @@ class TextRequest:
     """Seconds from submission after which it ends with :class:`DeadlineExceeded`."""
     max_tokens: int | None = None
     """Most tokens of the text, as the model is given it; None: as many as the context holds."""
+    text_pair: str | None = None
+    """The second text of a pair, for encoders: a causal model reads one message."""
 
 
 @dataclass(frozen=True)
 class Classification:
-    """How likely each label is."""
+    """How likely each label is, or the number that stands in place of labels."""
 
     labels: tuple[str, ...]
     logprobs: tuple[float, ...]
@@ -44,11 +46,13 @@ class Classification:
     causal model, that the label is its whole answer, so that these need not add up to 1."""
     num_cached_tokens: int = 0
     """Tokens of the text that were not computed for it; see :class:`engine.interface.Output`."""
+    value: float | None = None
+    """What a regression's head says; there are no labels then."""
 
     @property
     def probs(self) -> tuple[float, ...]:
         """Probability of each label, given that it is one of these."""
-        top = max(self.logprobs)
+        top = max(self.logprobs, default=0.0)
         if top == -math.inf:
             return (1 / len(self.labels),) * len(self.labels)
         weights = [math.exp(logprob - top) for logprob in self.logprobs]
@@ -56,8 +60,10 @@ class Classification:
         return tuple(weight / total for weight in weights)
 
     @property
-    def best(self) -> str:
-        """The likeliest label, the first of several alike."""
+    def best(self) -> str | None:
+        """The likeliest label, the first of several alike; None of a regression."""
+        if not self.labels:
+            return None
         return self.labels[self.logprobs.index(max(self.logprobs))]
 
 

@@ -40,6 +40,9 @@ class LikelihoodClassifier:
 
     def submit(self, request: TextRequest, sink: ClassificationSink) -> TextTicket:
         """Accept a text; see :meth:`interface.Classifier.submit`."""
+        if request.text_pair is not None:
+            expected = "none: a causal model reads one message"
+            raise InvalidRequest.because("text_pair", request.text_pair, expected)
         labels = request.labels or _labels_of(self.engine, request.adapters)
         end = self._tokenizer.eos_token_id
         if end is None:

@@ -44,7 +44,8 @@ class LabelJob:
     """What one request asks for."""
 
     named: tuple[NamedAdapter, ...]
-    texts: tuple[str, ...]
+    texts: tuple[tuple[str, str | None], ...]
+    """Each with the second text of its pair, if it is one."""
     choose_labels: ChooseLabels
     caller: Caller = FREE
     """Whose names they are, and who pays."""
@@ -131,8 +132,9 @@ class Labeller:
                 tenant=job.caller.tenant,
                 deadline_s=self._timeout_s,
                 max_tokens=self._max_text_tokens,
+                text_pair=text_pair,
             )
-            for text in job.texts
+            for text, text_pair in job.texts
         ]
 
     async def _ask(

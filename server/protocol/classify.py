@@ -1,4 +1,4 @@
-"""Bodies of ``/v1/classify``: texts in, a label and its probability out."""
+"""Bodies of ``/v1/classify``: texts in, a label and its probability out, or a number."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ class ClassifyRequest(AdapterRequest):
     ] = Field(
         description="for a causal model each becomes one user message in the adapter's template"
     )
+    text_pair: Annotated[
+        list[str] | None,
+        BeforeValidator(
+            lambda value: None if value is None else _as_texts(value),
+            json_schema_input_type=str | list[str] | None,
+        ),
+    ] = Field(None, description="for an encoder: the second text of each input's pair")
     labels: list[_Label] | None = Field(
         None, min_length=2, max_length=MAX_LABELS, description="default: the adapter's own"
     )
@@ -44,11 +51,21 @@ class ClassifyRequest(AdapterRequest):
         """What ``model`` names and what is stacked on it, with their options."""
         return self.reft.stacked_on(self.reft.named(self.model))
 
+    @property
+    def texts(self) -> tuple[tuple[str, str | None], ...]:
+        """Each input with the second text of its pair, if there is one."""
+        if self.text_pair is None:
+            return tuple((text, None) for text in self.input)
+        return tuple(zip(self.input, self.text_pair, strict=True))
+
     def check(self, settings: Settings) -> None:
         """Raise :class:`InvalidRequest` for what the types alone do not rule out."""
         most = min(settings.max_prompts, settings.max_open)
         if len(self.input) > most:
             raise InvalidRequest.because("input", f"{len(self.input)} texts", f"at most {most}")
+        if self.text_pair is not None and len(self.text_pair) != len(self.input):
+            expected = f"{len(self.input)}, one for each input"
+            raise InvalidRequest.because("text_pair", f"{len(self.text_pair)} texts", expected)
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise InvalidRequest.because("labels", self.labels, "each label once")
 
@@ -112,10 +129,11 @@ class LabelProbability(BaseModel):
 
 
 class ClassifiedText(BaseModel):
-    """The likeliest label of one input."""
+    """The likeliest label of one input, or its number."""
 
     index: int
-    label: str
+    label: str | None = Field(description="null where a head trained on numbers answers")
+    value: float | None = Field(description="what such a head says; null where there are labels")
     probs: list[float] = Field(description="of every label, in their order; they sum to 1")
     num_classes: int
     labels: list[LabelProbability]
@@ -126,6 +144,7 @@ class ClassifiedText(BaseModel):
         return cls(
             index=index,
             label=outcome.best,
+            value=outcome.value,
             probs=list(outcome.probs),
             num_classes=len(outcome.labels),
             labels=[

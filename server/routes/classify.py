@@ -20,14 +20,14 @@ router = make_router(ApiRoute, tag="inference")
 @router.post("/v1/classify", response_model=ClassifyResponse, responses=ANSWERED)
 async def classify(body: ClassifyRequest, request: Request) -> Response:
     """Choose a label for each text: by an encoder's trained head, or by how likely a causal
-    model finds each label as its whole answer.
+    model finds each label as its whole answer. A head trained on numbers says one instead.
     """
     services = services_of(request)
     body.check(services.settings)
     scores = services.text_generator is not None
     by_likelihood = partial(body.choose_labels, services.settings.max_open)
     choose: ChooseLabels = by_likelihood if scores else body.labels_beside_head
-    job = LabelJob(body.named, tuple(body.input), choose, caller_of(request))
+    job = LabelJob(body.named, body.texts, choose, caller_of(request))
     labelled = await unless_gone(request.receive, services.labeller.run(job))
     answer = ClassifyResponse(
         id=new_id("classify"),

@@ -113,9 +113,13 @@ def reference_logits(
 
 @torch.no_grad()
 def reference_encode(
-    encoder: PreTrainedModel, tokens: list[int], stack: Stack, num_layers: int
+    encoder: PreTrainedModel,
+    tokens: list[int],
+    stack: Stack,
+    num_layers: int,
+    segments: list[int] | None = None,
 ) -> Any:
-    """An encoder's own output for one text, edited row by row."""
+    """An encoder's own output for one text, or a pair told by ``segments``, edited row by row."""
     handles = []
     for used, factor in stack:
         units = used.rule.resolve(len(tokens))
@@ -124,19 +128,22 @@ def reference_encode(
             change = _change(edit, factor, list(units[key.unit]))
             handles += _hook(encoder, layer, key.site, change)
     try:
-        return encoder(input_ids=torch.tensor([tokens]))
+        beside = {} if segments is None else {"token_type_ids": torch.tensor([segments])}
+        return encoder(input_ids=torch.tensor([tokens]), **beside)
     finally:
         for handle in handles:
             handle.remove()
 
 
 @torch.no_grad()
-def reference_classify(model: PreTrainedModel, tokens: list[int], stack: Stack) -> Tensor:
+def reference_classify(
+    model: PreTrainedModel, tokens: list[int], stack: Stack, segments: list[int] | None = None
+) -> Tensor:
     """Logits (L,) of one text under an encoder, its pooling and its head written out."""
     (headed,) = [used for used, _ in stack if used.head is not None]
     assert headed.head is not None
     assert headed.spec.head is not None
-    output = reference_encode(model, tokens, stack, model.config.num_hidden_layers)
+    output = reference_encode(model, tokens, stack, model.config.num_hidden_layers, segments)
     states = output.last_hidden_state[0]
     if headed.spec.head.pooling == "mean":
         pooled = sum(states[i] for i in range(len(tokens))) / len(tokens)

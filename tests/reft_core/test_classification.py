@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, RobertaConfig, 
 
 from reft_core.adapter import Adapter, Head, decode_adapter, encode_adapter
 from reft_core.classification import HeadedEncoder
+from reft_core.encoder import EncoderRequest
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.errors import AdapterFileInvalid, AdapterMismatch, InvalidRequest, PromptTooLong
 from reft_core.loading import LoadedModel
@@ -45,7 +46,7 @@ def encoder(kind: str) -> PreTrainedModel:
     if kind == "bert":
         model: PreTrainedModel = BertModel(BertConfig(**_SIZES))
     else:
-        model = RobertaModel(RobertaConfig(**_SIZES, pad_token_id=1))
+        model = RobertaModel(RobertaConfig(**_SIZES, pad_token_id=1, type_vocab_size=1))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.25)
@@ -139,6 +140,46 @@ def test_strength_zero_leaves_the_encoder_alone() -> None:
     torch.testing.assert_close(first, second)
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_pairs_are_read_with_their_segments(kind: str) -> None:
+    """BERT embeds which text a token belongs to; RoBERTa has no segments and ignores them."""
+    adapter = classifiers(kind)[2]
+    uses = request_for([(adapter, 1.0)], [5]).uses
+    pairs = [([5, 6, 7, 8, 9], [0, 0, 1, 1, 1]), ([5, 6, 7], [0, 1, 1]), ([5, 6, 7, 8], [0] * 4)]
+    requests = [EncoderRequest(tuple(tokens), uses, tuple(told)) for tokens, told in pairs]
+    found = HeadedEncoder(loaded(kind)).logits([*requests, EncoderRequest((5, 6, 7, 8), uses)])
+    for (tokens, told), logits in zip(pairs, found, strict=False):
+        segments = told if kind == "bert" else None
+        expected = reference_classify(encoder(kind), tokens, [(adapter, 1.0)], segments)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[2], found[3])
+    unsaid = reference_classify(encoder(kind), pairs[0][0], [(adapter, 1.0)])
+    assert bool((unsaid - found[0]).abs().max() > 0.01) == (kind == "bert")
+
+
+def test_a_regression_puts_out_one_number() -> None:
+    adapter = decode_adapter(
+        random_classifier_bytes(loaded("bert").description, 1, HeadSpec(), positions="f1")
+    )
+    assert adapter.spec.task == TaskSpec(kind="regression")
+    (found,) = HeadedEncoder(loaded("bert")).logits([request_for([(adapter, 1.0)], [5, 6])])
+    expected = reference_classify(encoder("bert"), [5, 6], [(adapter, 1.0)])
+    assert found.shape == (1,)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_needs_no_edits() -> None:
+    """As a baseline that was trained on the frozen encoder."""
+    edited = classifiers("bert")[1]
+    spec = edited.spec.model_copy(update={"sites": {}, "method": "none"})
+    alone = decode_adapter(encode_adapter(spec, {}, head=edited.head))
+    assert alone.spec.num_tensors == len(alone.spec.tensor_shapes()) == 4
+    found, base = HeadedEncoder(loaded("bert")).logits(
+        [request_for([(alone, 1.0)], [5, 6]), request_for([(edited, 0.0)], [5, 6])]
+    )
+    torch.testing.assert_close(found, base)
+
+
 def test_the_longest_text_fits() -> None:
     for kind, most in (("bert", 42), ("roberta", 40)):
         classifier = HeadedEncoder(loaded(kind))
@@ -196,7 +237,7 @@ def test_a_causal_engine_refuses_a_head() -> None:
     [
         {"head": None},
         {"task": TaskSpec()},
-        {"task": TaskSpec(kind="classification")},
+        {"task": TaskSpec(kind="regression")},
         {"task": TaskSpec(kind="classification", labels=("a", "b", "c"))},
         {"head": HeadSpec(hidden=7)},
     ],

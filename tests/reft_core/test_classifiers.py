@@ -352,6 +352,58 @@ def test_a_head_knows_its_own_labels_only() -> None:
         classifier.submit(TextRequest("r", "a", choices), lambda _: None)
 
 
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """The words' tokenizer, whose pairs are told apart by segments."""
+    tokenizer = Tokenizer.from_str(word_tokenizer().backend_tokenizer.to_str())
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", start)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def test_a_pair_of_texts_and_a_number_for_an_answer() -> None:
+    engine = EncoderEngine(loaded("bert"), EngineConfig(max_model_len=40))
+    classifier = classifier_on(engine, pair_tokenizer())
+    graded = decode_adapter(
+        random_classifier_bytes(loaded("bert").description, 1, HeadSpec(), positions="f2")
+    )
+    for adapter in (graded, encoder_adapter(0)):
+        engine.load_adapter(adapter)
+    with pytest.raises(InvalidRequest, match=r"labels: .* none: the head says a number"):
+        classifier.submit(ask("r", "a", (graded, 1.0), labels=("no", "yes")), lambda _: None)
+    engine.start()
+    value, other, labelled = classify(
+        classifier,
+        [
+            ask("value", "a b", (graded, 1.0), text_pair="c d e"),
+            ask("other", "a b c d e", (graded, 1.0)),
+            ask("labelled", "a b", (encoder_adapter(0), 1.0), text_pair="c d e"),
+        ],
+    )
+    engine.stop()
+    tokens = [3, *word_tokenizer().convert_tokens_to_ids(list("ab")), 3]
+    tokens += word_tokenizer().convert_tokens_to_ids(list("cde"))
+    segments = [0, 0, 0, 1, 1, 1, 1]
+    expected = reference_classify(encoder("bert"), tokens, [(graded, 1.0)], segments)
+    assert value.value == pytest.approx(expected.item(), abs=1e-4)
+    assert (value.labels, value.probs, value.best) == ((), (), None)
+    assert other.value != pytest.approx(expected.item(), abs=1e-4)
+    logits = reference_classify(encoder("bert"), tokens, [(encoder_adapter(0), 1.0)], segments)
+    assert labelled.logprobs == pytest.approx(logits.log_softmax(-1).tolist(), abs=1e-4)
+    assert labelled.value is None
+
+
+def test_a_causal_model_reads_no_pairs() -> None:
+    classifier = make_classifier(KINDS["causal"])
+    with pytest.raises(InvalidRequest, match="text_pair: got 'b', expected none"):
+        classifier.submit(TextRequest("r", "a", labels=("no", "yes"), text_pair="b"), print)
+    classifier.engine.stop()
+
+
 def test_a_text_that_fails_in_an_encoder_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = make_classifier(KINDS["encoder"])
     assert isinstance(classifier, EncoderClassifier)

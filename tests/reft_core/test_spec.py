@@ -368,7 +368,7 @@ def test_an_adapter_spec_is_refused(change: dict[str, Any], reason: str) -> None
             {"sites": {"block_output": {"rank": 9, "in_size": 8}}},
             "sites.block_output.rank: got 9, expected at most the site's width 8",
         ),
-        ({"sites": {}}, "sites: got none, expected at least one site or a prefix"),
+        ({"sites": {}}, "sites: got none, expected at least one site, a prefix or a head"),
         (
             {
                 "sites": {},

@@ -8,13 +8,13 @@ import yaml
 from reft_core.adapter import read_adapter
 from reft_core.errors import TrainingError
 from tests.trainer.factories import byte_model, make_config
-from trainer import cli, preparing, train
+from trainer import causal, cli, preparing
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config file of a run that takes a second."""
-    monkeypatch.setattr(preparing, "load_model", lambda *_, **__: byte_model())
+    monkeypatch.setattr(preparing, "load_any", lambda *_, **__: byte_model())
     document = make_config(tmp_path, epochs=1).model_dump(mode="json", exclude_defaults=True)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -53,7 +53,7 @@ def test_ctrl_c_leaves_nothing_behind(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_evaluate", interrupted)
+    monkeypatch.setattr(causal.CausalTask, "evaluate", interrupted)
     with pytest.raises(SystemExit) as caught:
         cli.train_command(config, [])
     assert caught.value.code == cli.EXIT_INTERRUPTED
@@ -109,7 +109,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_evaluate", interrupted)
+    monkeypatch.setattr(causal.CausalTask, "evaluate", interrupted)
     with pytest.raises(SystemExit):
         cli.train_command(config, ["--checkpoint-steps", "2"])
     err = capsys.readouterr().err

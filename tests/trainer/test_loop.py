@@ -17,10 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from reft_core.adapter import Adapter, read_adapter
 from reft_core.errors import TrainingError
 from tests.trainer.factories import byte_model, make_config, write_rows
-from trainer import fit as fit_module
 from trainer import trackers
 from trainer.config import TrainConfig
-from trainer.order import in_order, num_steps, spread, visits
+from trainer.order import in_order, num_steps, shuffled, spread, visits
 from trainer.train import TrainResult, train
 
 CHILD = """
@@ -43,11 +42,11 @@ def tensors(adapter: Adapter) -> torch.Tensor:
 
 
 def test_every_epoch_visits_every_row_once_in_another_order() -> None:
-    order = list(islice(visits(10, seed=3), 30))
+    order = list(islice(visits(shuffled(10, seed=3)), 30))
     epochs = [order[:10], order[10:20], order[20:]]
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
-    assert list(islice(visits(10, seed=3), 30)) == order
+    assert list(islice(visits(shuffled(10, seed=3)), 30)) == order
 
 
 def test_all_steps_are_whole() -> None:
@@ -116,8 +115,7 @@ def test_validation_every_few_steps_and_stopping_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([9.0, 5.0, 3.0, 4.0, 6.0, 1.0])
-    monkeypatch.setattr(fit_module, "mean_loss", lambda *_: next(losses, 0.5))
-    monkeypatch.setattr("trainer.train.mean_loss", lambda *_: 0.0)
+    monkeypatch.setattr("trainer.causal.mean_loss", lambda *_: next(losses, 0.5))
     found = run(tmp_path, "early", epochs=6, eval_steps=2, patience=2).fit
     assert [epoch.valid_loss for epoch in found.epochs] == [9.0, 5.0, 3.0, 4.0, 6.0]
     assert [epoch.step for epoch in found.epochs] == [0, 2, 4, 6, 8]

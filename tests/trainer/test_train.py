@@ -14,12 +14,12 @@ from reft_core.errors import AdapterError, TrainingError
 from tests.reference.slow import reference_logits
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
 from trainer import fit as fit_module
+from trainer.causal import CausalTask
 from trainer.collate import Collator
 from trainer.config import TrainConfig
 from trainer.data import load_dataset, tokenise
 from trainer.export import check_finite
 from trainer.fit import fit
-from trainer.preparing import new_model
 from trainer.progress import SilentProgress
 from trainer.reft_model import ReftModel
 from trainer.train import TrainResult, train
@@ -83,7 +83,7 @@ def test_the_file_reproduces_the_trained_models_logits(
 ) -> None:
     config = make_config(tmp_path, positions=positions, tied=tied, method=method, epochs=1)
     loaded = byte_model()
-    model = new_model(config, loaded)
+    model = CausalTask(config, loaded, {}).new_model()
     collator = Collator(config.rule)
     rows = tokenise(load_dataset(config.train), loaded.tokenizer, config.rule, max_length=128)
     untrained = model(**collator(rows[:4]))["logits"]
@@ -91,7 +91,7 @@ def test_the_file_reproduces_the_trained_models_logits(
     trained = model(**collator(rows[:4]))["logits"]
     result = run(config)
 
-    stored = new_model(config, byte_model())
+    stored = CausalTask(config, byte_model(), {}).new_model()
     edits = iter(result.adapter.edits.values())
     for module in stored.interventions:
         edit = next(edits)
@@ -117,7 +117,7 @@ def test_the_best_epoch_is_kept_not_the_last(
 ) -> None:
     config = make_config(tmp_path, epochs=3)
     loaded = byte_model()
-    model = new_model(config, loaded)
+    model = CausalTask(config, loaded, {}).new_model()
     snapshots = []
     scripted = iter([9.0, 5.0, 1.0, 3.0])  # untrained, then the epochs
 
@@ -146,7 +146,7 @@ def test_divergence_ends_the_run_and_leaves_the_old_file(tmp_path: Path) -> None
 
 
 def test_tensors_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
-    model = new_model(make_config(tmp_path, layers=(1,)), byte_model())
+    model = CausalTask(make_config(tmp_path, layers=(1,)), byte_model(), {}).new_model()
     check_finite(model.to_edits())
     with torch.no_grad():
         model.interventions[0].bias.fill_(float("inf"))

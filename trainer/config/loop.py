@@ -40,14 +40,17 @@ class LoopSettings(Settings):
     )
     seed: int = Field(default=0, ge=0, lt=2**32)
     prefix_cache_mb: int = Field(
-        default=4096, ge=0, description="memory for keys and values of unedited prompt beginnings"
+        default=4096,
+        ge=0,
+        description="memory for keys and values of unedited prompt beginnings, or for what a head "
+        "alone reads of an encoder",
     )
 
     eval_steps: int | None = Field(
         default=None, ge=1, description="steps between validations; absent: an epoch's"
     )
     patience: int | None = Field(
-        default=None, ge=1, description="stop after so many validations without a lower loss"
+        default=None, ge=1, description="stop after so many validations that are no better"
     )
     checkpoint_steps: int | None = Field(
         default=None, ge=1, description="steps between checkpoints; absent: checkpoint_seconds"

@@ -19,6 +19,7 @@ from reft_core.positions import PositionRule
 from reft_core.sites import ModelDescription
 from reft_core.spec import MAX_LAYERS, MAX_PREFIX, MAX_RANK, PositionSpec
 from reft_core.subspaces import MAX_SUBSPACES, check_subspaces, parse_ranks
+from trainer.classify.config import HEAD_ONLY, HeadConfig
 from trainer.config.base import Label, Positive, Settings, as_value_error
 from trainer.nearest import nearest
 
@@ -104,12 +105,14 @@ class MethodSettings(Settings):
         description="names for groups of ranks that a request may weigh, such as "
         "{tone: '0:2', topic: [2, 3]}; all ranks are trained together",
     )
+    head: HeadConfig = Field(default=HeadConfig(), description="of an encoder")
 
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        if value not in VIRTUAL_METHODS and value not in METHODS:
-            raise ValueError(f"no method{nearest(value, [*METHODS, *VIRTUAL_METHODS])}")
+        known = [*METHODS, *VIRTUAL_METHODS, HEAD_ONLY]
+        if value not in known:
+            raise ValueError(f"no method{nearest(value, known)}")
         return value
 
     @model_validator(mode="after")
@@ -122,7 +125,7 @@ class MethodSettings(Settings):
         if virtual and virtual.kind == "embedding" and self.prefix_bottleneck is not None:
             raise ValueError("prefix_bottleneck makes keys and values, which prompt_tuning has not")
         edits = ("rank", "sites", "layers", "scale", "alpha", "activation", "phase", "subspaces")
-        if virtual and virtual.intervention is None and (unused := self.changed(*edits)):
+        if self.intervention is None and (unused := self.changed(*edits)):
             raise ValueError(f"{unused[0]} means nothing to {self.method}, which edits no state")
         if virtual and virtual.intervention and self.positions != "prompt":
             raise ValueError(f"{self.method} edits every token; positions must be 'prompt'")
@@ -156,7 +159,9 @@ class MethodSettings(Settings):
 
     @property
     def intervention(self) -> str | None:
-        """The method that edits states; None where virtual tokens do all."""
+        """The method that edits states; None where virtual tokens or a head do all."""
+        if self.method == HEAD_ONLY:
+            return None
         virtual = VIRTUAL_METHODS.get(self.method)
         return self.method if virtual is None else virtual.intervention
 

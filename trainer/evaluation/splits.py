@@ -76,7 +76,6 @@ def evaluate(
 ) -> Evaluation:
     """Greedy answers of base and adapter to every row, scored against the references."""
     prompts = [row.prompt for row in rows]
-    references = [example.completion for example in dataset.examples]
     answers = {
         digest: [
             decoder.decode(tokens, skip_special_tokens=True)
@@ -84,18 +83,25 @@ def evaluate(
         ]
         for digest in (None, adapter)
     }
+    return evaluation_of(dataset, answers[None], answers[adapter], metrics, labels)
+
+
+def evaluation_of(
+    dataset: Dataset,
+    base: Sequence[str],
+    edited: Sequence[str],
+    metrics: Sequence[str],
+    labels: Sequence[str] | None,
+) -> Evaluation:
+    """The answers of base and adapter to every row of ``dataset``, scored."""
+    references = [example.completion for example in dataset.examples]
     found = {}
     for name in metrics:
-        found[name] = score(name, answers[adapter], references)
-        found[f"base_{name}"] = score(name, answers[None], references)
-    samples = map(
-        Sample,
-        (example.question for example in dataset.examples),
-        references,
-        answers[None],
-        answers[adapter],
-    )
-    matrix = confusion(labels, answers[adapter], references) if labels else None
+        found[name] = score(name, edited, references)
+        found[f"base_{name}"] = score(name, base, references)
+    questions = (example.question for example in dataset.examples)
+    samples = map(Sample, questions, references, base, edited)
+    matrix = confusion(labels, edited, references) if labels else None
     return Evaluation(found, matrix, tuple(samples))
 
 

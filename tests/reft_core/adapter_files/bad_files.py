@@ -138,7 +138,7 @@ BAD_FILES = [
     Bad(
         "no sites",
         lambda: with_spec("sites", value={}),
-        ("spec", "sites: got none", "at least one site or a prefix"),
+        ("spec", "sites: got none", "at least one site, a prefix or a head"),
     ),
     Bad(
         "missing key",
@@ -192,7 +192,7 @@ BAD_FILES = [
             (("strength",), 1e7, "less than or equal to 1000000"),
             (("strength",), "1", "number"),
             (("strength",), True, "number"),
-            (("task", "kind"), "regression", "'generation'"),
+            (("task", "kind"), "ranking", "'generation'"),
             (("task", "labels"), ["one"], "at least 2 items"),
             (("training", "seed"), "7", "integer"),
             (("training", "seed"), 7.0, "integer"),

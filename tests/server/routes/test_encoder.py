@@ -99,6 +99,30 @@ def test_adapters_stack_and_are_scaled(served: Server, model: ModelDescription) 
     assert chosen == [plain[2], plain[0]]
 
 
+def test_a_pair_may_be_graded_by_a_number(served: Server, model: ModelDescription) -> None:
+    data = random_classifier_bytes(model, 1, HeadSpec(), positions="f2")
+    served.upload("grade", data)
+    body = {"model": "grade", "input": ["a b", "a"], "text_pair": ["c", "b c"]}
+    answer = served.http.post("/v1/classify", json=body)
+    assert answer.status_code == 200, answer.text
+    tokens = [list(word_tokenizer()(*pair)["input_ids"]) for pair in (("a b", "c"), ("a", "b c"))]
+    for row, read in zip(answer.json()["data"], tokens, strict=True):
+        right = reference_classify(encoder("bert"), read, [(decode_adapter(data), 1.0)])
+        assert row["value"] == pytest.approx(right.item(), abs=1e-4)
+        assert (row["label"], row["labels"], row["num_classes"]) == (None, [], 0)
+    one = served.http.post("/v1/classify", json=body | {"input": "a b", "text_pair": "c"})
+    value = one.json()["data"][0]["value"]
+    assert value == pytest.approx(answer.json()["data"][0]["value"], abs=1e-6)
+    for change, message in [
+        ({"text_pair": ["c"]}, "text_pair: got '1 texts', expected 2, one for each input"),
+        ({"text_pair": 5}, "a string or a non-empty list of strings"),
+        ({"labels": ["a", "b"]}, "the head says a number"),
+    ]:
+        refused = served.http.post("/v1/classify", json=body | change)
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
+
+
 def test_what_an_encoder_cannot_do_is_said(served: Server, model: ModelDescription) -> None:
     served.upload("head", classifier_bytes(model, 0))
     served.upload("other", classifier_bytes(model, 1))

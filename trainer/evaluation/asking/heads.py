@@ -13,6 +13,7 @@ from reft_core.adapter import Adapter
 from reft_core.classification import EncoderEngine
 from reft_core.engine.interface import AdapterChoice
 from reft_core.errors import EngineOverloaded, InvalidRequest, ReftError
+from reft_core.templates import encode_pair
 from trainer.evaluation.asking.interface import Contender, Question, Reply
 from trainer.evaluation.rows import Row
 
@@ -66,11 +67,15 @@ class HeadAsker:
         adapter = _headed(question.contender)
         if not self._engine.has_adapter(adapter.digest):
             self._engine.load_adapter(adapter)
-        tokens = self._tokenizer(*_texts(question.row))["input_ids"]
+        tokens, segments = encode_pair(self._tokenizer, *_texts(question.row))
         chosen = (AdapterChoice(adapter.digest, question.contender.strength),)
         try:
             self._engine.submit(
-                request_id, tokens, chosen, lambda outcome: outcomes.put((place, outcome))
+                request_id,
+                tokens,
+                chosen,
+                lambda outcome: outcomes.put((place, outcome)),
+                segments=segments,
             )
         except InvalidRequest as error:
             raise error.within(question.row.where) from None

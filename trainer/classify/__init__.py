@@ -1,0 +1,1 @@
+"""Training of an encoder's interventions together with a head."""

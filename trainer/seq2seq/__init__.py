@@ -1,0 +1,1 @@
+"""Training of the interventions on an encoder-decoder's encoder."""
