@@ -11,6 +11,7 @@ from reft_core.adapter import Adapter
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.loading import LoadedModel, ModelKind
+from reft_core.sites import ModelDescription
 from reft_core.spec import TaskSpec
 from trainer.collate import Collator
 from trainer.config import TrainConfig
@@ -78,15 +79,7 @@ class CausalTask:
 
     def parts(self, model: ReftModel) -> TrainedParts:
         """Edits and virtual tokens."""
-        placement = self.config.placement(self.loaded.description)
-        return TrainedParts(
-            edits=model.to_edits(),
-            task=TaskSpec(labels=self.config.labels),
-            sites={} if placement is None else placement.site_specs(),
-            prefix=model.to_prefix(),
-            prefix_spec=None if model.virtual is None else model.virtual.spec(),
-            template=self.config.template,
-        )
+        return parts_of(self.config, self.loaded.description, model)
 
     def probe(self, model: ReftModel, held_out: HeldOut, progress: Progress) -> dict[str, float]:
         """Of a labeller on the last split: right answers among the labels, with and without
@@ -146,3 +139,16 @@ class CausalTask:
     def with_settings(self, config: TrainConfig) -> CausalTask:
         """See :class:`trainer.task.Task`."""
         return replace(self, config=config)
+
+
+def parts_of(config: TrainConfig, description: ModelDescription, model: ReftModel) -> TrainedParts:
+    """Edits and virtual tokens of ``model``, trained as ``config`` says."""
+    placement = config.placement(description)
+    return TrainedParts(
+        edits=model.to_edits(),
+        task=TaskSpec(labels=config.labels),
+        sites={} if placement is None else placement.site_specs(),
+        prefix=model.to_prefix(),
+        prefix_spec=None if model.virtual is None else model.virtual.spec(),
+        template=config.template,
+    )

@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from reft_core.adapter import Adapter, decode_adapter, encode_adapter
 from reft_core.convert import BASE_TEMPLATE, ConvertOptions, convert
+from trainer.causal import parts_of
 from trainer.compare.baseline import BaselineModel
 from trainer.compare.contenders import Contender
 from trainer.compare.probe import ProbeModel
@@ -68,15 +69,14 @@ class _Ours:
     model: ReftModel
 
     def save(self, fit: FitResult) -> Saved:
-        edits, prefix = self.model.to_edits(), self.model.to_prefix()
-        check_finite(edits, prefix)
-        virtual = None if self.model.virtual is None else self.model.virtual.spec()
-        metrics = {"valid_loss": fit.best.valid_loss, "base_valid_loss": fit.epochs[0].valid_loss}
         description = self.task.loaded.description
+        parts = parts_of(self.config, description, self.model)
+        check_finite(parts.edits, parts.prefix)
+        metrics = {"valid_loss": fit.best.valid_loss, "base_valid_loss": fit.epochs[0].valid_loss}
         spec = build_spec(
-            self.config, description, self.task.datasets, fit, metrics, "reft compare", virtual
+            self.config, description, self.task.datasets, fit, metrics, "reft compare", parts
         )
-        data = encode_adapter(spec, edits, prefix)
+        data = encode_adapter(spec, parts.edits, parts.prefix)
         return Saved(len(data), decode_adapter(data))
 
 

@@ -156,7 +156,7 @@ def test_settings_are_checked_before_anything_runs(
 
 
 def test_texts_are_compared_where_there_are_no_labels(tmp_path: Path) -> None:
-    config = make_config(tmp_path, epochs=2, positions="prompt")
+    config = make_config(tmp_path, epochs=2, positions="prompt", labels=None)
     methods = ("zero_shot", "loreft", "peft_prefix_tuning", "full_finetuning")
     found = run(config, tmp_path, methods=methods)
     assert found.metric.name == "exact_match"

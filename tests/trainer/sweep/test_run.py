@@ -89,7 +89,7 @@ def test_accuracy_can_be_the_objective(tmp_path: Path) -> None:
     assert study.direction == optuna.study.StudyDirection.MAXIMIZE
     assert all(0 <= trial.value <= 1 for trial in study.trials)
     with pytest.raises(TrainingError, match="objective: got 'accuracy', expected 'loss'"):
-        sweep(make_config(tmp_path), settings(tmp_path, **given), loaded=byte_model())
+        sweep(make_config(tmp_path, labels=None), settings(tmp_path, **given), loaded=byte_model())
 
 
 def test_a_trial_that_does_badly_is_given_up(tmp_path: Path) -> None:
