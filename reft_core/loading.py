@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from reft_core.errors import UnsupportedModel, explain
+from reft_core.hub import why_unreachable
 from reft_core.sites import ModelDescription, describe_model, describe_seq2seq
 from reft_core.threads import run_in_own_thread
 
@@ -84,18 +85,14 @@ def read_config(name: str, *, field: str = "base") -> PreTrainedConfig:
     Raises :class:`UnsupportedModel` naming ``field`` when there is none. No code that comes with
     it is run.
     """
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UnsupportedModel(
-            explain(
-                field,
-                name,
-                f"a hub id, a folder with a config.json, or {DEMO_MODEL!r} ({reason})",
-            ),
-            field=field,
-        ) from None
+    reason = why_unreachable(name)
+    if reason is None:
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+    allowed = f"a hub id, a folder with a config.json, or {DEMO_MODEL!r} ({reason})"
+    raise UnsupportedModel(explain(field, name, allowed), field=field)
 
 
 def kind_of(name: str, *, field: str = "base") -> ModelKind:
@@ -154,6 +151,9 @@ def _load(
     name: str, path: str, kind: type, expected: str, dtype: Dtype, device: str
 ) -> LoadedModel:
     """The model of class ``kind`` at ``path``, frozen, with its tokenizer."""
+    if (reason := why_unreachable(path)) is not None:
+        allowed = f"{expected} ({reason})"
+        raise UnsupportedModel(explain("model", name, allowed), field="model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         auto_class: Any = kind

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import structlog
@@ -139,7 +139,7 @@ def _build_services(
     key_store = KeyStore(registry.engine)
     try:
         check_exposure(settings, key_store)
-        register_files(registry, adapter_files(settings.adapters), settings.max_adapter_bytes)
+        register_files(registry, adapter_files(settings.adapters, settings.max_adapter_bytes))
     except BaseException:
         registry.close()
         raise
@@ -173,6 +173,7 @@ def _build_services(
             timeout_s,
             max_prompt_tokens=settings.max_prompt_tokens,
             max_answer_tokens=settings.max_answer_tokens,
+            max_prompt_logprobs=settings.max_prompt_logprobs,
         )
     classifier = classifier_on(engine, tokenizer)
     pins = Pins(settings.pinned_adapters, registry, residency)
@@ -206,31 +207,41 @@ def _build_services(
     )
 
 
-def adapter_files(paths: Iterable[Path]) -> list[Path]:
-    """The adapter files at ``paths``: a folder means every ``.safetensors`` file directly in it.
+def adapter_files(paths: Iterable[Path], max_bytes: int) -> dict[Path, str]:
+    """The adapter files at ``paths``, each with the name in its spec.
 
-    Raises :class:`InvalidRequest` for a path without any.
+    A folder means every ``.safetensors`` file directly in it. All of each is checked, but for
+    what depends on the base model. Raises :class:`InvalidRequest` for a path without any, and
+    what reading an adapter raises, with the file's name.
     """
-    found: list[Path] = []
+    found: dict[Path, str] = {}
     for path in paths:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
             raise InvalidRequest.because(
                 "adapters", str(path), "an adapter file, or a folder with some directly in it"
             )
-        found += files
+        for file in files:
+            with _about(file):
+                found[file] = read_adapter(file, max_bytes=max_bytes).spec.name
     return found
 
 
-def register_files(registry: Registry, files: Iterable[Path], max_bytes: int) -> None:
-    """Upload the operator's own adapter files, each under the name in its spec.
+def register_files(registry: Registry, files: Mapping[Path, str]) -> None:
+    """Upload the operator's own adapter files, each under its name.
 
     Raises what an upload raises, with the file's name.
     """
-    for file in files:
-        try:
-            name = read_adapter(file, max_bytes=max_bytes).spec.name
+    for file, name in files.items():
+        with _about(file):
             uploaded = registry.upload(name, file.read_bytes())
-        except AdapterError as error:
-            raise error.within(str(file)) from None
         log.info("adapter registered", name=name, version=uploaded.version.number)
+
+
+@contextmanager
+def _about(file: Path) -> Iterator[None]:
+    """Errors about an adapter say in which file it is."""
+    try:
+        yield
+    except AdapterError as error:
+        raise error.within(str(file)) from None

@@ -17,7 +17,13 @@ from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, MetaData, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from reft_core.errors import DatabaseUnavailable, InvalidRequest, explain
@@ -36,6 +42,8 @@ BEFORE_MIGRATIONS = "0001"
 """The revision that a catalog without a recorded revision is at."""
 
 _WRITES = "reft_writes"
+_READ_ONLY = "25006"
+"""What PostgreSQL calls a change where none can be made: on a standby, or while it is switched."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_TIMEOUT_MS = 10_000
 _POOL = {"pool_size": 8, "max_overflow": 32, "pool_timeout": 10, "pool_pre_ping": True}
@@ -78,7 +86,7 @@ def open_database(url: str) -> Engine:
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """A connection that sees one state of the database and changes nothing."""
-    with _as_unavailable(), engine.connect() as connection:
+    with _as_unavailable(engine), engine.connect() as connection:
         yield connection
 
 
@@ -89,7 +97,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     In SQLite there is one such context at a time in all processes; in PostgreSQL those exclude
     each other that :func:`lock` the same thing.
     """
-    with _as_unavailable(), engine.execution_options(**{_WRITES: True}).begin() as connection:
+    with _as_unavailable(engine), engine.execution_options(**{_WRITES: True}).begin() as connection:
         yield connection
 
 
@@ -184,10 +192,20 @@ def _migrate(engine: Engine) -> None:
 
 
 @contextmanager
-def _as_unavailable() -> Iterator[None]:
-    """Turn the failures of a database that does not answer into our own error."""
+def _as_unavailable(engine: Engine) -> Iterator[None]:
+    """Turn the failures of a database that does not answer, or is a standby, into our own error."""
     try:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
-        reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
-        raise DatabaseUnavailable("the database does not answer", reason=reason) from error
+        raise _unavailable("the database does not answer", error) from error
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) != _READ_ONLY:
+            raise
+        engine.dispose()  # its connections: after a fail-over, new ones may lead to the primary
+        raise _unavailable("the database takes no changes at the moment", error) from error
+
+
+def _unavailable(message: str, error: Exception) -> DatabaseUnavailable:
+    """``message``, with the driver's own line for operators."""
+    reason = str(getattr(error, "orig", None) or error).partition("\n")[0]
+    return DatabaseUnavailable(message, reason=reason)

@@ -198,7 +198,7 @@ def choose_steps(
 def _fast_bfloat16() -> bool:
     """Whether this machine has instructions for bfloat16."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -80,7 +80,7 @@ def mean_loss(
     """
     process, num_processes = world()
     own = rows[process::num_processes]
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for batch in batches(own, config.batch_size, collator, model.device):
         num_tokens = int((batch["labels"] != IGNORED).sum())
         total += model(**batch)["loss"].item() * num_tokens

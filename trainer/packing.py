@@ -85,7 +85,9 @@ class Packing:
         """The packing of ``rows``, whose cells are numbered as they first occur."""
         width = max(len(row.tokens) for row in rows)
         numbers: dict[tuple[Tokens | int, int, tuple[int, ...]], int] = {}
-        tokens, positions, owners = [], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        owners: list[int] = []
         cells = [[0] * width for _ in rows]
         edited: list[list[int]] = [[] for _ in range(num_units)]
         for index, row in enumerate(rows):
@@ -103,9 +105,12 @@ class Packing:
                 cells[index][place] = number
                 before = number
         return cls(
-            tuple(rows),
-            *(torch.tensor(t, device=device) for t in (tokens, positions, cells, owners)),
-            tuple(torch.tensor(t, dtype=torch.int64, device=device) for t in edited),
+            rows=tuple(rows),
+            tokens=torch.tensor(tokens, device=device),
+            positions=torch.tensor(positions, device=device),
+            cells=torch.tensor(cells, device=device),
+            owners=torch.tensor(owners, device=device),
+            edited=tuple(torch.tensor(t, dtype=torch.int64, device=device) for t in edited),
         )
 
     def predicting(self, count: int) -> Tensor:

@@ -102,7 +102,7 @@ def prepare(config: TrainConfig, loaded: LoadedModel | None, progress: Progress)
         loaded,
         splits.datasets,
         task.with_settings(chooser.config),
-        resumed and resumed.checkpoint,
+        resumed.checkpoint if resumed else None,
         run_of(given, chooser.config, choices, splits.datasets),
     )
 

@@ -22,7 +22,8 @@ def _joined() -> PartialState:
 
 def device() -> torch.device:
     """Where this process computes."""
-    return _joined().device
+    found: torch.device = _joined().device
+    return found
 
 
 def world() -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,7 @@ class Pyreft(Learner):
 
     def build(self, rule: str) -> Sequence[nn.Parameter]:
         """See :class:`Learner`."""
-        import pyreft
-
+        pyreft: Any = import_module("pyreft")  # of an environment that type checks do not see
         self._num_layers = self._base.config.num_hidden_layers
         representations = [
             {

@@ -78,7 +78,7 @@ class Learner(ABC):
             started = time.perf_counter()
             self._optimiser.zero_grad()
             loss = self.loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(self._trained, _MAX_GRAD_NORM)
             self._optimiser.step()
             losses.append(loss.item())

@@ -53,16 +53,7 @@ class Pins:
                 self._residency.unpin(key)
                 self._kept.remove(key)
             for version in versions:
-                try:
-                    await self._pin(version)
-                except ReftError as error:
-                    if self._failed.get(_key(version)) != version.digest:
-                        self._failed[_key(version)] = version.digest
-                        log.warning(
-                            "an adapter could not be pinned",
-                            adapter=_key(version),
-                            error=str(error),
-                        )
+                await self._try_to_pin(version)
 
     async def _try_to_pin(self, version: Version) -> None:
         """Keep one version for its name, or log why not, once for each version."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_core.engine.admission import check_length
 from reft_core.engine.interface import Engine
+from reft_core.errors import InvalidRequest
 from reft_core.spec import TemplateSpec
 from server.adapters.residency import Residency
 from server.answering.echo import Echo, echo_of
@@ -40,12 +41,14 @@ class Generator:
         *,
         max_prompt_tokens: int | None = None,
         max_answer_tokens: int | None = None,
+        max_prompt_logprobs: int | None = None,
     ) -> None:
         vocabulary = Vocabulary(tokenizer)
         self._backend = Backend(
             engine, residency, vocabulary, metrics, timeout_s, max_answer_tokens
         )
         self._max_prompt_tokens = max_prompt_tokens
+        self._max_prompt_logprobs = max_prompt_logprobs
         self._registry = registry
         self._inline = inline
         self._tokenizer = tokenizer
@@ -97,8 +100,22 @@ class Generator:
                             check_length("prompt", len(prompt), self._max_prompt_tokens)
             name = job.answering.named[place][0].model
             models.append(AnsweringModel(place, name, resolved, rendered[template]))
+        self._check_scores(job, models)
         echoes = self._echoes(job, models[0].prompts) * len(models)  # raw prompts, alike for all
         return models, echoes
+
+    def _check_scores(self, job: Job, models: list[AnsweringModel]) -> None:
+        """Raise :class:`InvalidRequest` if too many log-probabilities of prompts are asked for."""
+        num_top, most = job.params.prompt_logprobs, self._max_prompt_logprobs
+        if num_top is None or most is None:
+            return
+        num_tokens = sum(len(prompt) for model in models for prompt in model.prompts) * job.n
+        if (total := num_tokens * (1 + num_top)) > most:
+            raise InvalidRequest.because(
+                "prompt",
+                f"{num_tokens} tokens over all choices x (1 + {num_top}) = {total}",
+                f"at most {most} log-probabilities of prompts in one answer",
+            )
 
     def _echoes(self, job: Job, prompts: list[list[int]]) -> list[Echo]:
         """The prompts' echoes, if answers begin with them."""

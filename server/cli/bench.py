@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reft_core.errors import ReftError
 from server.cli.errors import console, one_line_errors
-from server.cli.options import Key, Url
-from server.cli.text import safe
+from server.cli.options import AsJson, Key, Url
+from server.cli.text import print_json, safe
 from server.client.address import DEFAULT_URL, api_url
 
 _INTERRUPTED = 130
@@ -46,7 +45,7 @@ def bench(
     url: Url = DEFAULT_URL,
     key: Key = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds without a byte")] = 600.0,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, on standard output")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a server: tokens/s, time to the first token, time between tokens.
 
@@ -102,7 +101,7 @@ def bench(
         }
         found = document(run, models, asked)
         if as_json:
-            typer.echo(json.dumps(found, indent=1))
+            print_json(found)
         else:
             Console().print(table(found))
         for message, count in found[ALL]["error_messages"].items():

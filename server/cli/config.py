@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.cli.errors import console, one_line_errors
+from server.cli.options import AsJson
 from server.cli.settings import with_settings_and
+from server.cli.text import print_json
 
 config_app = typer.Typer(
     help="Show the server's settings, or begin a file of them.", no_args_is_help=True
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON, on standard output")]
 _STYLES = {"flag": "green", "environment": "cyan", "file": "yellow", "default": "dim"}
 
 
@@ -40,7 +40,7 @@ def show(config: Path | None, flags: dict[str, Any], *, as_json: bool) -> None:
                 field.name: {"value": field.plain(value), "source": source}
                 for field, value, source in sourced.rows()
             }
-            typer.echo(json.dumps(document, indent=1))
+            print_json(document)
             return
         table = Table("setting", "value", "source")
         for field, value, source in sourced.rows():

@@ -13,9 +13,9 @@ from rich.table import Column, Table
 
 from reft_core.errors import ReftError, explain
 from server.cli.errors import console, one_line_errors
-from server.cli.options import DataDir
+from server.cli.options import AsJson, DataDir
 from server.cli.settings import Config, settings_of_data
-from server.cli.text import print_table, safe
+from server.cli.text import print_json, print_table, safe
 
 if TYPE_CHECKING:
     from server.keys import KeyStore, NewKey
@@ -94,10 +94,14 @@ def list_(
     key: AdminKey = None,
     data_dir: DataDir = None,
     config: Config = None,
+    as_json: AsJson = False,
 ) -> None:
     """List keys, also those that expired or were revoked."""
     with one_line_errors():
         cards = _cards(tenant, url, key, data_dir, config)
+        if as_json:
+            print_json([card.model_dump(mode="json") for card in cards])
+            return
         table = Table(
             Column("id", no_wrap=True),
             "name",

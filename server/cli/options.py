@@ -1,4 +1,4 @@
-"""Options that mean the same in every command that asks a running server."""
+"""Options that mean the same in every command that has them."""
 
 from __future__ import annotations
 
@@ -14,3 +14,4 @@ Tenant = Annotated[str, typer.Option(envvar="REFT_TENANT", help="Whose name; emp
 DataDir = Annotated[
     Path | None, typer.Option(help="Where the server keeps its data; as for reft serve")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, on standard output")]

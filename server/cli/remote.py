@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,8 +15,8 @@ from rich.table import Table
 from reft_core.errors import InvalidRequest, ReftError
 from server.cli.errors import one_line_errors
 from server.cli.files import check_free
-from server.cli.options import AdminKey, Tenant, Url
-from server.cli.text import print_table
+from server.cli.options import AdminKey, AsJson, Tenant, Url
+from server.cli.text import print_json, print_table
 from server.cli.transfer import shown_progress
 from server.client.address import DEFAULT_URL, adapter_path
 
@@ -59,36 +60,43 @@ def list_(
     prefix: Annotated[str, typer.Option(help="Names that begin so")] = "",
     method: Annotated[str | None, typer.Option(help="Such as loreft")] = None,
     base: Annotated[str | None, typer.Option(help="Name of the base model")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the adapters of a server."""
     with one_line_errors():
-        client = _client(url, key)
-        table = Table("name", "version", "method", "digest", "bytes", "in use by")
         admit = {"tenant": tenant, "prefix": prefix or None, "method": method, "base": base}
-        after: dict[str, str] = {}
-        more = True
-        while more:
-            page = client.call("GET", "/admin/adapters", query={**admit, **after, "limit": _PAGE})
-            for card in page["data"]:
-                users = "none seen" if card["num_users"] is None else str(card["num_users"])
-                owner = f"{card['tenant']}/" if card["tenant"] else ""
-                table.add_row(
-                    f"{owner}{card['name']}",
-                    str(card["version"]),
-                    card["method"],
-                    card["digest"][:12],
-                    f"{card['num_bytes']:,}",
-                    users,
-                )
-                after = {"after": card["name"], "after_tenant": card["tenant"]}
-            more = page["has_more"]
+        cards = _cards(_client(url, key), admit)
+        if as_json:
+            print_json(list(cards))
+            return
+        table = Table("name", "version", "method", "digest", "bytes", "in use by")
+        for card in cards:
+            users = "none seen" if card["num_users"] is None else str(card["num_users"])
+            owner = f"{card['tenant']}/" if card["tenant"] else ""
+            table.add_row(
+                f"{owner}{card['name']}",
+                str(card["version"]),
+                card["method"],
+                card["digest"][:12],
+                f"{card['num_bytes']:,}",
+                users,
+            )
         print_table(table)
 
 
-def show(name: Reference, key: AdminKey, url: Url = DEFAULT_URL, tenant: Tenant = "") -> None:
+def show(
+    name: Reference,
+    key: AdminKey,
+    url: Url = DEFAULT_URL,
+    tenant: Tenant = "",
+    as_json: AsJson = False,
+) -> None:
     """Show the versions of an adapter, and which is current."""
     with one_line_errors():
         answer = _client(url, key, tenant).call("GET", adapter_path(name))
+        if as_json:
+            print_json(answer)
+            return
         table = Table("version", "", "digest", "bytes", "in use by")
         for card in answer["versions"]:
             notes = {answer["current"]: "current", answer["previous"]: "previous"}
@@ -173,6 +181,18 @@ def rm(
         answer = _client(url, key, tenant).call("DELETE", path)
         deleted = ", ".join(map(str, answer["deleted_versions"]))
         typer.echo(f"{plain} deleted: version {deleted}")
+
+
+def _cards(client: AdminClient, admit: dict[str, str | None]) -> Iterator[dict[str, Any]]:
+    """The cards of all adapters that pass the filters, page after page."""
+    after: dict[str, str] = {}
+    more = True
+    while more:
+        page = client.call("GET", "/admin/adapters", query={**admit, **after, "limit": _PAGE})
+        for card in page["data"]:
+            yield card
+            after = {"after": card["name"], "after_tenant": card["tenant"]}
+        more = page["has_more"]
 
 
 def _change(method: str, path: str, url: str, key: str, tenant: str, more: str = "") -> None:

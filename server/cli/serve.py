@@ -104,13 +104,13 @@ def load_app(settings: Settings) -> tuple[FastAPI, str, list[str]]:
         adopt_library_loggers()
         if is_json or not console.is_terminal:
             hide_progress_bars()
-        files = adapter_files(settings.adapters)
+        files = adapter_files(settings.adapters, settings.max_adapter_bytes)
         loaded = load_base_model(settings)
         engine = build_engine(settings, loaded)
-        # Here and not at the application's start, so that a bad file is one clear line.
+        # Here and not at the application's start, so that a file for another model is one line.
         registry = open_registry(settings, loaded.description)
         try:
-            register_files(registry, files, settings.max_adapter_bytes)
+            register_files(registry, files)
             names = [version.name for version in registry.all_current()]
         finally:
             registry.close()

@@ -126,11 +126,11 @@ def _option(field: Field) -> inspect.Parameter:
     assert field.flag is not None
     names = [field.flag, *(["-a"] if field.name == "adapters" else [])]
     if field.is_switch:
-        names = [f"{field.flag}/--no-{field.flag.removeprefix('--')}"]
+        names = [f"{field.flag}/--no-{field.flag.removeprefix('--').removeprefix('allow-')}"]
     option = typer.Option(
         *names,
         help=f"{_sentence(field)} Default: {field.shown(field.default)}",
-        metavar=None if field.is_switch else _metavar(field),
+        metavar=_metavar(field),
         show_default=False,
         rich_help_panel=_panel(field),
         autocompletion=(lambda: list(field.choices)) if field.choices else None,
@@ -156,6 +156,8 @@ def _sentence(field: Field) -> str:
 
 
 def _metavar(field: Field) -> str:
+    if field.is_switch:
+        return " "  # the column of types is left to the names
     if field.is_path:
         return "PATH"
     return "NUMBER" if "number" in field.allowed else "TEXT"

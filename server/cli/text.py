@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -31,6 +33,11 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
     console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """``value`` as JSON on standard output, in ASCII, so that nothing in it steers a terminal."""
+    typer.echo(json.dumps(value, indent=1))
 
 
 def safe(text: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import socket
 import time
@@ -34,7 +35,7 @@ class DrainingServer(uvicorn.Server):
 
     ``/readyz`` turns 503 while the port stays open, requests in flight finish within the
     drain timeout, then the server closes and the process exits with 0. A second signal,
-    sent a second later or more, ends it at once.
+    sent a second later or more, ends it at once, with 128 and the signal's number.
     """
 
     def __init__(self, app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> None:
@@ -83,7 +84,9 @@ class DrainingServer(uvicorn.Server):
             if services is not None:  # else it has not started, and has nothing to refuse
                 services.lifecycle.refuse()
         elif now - self._end_requested_at > _SAME_SIGNAL_S:
-            self.should_exit = self.force_exit = True
+            # Nothing of Python's own end, which may wait for a thread, or abort under a step of
+            # the engine's.
+            os._exit(128 + sig)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: move the end along, if it has begun."""

@@ -84,6 +84,25 @@ class ClassifyRequest(AdapterRequest):
             )
         return labels
 
+    def labels_beside_head(self, versions: Sequence[UsedAdapter]) -> list[str] | None:
+        """The labels that a trained head is to choose from; None for all of its own.
+
+        Raises :class:`InvalidRequest` unless exactly one of the adapters brings a head.
+        """
+        num_heads = sum(version.spec.head is not None for version in versions)
+        allowed = "an adapter with a trained head, which classifies on an encoder"
+        if num_heads > 1:
+            raise InvalidRequest.because(
+                "reft.stack",
+                [each.model for each in self.reft.stack],
+                "one head among all adapters",
+            )
+        if num_heads == 0 and self.reft.inline is not None:
+            raise InvalidRequest.because("reft.inline", "one without a head", allowed)
+        if num_heads == 0:
+            raise InvalidRequest.because("model", self.model, allowed)
+        return self.labels
+
     def _labels_of(self, versions: Sequence[UsedAdapter]) -> list[str]:
         """The labels that the first adapter with any brings."""
         brought = (version.spec.task.labels for version in versions)

@@ -6,7 +6,7 @@ from functools import partial
 
 from fastapi import Request, Response
 
-from server.answering.labelling import LabelJob
+from server.answering.labelling import ChooseLabels, LabelJob
 from server.http.disconnect import unless_gone
 from server.protocol.classify import ClassifiedText, ClassifyRequest, ClassifyResponse
 from server.protocol.reports import ReftReport, Usage
@@ -24,10 +24,9 @@ async def classify(body: ClassifyRequest, request: Request) -> Response:
     """
     services = services_of(request)
     body.check(services.settings)
-    # A trained head needs no labels: it has its own.
     scores = services.text_generator is not None
     by_likelihood = partial(body.choose_labels, services.settings.max_open)
-    choose = by_likelihood if scores else lambda _versions: body.labels
+    choose: ChooseLabels = by_likelihood if scores else body.labels_beside_head
     job = LabelJob(body.named, body.texts, choose, caller_of(request))
     labelled = await unless_gone(request.receive, services.labeller.run(job))
     answer = ClassifyResponse(

@@ -155,7 +155,10 @@ class Settings(BaseSettings):
         default=15.0, gt=0, le=600, description="time for a request's headers; beyond: 408"
     )
     max_header_bytes: int = Field(
-        default=64 * 1024, ge=1024, description="a request's headers; beyond: 431"
+        default=64 * 1024,
+        ge=1024,
+        description="a request's headers; beyond: 431, unless they end in the read (of at most "
+        "256 KiB) that passes it",
     )
     slow_reader_timeout_s: float = Field(
         default=30.0,
@@ -192,6 +195,12 @@ class Settings(BaseSettings):
     )
     max_logprobs: int = Field(
         default=20, ge=0, le=20, description="likeliest tokens reported in the place of each"
+    )
+    max_prompt_logprobs: int = Field(
+        default=256 * 1024,
+        ge=1,
+        description="log-probabilities of prompts in one answer, over all prompts, models and "
+        "choices: of each token, and of the likeliest in its place",
     )
     max_n: int = Field(default=8, ge=1, le=128, description="choices a request")
     max_prompts: int = Field(default=64, ge=1, le=1024, description="prompts a completion")

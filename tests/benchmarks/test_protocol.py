@@ -40,7 +40,7 @@ def test_a_worker_that_ends_is_missed_with_its_last_words(worker: Worker) -> Non
 def test_no_answer_in_time(worker: Worker) -> None:
     worker.ask("run", 30, prompts=[], output_tokens=1, settings={})
     with pytest.raises(PeerMissing, match="no answer within"):
-        worker.ask("run", 0.05, prompts=[], output_tokens=1, settings={"sleep_s": 5})
+        worker.ask("run", 0.05, prompts=[], output_tokens=1, settings={"sleep_s": 1})
 
 
 def test_a_module_that_is_not_there() -> None:

@@ -9,7 +9,7 @@ from reft_core.loading import LoadedModel
 from tests.reft_core.engine.test_every_method_in_one_batch import cases
 from tests.reft_core.engine.truth import Case, alone, assert_as_alone, run_together
 
-MAX_TOKENS = 3
+MAX_TOKENS = 2
 SIZE = 0.2
 """How far the adapters are from their start: enough to change answers, not to end in noise."""
 

@@ -99,10 +99,10 @@ def test_a_replica_that_is_killed_takes_nothing_with_it(tmp_path, postgres, s3):
             ]
             for each in traffic:
                 each.start()
-            time.sleep(3)
+            time.sleep(1.5)
             before = sum(each.num_answers for each in traffic)
             servers[0].kill()
-            time.sleep(3)
+            time.sleep(1.5)
             for each in traffic:
                 each.ending.set()
             for each in traffic:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import multiprocessing
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -51,20 +52,36 @@ def test_opening_again_changes_nothing(database_url):
     assert revision(database_url) == revision(database_url)
 
 
-def _open(url: str, barrier: object) -> None:
-    barrier.wait()
-    open_database(url).dispose()
+OPENS = """
+import sys
+from server.database import open_database
+print("ready", flush=True)
+sys.stdin.readline()
+open_database(sys.argv[1]).dispose()
+"""
 
 
 def test_processes_that_start_at_once_migrate_once(database_url):
-    context = multiprocessing.get_context("forkserver")
-    barrier = context.Barrier(4)
-    starts = [context.Process(target=_open, args=(database_url, barrier)) for _ in range(4)]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join(60)
-    assert [start.exitcode for start in starts] == [0] * 4
+    with ExitStack() as stack:
+        starts = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", OPENS, database_url],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for _ in range(4)
+        ]
+        for start in starts:
+            assert start.stdout.readline() == "ready\n"
+        for start in starts:
+            start.stdin.write("\n")
+            start.stdin.flush()
+        for start in starts:
+            start.wait(60)
+    assert [start.returncode for start in starts] == [0] * 4
     engine = open_database(database_url)
     with reading(engine) as connection:
         assert connection.scalar(text("SELECT count(*) FROM alembic_version")) == 1
@@ -165,6 +182,37 @@ def test_a_database_that_says_nothing_is_unavailable_before_long(monkeypatch):
         url = f"postgresql://user@127.0.0.1:{silent.getsockname()[1]}/x"
         with pytest.raises(DatabaseUnavailable):
             open_database(url)
+
+
+def test_a_standby_is_unavailable_for_changes_until_it_takes_them(postgres):
+    url = postgres.new_database()
+    name = url.rpartition("/")[2].partition("?")[0]
+    owner = open_database(f"{url}?options=-c%20default_transaction_read_only%3Doff")
+
+    def switch(read_only: str) -> None:
+        with writing(owner) as connection:
+            connection.execute(
+                text(f"ALTER DATABASE {name} SET default_transaction_read_only = {read_only}")
+            )
+
+    def insert() -> None:
+        with writing(engine) as connection:
+            connection.execute(text("INSERT INTO trash (digest, since) VALUES ('x', 1)"))
+
+    switch("on")
+    engine = open_database(url)
+    with pytest.raises(DatabaseUnavailable, match="takes no changes") as caught:
+        insert()
+    assert "read-only transaction" in str(caught.value)
+    assert "read-only" not in caught.value.message
+    with reading(engine) as connection:
+        assert connection.scalar(text("SELECT count(*) FROM trash")) == 0
+    switch("off")
+    with pytest.raises(DatabaseUnavailable):
+        insert()  # on the connection from before, which is not used again
+    insert()
+    engine.dispose()
+    owner.dispose()
 
 
 def test_the_url_may_say_how_long_a_database_is_waited_for(postgres):

@@ -93,7 +93,7 @@ def read_file(path: Path, labels: tuple[str, ...] = ()) -> Source:
 
 def _read_folder(folder: Path) -> dict[str, Source]:
     """The splits in ``folder``, by the names of its files."""
-    labels = ()
+    labels: tuple[str, ...] = ()
     if (folder / LABELS_FILE).is_file():
         labels = read_labels(folder / LABELS_FILE)
     found: dict[str, Source] = {}

@@ -152,12 +152,24 @@ def test_completion_knows_commands_and_values():
 
 def test_no_flag_is_cut_short_where_a_terminal_is_narrow():
     told = runner.invoke(app, ["serve", "--help"], env={"COLUMNS": "80"}).output
-    flags = [f.flag for f in all_fields().values() if f.flag and not f.is_switch]
-    missing = [flag for flag in flags if flag not in told]
+    missing = [f.flag for f in all_fields().values() if f.flag and f.flag not in told]
     assert missing == []
+    assert "…" not in told
+    for negative in ("--no-cuda-graphs", "--no-inline-adapters"):
+        assert negative in told
 
 
-def test_an_adapter_file_that_is_not_there_is_found_before_the_model_loads(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "mention"),
+    [("none", "adapters: got"), ("bad.safetensors", "body: not a"), ("folder", "body: not a")],
+)
+def test_a_bad_adapter_file_is_found_before_the_model_loads(tmp_path, monkeypatch, path, mention):
     monkeypatch.setattr("server.app.load_base_model", lambda settings: pytest.fail("loaded"))
-    args = ("serve", "--port", "0", "--data-dir", str(tmp_path), "--adapter", str(tmp_path / "no"))
-    assert "adapters: got" in one_line(1, *args)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "good.safetensors").write_bytes(make_adapter(1))
+    for place in ("bad.safetensors", "folder/late.safetensors"):
+        (tmp_path / place).write_bytes(make_adapter(1)[:-9])
+    args = ("serve", "--port", "0", "--data-dir", str(tmp_path / "data"))
+    line = one_line(1, *args, "--adapter", str(tmp_path / path))
+    assert mention in line
+    assert str(tmp_path / path) in line

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def test_keys_in_the_database_itself(tmp_path: Path):
     listed = run("list", *where).output
     assert all(part in listed for part in (first.id, second.id, "a bot", "acme", "a* b", "active"))
     assert admin not in listed
+    cards = json.loads(run("list", "--json", *where).stdout)
+    assert {card["id"]: card["models"] for card in cards} == {
+        first.id: ["*"],
+        second.id: ["a*", "b"],
+    }
     of_tenant = run("list", "--tenant", "acme", *where).output
     assert (first.id in of_tenant, second.id in of_tenant) == (False, True)
     revoked = run("revoke", second.id, *where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(make_settings, folder: Path) -> Iterator[Server]:
-    settings: Settings = make_settings(model=str(folder), max_model_len=30)
+    settings: Settings = make_settings(
+        model=str(folder), max_model_len=30, allow_inline_adapters=True
+    )
     app = create_app(settings)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield Server(app.state.services, client)
@@ -122,6 +125,7 @@ def test_a_pair_may_be_graded_by_a_number(served: Server, model: ModelDescriptio
 
 def test_what_an_encoder_cannot_do_is_said(served: Server, model: ModelDescription) -> None:
     served.upload("head", classifier_bytes(model, 0))
+    served.upload("other", classifier_bytes(model, 1))
     served.upload("tone", random_adapter_bytes(model))
     for path, body in [
         ("/v1/completions", {"model": "head", "prompt": "a"}),
@@ -132,15 +136,20 @@ def test_what_an_encoder_cannot_do_is_said(served: Server, model: ModelDescripti
         assert answer.status_code == 400
         assert "is an encoder, which generates no text" in answer.json()["error"]["message"]
         assert "/v1/classify" in answer.json()["error"]["message"]
-    for body, message in [
-        ({"model": "tone"}, "exactly one that has a head"),
-        ({"model": model.name}, "exactly one that has a head"),
-        ({"model": "head", "labels": ["l0", "maybe"]}, "expected some of l0, l1"),
-        ({"model": "head", "input": "a " * 40}, "at most 30"),
+    twice = {"stack": [{"model": "other"}]}
+    brought = {"inline": base64.b64encode(random_adapter_bytes(model)).decode()}
+    for body, field, message in [
+        ({"model": "tone"}, "model", "got 'tone', expected an adapter with a trained head"),
+        ({"model": model.name}, "model", f"got '{model.name}', expected an adapter with"),
+        ({"model": "head", "reft": twice}, "reft.stack", "one head among all adapters"),
+        ({"model": model.name, "reft": brought}, "reft.inline", "an adapter with a trained head"),
+        ({"model": "head", "labels": ["l0", "maybe"]}, "labels", "expected some of l0, l1"),
+        ({"model": "head", "input": "a " * 40}, "input", "at most 30"),
     ]:
         answer = served.http.post("/v1/classify", json={"input": "a"} | body)
         assert answer.status_code == 400
-        assert message in answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert (error["param"] == field, message in error["message"]) == (True, True), error
 
 
 def test_models_and_admin_routes_work(served: Server, model: ModelDescription) -> None:
