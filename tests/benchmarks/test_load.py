@@ -15,7 +15,7 @@ from benchmarks.soak.world import TINY
 def test_seconds_of_a_crowd_lose_nothing() -> None:
     """As ``make load`` does for ten minutes, without the comparison."""
     options = Options(
-        model=TINY, seconds=8, connections=200, streams=24, repeats=0, num_files=4, num_prompts=3
+        model=TINY, seconds=20, connections=200, streams=24, repeats=0, num_files=4, num_prompts=3
     )
     summary = run(options)
     for problem in ("lost", "wrong_adapter"):

@@ -51,6 +51,10 @@ class BaselineModel(nn.Module):
         """The parameters the optimiser may change."""
         return [parameter for _, parameter in self._named()]
 
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """:meth:`trainable` as torch's optimisers take them."""
+        return [{"params": self.trainable(), "lr": learning_rate}]
+
     def trained_state(self) -> list[dict[str, Tensor]]:
         """A copy of what training changes."""
         return [{name: parameter.detach().clone() for name, parameter in self._named()}]

@@ -6,7 +6,7 @@ Dimension letters as in :mod:`trainer.collate`; L labels, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,10 @@ class ProbeModel(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """The parameters the optimiser may change."""
         return list(self.head.parameters())
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """:meth:`trainable` as torch's optimisers take them."""
+        return [{"params": self.trainable(), "lr": learning_rate}]
 
     def trained_state(self) -> list[dict[str, Tensor]]:
         """A copy of what training changes."""

@@ -17,7 +17,7 @@ from trainer.compare.jobs import search_jobs, search_settings, tested_seeds
 from trainer.compare.runner import Runner
 from trainer.compare.settings import check_settings, training_config
 from trainer.compare.store import Job, Record, Store
-from trainer.compare.task import Task, load_task, load_test
+from trainer.compare.task import Task, check_has_test, load_task, load_test
 from trainer.config import TrainConfig
 from trainer.evaluation.scoring import METRICS, Metric
 from trainer.progress import Progress, SilentProgress
@@ -52,6 +52,7 @@ def compare(
     Raises :class:`TrainingError` before anything is trained when the data or a method's settings
     cannot be used. A single run that fails is recorded as failed and the others go on.
     """
+    check_has_test(config)
     contenders = get_contenders(comparison.methods)
     spare = max((max(c.sizes) for c in contenders if c.size == "prefix_length"), default=0)
     task = load_task(

@@ -15,6 +15,7 @@ from reft_core.errors import TrainingError
 from reft_core.loading import LoadedModel, load_model
 from trainer.config import TrainConfig
 from trainer.data import Dataset, TokenisedExample, tokenise
+from trainer.data.sources import find_splits
 from trainer.data.splits import load_splits
 from trainer.defaults import STEPS, choose_dtype, choose_from_data, choose_from_model
 from trainer.prefix import PrefixStore
@@ -100,11 +101,17 @@ def load_task(
     )
 
 
+def check_has_test(config: TrainConfig) -> None:
+    """Raise :class:`TrainingError` now, rather than after the search, without a test split."""
+    if config.test is None and (config.data is None or "test" not in find_splits(config.data)):
+        raise _test_missing()
+
+
 def load_test(task: Task, *, test_rows: int | None = None, spare_tokens: int = 0) -> Split:
     """The test split. Raises :class:`TrainingError` if it cannot be used or leaks."""
     datasets = load_splits(task.config).datasets
     if "test" not in datasets:
-        raise TrainingError("test: missing; a comparison ends on rows nothing was chosen by")
+        raise _test_missing()
     test = draw(datasets["test"], test_rows)
     return _split(task.config, task.loaded, test, spare_tokens)
 
@@ -137,3 +144,7 @@ def _split(config: TrainConfig, loaded: LoadedModel, dataset: Dataset, spare: in
         max_length=min(config.max_length or context, context),
     )
     return Split(dataset, rows)
+
+
+def _test_missing() -> TrainingError:
+    return TrainingError("test: missing; a comparison ends on rows nothing was chosen by")

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from prompt_toolkit.application import create_app_session
@@ -340,10 +340,15 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(server, engine):
     os.close(follower)
     seen = ""
 
-    def until(text: str) -> None:
+    def until(text: str, repeat: Callable[[], None] = lambda: None, every_s: float = 60) -> None:
+        """What ``text`` waits for is repeated now and then, as a person would."""
         nonlocal seen
         deadline = time.monotonic() + 60
+        due = time.monotonic() + every_s
         while text not in seen:
+            if time.monotonic() > due:
+                due += every_s
+                repeat()
             assert time.monotonic() < deadline, f"no {text!r} in {seen!r}"
             if select.select([leader], [], [], 0.2)[0]:
                 seen += os.read(leader, 65536).decode(errors="replace")
@@ -359,7 +364,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(server, engine):
         engine.step(3)
         until("abc")
         process.send_signal(signal.SIGINT)
-        until("stopped")
+        until("stopped", repeat=lambda: process.send_signal(signal.SIGINT), every_s=10)
         until("tiny-base>")
         os.write(leader, b"\x04")
         deadline = time.monotonic() + 30
