@@ -6,7 +6,6 @@ Dimension letters as in :mod:`trainer.collate`; L labels, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,11 @@ from trainer.compare.baseline import to_left_edge
 from trainer.compare.choosing import Tokens
 from trainer.data import TokenisedExample
 from trainer.fit import batches
+from trainer.frozen import FrozenBase
 from trainer.reft_model import LossAndLogits
 
 
-class ProbeModel(nn.Module):
+class ProbeModel(FrozenBase):
     """Softmax regression on features that are computed once and kept.
 
     Features are normed to mean 0 and variance 1 over their own dimensions, as a few of a
@@ -31,39 +31,17 @@ class ProbeModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel, answers: Mapping[str, Tokens]) -> None:
         """``answers``: each label's tokens as a row's whole completion."""
-        super().__init__()
+        super().__init__(base)
         self.labels = list(answers)
         self._index = {tokens: index for index, tokens in enumerate(answers.values())}
-        self._base = [base]  # in a list: it is not trained
         self._features: dict[Tokens, Tensor] = {}
         width: int = base.config.get_text_config(decoder=True).hidden_size
         self.head = nn.Linear(width, len(self.labels), device=base.device)
 
     @property
-    def device(self) -> torch.device:
-        """Where batches are to be."""
-        return self.head.weight.device
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters the optimiser may change."""
-        return list(self.head.parameters())
-
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """:meth:`trainable` as torch's optimisers take them."""
-        return [{"params": self.trainable(), "lr": learning_rate}]
-
-    def trained_state(self) -> list[dict[str, Tensor]]:
-        """A copy of what training changes."""
-        return [{name: t.detach().clone() for name, t in self.head.state_dict().items()}]
-
-    def load_trained_state(self, state: Sequence[dict[str, Tensor]]) -> None:
-        """Put back what :meth:`trained_state` returned."""
-        self.head.load_state_dict(state[0])
-
     @override
-    def train(self, mode: bool = True) -> Self:
-        """Nothing here behaves otherwise in training."""
-        return self
+    def trained_parts(self) -> list[nn.Module]:
+        return [self.head]
 
     @override
     def forward(
@@ -109,11 +87,9 @@ class ProbeModel(nn.Module):
         ]
         new = [row for row, prompt in enumerate(prompts) if prompt not in self._features]
         if new:
-            states = (
-                self._base[0]
-                .base_model(input_ids=tokens[new], attention_mask=mask[new])
-                .last_hidden_state
-            )
+            states = self.base.base_model(
+                input_ids=tokens[new], attention_mask=mask[new]
+            ).last_hidden_state
             for place, row in enumerate(new):
                 state = states[place, last[row]].float()
                 self._features[prompts[row]] = F.layer_norm(state, state.shape)
