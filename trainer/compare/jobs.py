@@ -12,6 +12,8 @@ from trainer.compare.store import Job
 def search_settings(contender: Contender, comparison: CompareConfig) -> list[Setting]:
     """What a search tries of a method, without what the config has settled."""
     settled = comparison.settings.get(contender.name, {})
+    if isinstance(rates := settled.get("learning_rate"), list):
+        return [{"learning_rate": rate} for rate in rates]
     found: list[Setting] = []
     for setting in contender.settings(comparison.search):
         left = {name: value for name, value in setting.items() if name not in settled}

@@ -133,6 +133,7 @@ class Runner:
                 "num_trainable": sum(p.numel() for p in model.trainable()),
                 "file_bytes": saved.num_bytes,
                 "training_seconds": round(result.seconds, 2),
+                "training_cpu_seconds": round(result.cpu_seconds, 2),
                 "num_steps": result.num_steps,
                 "best_epoch": result.best.number,
                 "valid_losses": [epoch.valid_loss for epoch in result.epochs],

@@ -49,7 +49,8 @@ def training_config(
         changes["method"] = contender.name.removeprefix("peft_")
     if contender.kind == "registry":
         changes |= registry_changes(task.loaded.description, contender, shared)
-    changes |= setting | comparison.settings.get(contender.name, {})
+    given = comparison.settings.get(contender.name, {})
+    changes |= setting | {name: v for name, v in given.items() if name not in setting}
     changes.pop("shots", None)
     try:
         config = run_config(shared, changes)

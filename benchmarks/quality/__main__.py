@@ -1,0 +1,68 @@
+"""What training gives on real data: ``run`` does what is missing, ``report`` makes the page.
+
+``run`` keeps one JSON a training in ``--out``; several processes may share it, and the same
+command goes on from what is there. ``report`` sums finished parts up in
+``benchmarks/results/train-*.json`` and writes ``docs/results.md`` from those files alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.quality.run import BASE_PART, run_part
+from benchmarks.quality.tasks import TASKS
+from reft_core.loading import load_model
+from trainer.progress import BarProgress
+
+
+def main() -> None:
+    """One of the two commands."""
+    arguments = _arguments()
+    _run(arguments)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train, and keep what came of it")
+    run.add_argument("--data", type=Path, default=os.environ.get("REFT_DATA"))
+    run.add_argument("--out", type=Path, default=Path("runs", "quality"))
+    run.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    run.add_argument("--parts", nargs="+", help="absent: all of each task")
+    return parser.parse_args()
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.data is None:
+        raise SystemExit("--data: missing; name the folder of data sets, or set REFT_DATA")
+    progress = BarProgress(Console(stderr=True))
+    command = shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
+    loaded = None
+    for name in arguments.tasks:
+        task = TASKS[name]
+        loaded = loaded or load_model(task.base, dtype=task.config["dtype"])
+        for part in (BASE_PART, *task.parts):
+            if arguments.parts is None or part in arguments.parts:
+                run_part(
+                    task,
+                    part,
+                    arguments.data,
+                    arguments.out,
+                    loaded=loaded,
+                    command=command,
+                    progress=progress,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The tasks: rows, prompt, base, and what is compared with which settings.
+
+A task is a few parts, each one `reft compare` with a folder of its own, so that parts can be
+run apart, by several processes, and gone on with. Prompts and label words are those of several
+with which the base does best on validation rows without training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Group = Literal["labels", "encoder", "domains", "choices", "text"]
+Settings = Mapping[str, Any]
+
+CAUSAL, ENCODER = "demo", "encoder"
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class QualityTask:
+    """One task on one base."""
+
+    name: str
+    group: Group
+    folder: str
+    """Of the data."""
+    parts: Mapping[str, Settings]
+    """By name, the ``compare`` section of each."""
+    config: Settings = field(default_factory=dict)
+    """Of training, for all parts; the rows and the base are put to it."""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """What a label of the data is called in answers; those that are missing keep their name."""
+    columns: tuple[str, ...] = ("text", "text_pair")
+    """Kept of a row besides its label."""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """Only rows with these values."""
+    base: str = CAUSAL
+
+
+def template(user: str, generation: str) -> dict[str, str]:
+    """A prompt that ends in ``generation``, which the answer follows."""
+    return {"user": user, "generation": generation}
+
+
+_LABELLING = {
+    "dtype": "bfloat16",
+    "positions": "l1",
+    "layers": "every:3",
+    "rank": 1,
+    "batch_size": 16,
+}
+_ROWS = {"train_rows": 1200, "valid_rows": 300, "test_rows": 500, "steps": 150, "seeds": SEEDS}
+_REFT_RATES = [4e-3, 8e-3, 1.2e-2]
+
+LABELLING: dict[str, Settings] = {
+    "reft": {
+        **_ROWS,
+        "methods": ["zero_shot", "loreft", "direft", "head_only"],
+        "settings": {
+            "loreft": {"rank": 1, "learning_rate": _REFT_RATES},
+            "direft": {"rank": 1, "learning_rate": _REFT_RATES},
+            "head_only": {"learning_rate": [3e-3, 1e-2, 3e-2]},
+        },
+    },
+    "rank4": {
+        **_ROWS,
+        "methods": ["loreft"],
+        "settings": {
+            "loreft": {"rank": 4, "layers": "all", "learning_rate": [2e-3, 4e-3, 8e-3]},
+        },
+    },
+    "lora": {
+        **_ROWS,
+        "methods": ["peft_lora"],
+        "settings": {"peft_lora": {"rank": 8, "learning_rate": [5e-4, 1.5e-3, 4e-3]}},
+    },
+}
+"""LoReFT and DiReFT of about 12,000 parameters, LoReFT of rank 4, LoRA of rank 8 on q and v."""
+
+_TREC = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "thing",
+    "HUM": "person",
+    "LOC": "place",
+    "NUM": "number",
+}
+_SNIPS = {
+    "AddToPlaylist": "playlist",
+    "BookRestaurant": "restaurant",
+    "GetWeather": "weather",
+    "PlayMusic": "music",
+    "RateBook": "rating",
+    "SearchCreativeWork": "work",
+    "SearchScreeningEvent": "screening",
+}
+
+_ALL = (
+    QualityTask(
+        "trec",
+        "labels",
+        "trec",
+        LABELLING,
+        _LABELLING
+        | {
+            "template": template(
+                "What does this question ask for: abbreviation, description, thing, person, "
+                "place or number?\nQuestion: {content}\n",
+                "Answer:",
+            )
+        },
+        _TREC,
+    ),
+    QualityTask(
+        "snips",
+        "labels",
+        "snips",
+        LABELLING,
+        _LABELLING | {"template": template("Text: {content}\n", "Label:")},
+        _SNIPS,
+    ),
+    QualityTask(
+        "sst2",
+        "labels",
+        "sst2",
+        LABELLING,
+        _LABELLING | {"template": template("Review: {content}\n", "Sentiment:")},
+        {"0": "negative", "1": "positive"},
+    ),
+)
+
+TASKS: Mapping[str, QualityTask] = {task.name: task for task in _ALL}
