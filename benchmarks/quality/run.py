@@ -35,7 +35,7 @@ def run_part(
     progress: Progress,
 ) -> None:
     """Do what is missing of one part of ``task``; its results are in ``out/task/part``."""
-    config = _config(task, data, out)
+    config = config_of(task, data, out)
     folder = out / task.name / part
     if part == BASE_PART:
         _ask_base(task, config, folder, loaded)
@@ -47,7 +47,8 @@ def run_part(
         write_durably(about, json.dumps(provenance(), indent=1).encode())
 
 
-def _config(task: QualityTask, data: Path, out: Path) -> TrainConfig:
+def config_of(task: QualityTask, data: Path, out: Path) -> TrainConfig:
+    """The settings of training that all parts of a task share."""
     settings: dict[str, Any] = {"data": str(prepare(task, data, out)), "model": task.base}
     return TrainConfig(**settings | dict(task.config))
 

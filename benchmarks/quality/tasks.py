@@ -52,23 +52,14 @@ _LABELLING = {
     "batch_size": 16,
 }
 _ROWS = {"train_rows": 1200, "valid_rows": 300, "test_rows": 500, "steps": 150, "seeds": SEEDS}
-_REFT_RATES = [4e-3, 8e-3, 1.2e-2]
 
 LABELLING: dict[str, Settings] = {
-    "reft": {
+    "loreft": {
         **_ROWS,
-        "methods": ["zero_shot", "loreft", "direft", "head_only"],
+        "methods": ["zero_shot", "loreft", "head_only"],
         "settings": {
-            "loreft": {"rank": 1, "learning_rate": _REFT_RATES},
-            "direft": {"rank": 1, "learning_rate": _REFT_RATES},
+            "loreft": {"rank": 1, "learning_rate": [4e-3, 8e-3, 1.2e-2]},
             "head_only": {"learning_rate": [3e-3, 1e-2, 3e-2]},
-        },
-    },
-    "rank4": {
-        **_ROWS,
-        "methods": ["loreft"],
-        "settings": {
-            "loreft": {"rank": 4, "layers": "all", "learning_rate": [2e-3, 4e-3, 8e-3]},
         },
     },
     "lora": {
@@ -76,8 +67,21 @@ LABELLING: dict[str, Settings] = {
         "methods": ["peft_lora"],
         "settings": {"peft_lora": {"rank": 8, "learning_rate": [5e-4, 1.5e-3, 4e-3]}},
     },
+    "rank4": {
+        **_ROWS,
+        "methods": ["loreft"],
+        "settings": {"loreft": {"rank": 4, "layers": "all", "learning_rate": 4e-3}},
+    },
+    "direft": {
+        **_ROWS,
+        "methods": ["direft"],
+        "settings": {"direft": {"rank": 1, "learning_rate": 8e-3}},
+    },
 }
-"""LoReFT and DiReFT of about 12,000 parameters, LoReFT of rank 4, LoRA of rank 8 on q and v."""
+"""LoReFT and DiReFT of about 12,000 parameters, LoReFT of rank 4, LoRA of rank 8 on q and v.
+
+LoReFT of rank 1 and LoRA are searched with equal effort, the other two take a setting that an
+earlier development run had."""
 
 _TREC = {
     "ABBR": "abbreviation",
