@@ -15,7 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.provenance import save
+from benchmarks.quality.page import PAGE, read_documents, render
 from benchmarks.quality.run import BASE_PART, run_part
+from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import TASKS
 from reft_core.loading import load_model
 from trainer.progress import BarProgress
@@ -24,7 +27,7 @@ from trainer.progress import BarProgress
 def main() -> None:
     """One of the two commands."""
     arguments = _arguments()
-    _run(arguments)
+    {"run": _run, "report": _report}[arguments.command](arguments)
 
 
 def _arguments() -> argparse.Namespace:
@@ -35,16 +38,17 @@ def _arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, and keep what came of it")
-    run.add_argument("--data", type=Path, default=os.environ.get("REFT_DATA"))
-    run.add_argument("--out", type=Path, default=Path("runs", "quality"))
-    run.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    report = commands.add_parser("report", help="sum up what is done, and write the page")
+    for command in (run, report):
+        command.add_argument("--data", type=Path, default=os.environ.get("REFT_DATA"))
+        command.add_argument("--out", type=Path, default=Path("runs", "quality"))
+        command.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     run.add_argument("--parts", nargs="+", help="absent: all of each task")
     return parser.parse_args()
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.data is None:
-        raise SystemExit("--data: missing; name the folder of data sets, or set REFT_DATA")
+    _check_data(arguments)
     progress = BarProgress(Console(stderr=True))
     command = shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
     loaded = None
@@ -62,6 +66,20 @@ def _run(arguments: argparse.Namespace) -> None:
                     command=command,
                     progress=progress,
                 )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Tasks without a result yet are left as they were."""
+    for name in arguments.tasks:
+        if any((arguments.out / name).glob("*/results/final/*/*.json")):
+            _check_data(arguments)
+            save(f"train-{name}", summarise(TASKS[name], arguments.data, arguments.out))
+    PAGE.write_text(render(read_documents()), encoding="utf-8")
+
+
+def _check_data(arguments: argparse.Namespace) -> None:
+    if arguments.data is None:
+        raise SystemExit("--data: missing; name the folder of data sets, or set REFT_DATA")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from trainer.data.splits import load_splits
 from trainer.evaluation.scoring import METRICS, Answered, Metric, Resampling, Statistic, value_of
 
 Document = dict[str, Any]
-REFERENCE = "peft_lora"
+REFERENCE = "lora"
 """Others' differences are from it."""
 
 

@@ -64,8 +64,8 @@ LABELLING: dict[str, Settings] = {
     },
     "lora": {
         **_ROWS,
-        "methods": ["peft_lora"],
-        "settings": {"peft_lora": {"rank": 8, "learning_rate": [5e-4, 1.5e-3, 4e-3]}},
+        "methods": ["lora"],
+        "settings": {"lora": {"rank": 8, "alpha": 16.0, "learning_rate": [5e-4, 1.5e-3, 4e-3]}},
     },
     "rank4": {
         **_ROWS,

@@ -1,0 +1,234 @@
+"""``docs/results.md`` as a pure function of the committed documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import RESULTS
+from benchmarks.quality.plan import GROUPS, NOT_RUN
+from benchmarks.quality.verdicts import Verdict, advice, verdict
+
+Document = Mapping[str, Any]
+
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+
+_NONE = "–"
+_INTRO = """# Results on real data
+
+What adapters trained here reach on published data sets, beside what the base does untrained, a
+linear head on its frozen states, and PEFT's LoRA with a learning rate searched just as long. Every
+figure is read from [benchmarks/results](../benchmarks/results) (`train-*.json`); this page is
+written from those files by `python -m benchmarks.quality report`."""
+
+_READING = """## How to read the tables
+
+- **Intervals** are 95 %, half their width after the ±: test rows and seeds are drawn with
+  replacement a thousand times. Differences are of the same rows in the same draws. With one seed
+  they know nothing of seeds.
+- **No test row chose anything.** Learning rates, and positions where they were searched, are
+  those of the best validation figure with seed 0; the test split is read afterwards, once for
+  each seed.
+- **Untrained** is the base asked for the likeliest of the labels, as the adapters are, with the
+  end token counted or not, whichever is better. The wording of its prompt is the best of several
+  on validation rows, and all methods have the same.
+- **Parameters** are those trained; **bytes** those of the saved tensors.
+- **CPU s** are seconds that one core spent in training steps (median over seeds), everything
+  that is computed once and kept included, validation not. The machine was shared, so that time
+  on the clock says little."""
+
+
+def read_documents(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The committed documents, in the order of the plan."""
+    found = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("train-*.json"))
+    ]
+    order = list(NOT_RUN)
+    return sorted(found, key=lambda document: order.index(document["task"]))
+
+
+def render(documents: Sequence[Document]) -> str:
+    """The page."""
+    parts = [_INTRO, _in_short(documents), _READING, _how(documents)]
+    for group, (title, text) in GROUPS.items():
+        own = [document for document in documents if document["group"] == group]
+        if own:
+            parts += [f"## {title}", text, *(_task(document) for document in own)]
+    parts += [_choosing(documents), _not_run(documents)]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _in_short(documents: Sequence[Document]) -> str:
+    """One line a task: the smallest LoReFT beside LoRA, and in words where each is ahead."""
+    verdicts = [found for document in documents if (found := verdict(document))]
+    header = ["task", "base", "untrained", "head only", "LoReFT", "parameters", "LoRA"]
+    rows = [_short_cells(found) for found in verdicts]
+    lines = [f"- {line}" for line in _verdict_lines(verdicts)]
+    table = _table([*header, "parameters", "LoReFT − LoRA", "CPU s"], rows)
+    return "\n\n".join(["## In short", table, "\n".join(lines)])
+
+
+def _short_cells(found: Verdict) -> list[str]:
+    document, reft, lora = found.document, found.reft, found.lora
+    return [
+        document["task"],
+        document["model"],
+        _quality(document, found.untrained) if found.untrained else _NONE,
+        _quality(document, found.head) if found.head else _NONE,
+        _quality(document, reft),
+        f"{reft['parameters']:,}",
+        _quality(document, lora),
+        f"{lora['parameters']:,}",
+        shown(reft["difference"], document["percent"], signed=True),
+        f"{_cpu(reft)} : {_cpu(lora)}",
+    ]
+
+
+def _verdict_lines(verdicts: Sequence[Verdict]) -> Iterable[str]:
+    """Which tasks are ahead, level and behind, in words."""
+    words = {
+        "ahead": "LoReFT is ahead of the searched LoRA, the whole interval above it",
+        "level": "Level within the interval",
+        "behind": "LoReFT is behind, the whole interval below LoRA",
+    }
+    for outcome, text in words.items():
+        names = [each.name for each in verdicts if each.outcome == outcome]
+        yield f"{text}: {', '.join(names) if names else 'no task'}."
+
+
+def _how(documents: Sequence[Document]) -> str:
+    runs = [each for document in documents for each in document["provenance"].values()]
+    machines = sorted({f"{run['cpu']}, {run['threads']} thread" for run in runs})
+    versions = sorted({f"torch {run['torch']}, transformers {run['transformers']}" for run in runs})
+    commits = sorted({run["commit"] for run in runs})
+    dates = sorted({run["date"][:10] for run in runs})
+    return (
+        "## How it was run\n\n"
+        "```sh\npython -m benchmarks.quality run --data DATA --tasks "
+        f"{' '.join(document['task'] for document in documents)}\n"
+        "python -m benchmarks.quality report --data DATA\n```\n\n"
+        f"Hardware: {'; '.join(machines)}. Versions: {'; '.join(versions)}. Commits: "
+        f"{', '.join(commits)}. Dates: {', '.join(dates)}. Optimiser: AdamW, no weight decay, "
+        "clipping at 1, 6 % warm-up, then linear decay to 0. The frozen base is in bfloat16 for "
+        "causal models and in float32 for encoders; edits are float32."
+    )
+
+
+def _task(document: Document) -> str:
+    """A task's section: rows and prompt, the table, the search."""
+    header = ["method", "setting", "parameters", document["metric"], "− LoRA", "seeds", "CPU s"]
+    rows = [_cells(document, result) for result in document["results"]]
+    if without := document["base_without_end"]:
+        value = shown(without["quality"], document["percent"])
+        rows.insert(1, ["zero-shot, end token not counted", "", "0", value, "", "1", "0", "0"])
+    parts = [
+        f"### {document['task']}",
+        _about(document),
+        _table([*header, "bytes"], rows),
+        _searches(document),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _about(document: Document) -> str:
+    parts = [
+        f"{document['train_rows']:,} training rows, {document['valid_rows']:,} of validation, "
+        f"{document['test_rows']:,} of {document['of_test_rows']:,} test rows"
+        + (f", {document['labels']} labels" if document["labels"] else "")
+        + "."
+    ]
+    if document["prompt"]:
+        text = "".join(document["prompt"].values()).replace("\n", "⏎")
+        parts.append(f"Prompt: `{text.replace('{content}', '…')}`.")
+    return " ".join(parts)
+
+
+def _cells(document: Document, result: Document) -> list[str]:
+    difference = result["difference"]
+    return [
+        result["label"],
+        setting_text(result["setting"]),
+        f"{result['parameters']:,}",
+        _quality(document, result),
+        shown(difference, document["percent"], signed=True) if difference else _NONE,
+        str(len(result["seeds"])),
+        _cpu(result),
+        f"{result['file_bytes']:,}",
+    ]
+
+
+def _searches(document: Document) -> str:
+    """What each search tried, with its validation figure."""
+    lines = []
+    for result in document["results"]:
+        tried = [
+            f"{setting_text(each['setting'])}: {_validation(document, each)}"
+            for each in result["searched"]
+        ]
+        if tried:
+            lines.append(f"- {result['label']} ({result['part']}): {'; '.join(tried)}")
+    return "Searched on validation rows:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _validation(document: Document, tried: Document) -> str:
+    if tried["error"]:
+        return "failed"
+    valid = tried["valid"]
+    if document["metric"] not in valid:
+        return f"loss {valid['loss']:.3f}"
+    return _number(valid[document["metric"]], document["percent"])
+
+
+def _choosing(documents: Sequence[Document]) -> str:
+    lines = advice(documents)
+    return "## Which setting to choose\n\n" + "\n".join(f"- {x}" for x in lines) if lines else ""
+
+
+def _not_run(documents: Sequence[Document]) -> str:
+    """What of the plan has no figures."""
+    done = {document["task"] for document in documents}
+    lines = [f"- {name}: {what}" for name, what in NOT_RUN.items() if name not in done]
+    for document in documents:
+        if missing := [f"{each['method']} ({each['part']})" for each in document["not_run"]]:
+            lines.append(f"- {document['task']}: {', '.join(missing)}")
+    return "## Not run\n\n" + "\n".join(lines) if lines else ""
+
+
+_SHORT = {"learning_rate": "lr", "rank": "r", "positions": "", "layers": "layers"}
+
+
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """``r 1, lr 0.008``: a method's settings in few words."""
+    parts = []
+    for name, value in setting.items():
+        if name == "learning_rate" and isinstance(value, list):
+            continue
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        parts.append(f"{_SHORT.get(name, name)} {text}".strip())
+    return ", ".join(parts)
+
+
+def _quality(document: Document, result: Document) -> str:
+    return shown(result["quality"], document["percent"])
+
+
+def _cpu(result: Document) -> str:
+    return f"{result['training_cpu_seconds'][1]:.0f}"
+
+
+def shown(estimate: Mapping[str, float], percent: bool, *, signed: bool = False) -> str:
+    """``94.2 ± 1.6``: a value and half the width of its interval."""
+    half = (estimate["high"] - estimate["low"]) / 2
+    return f"{_number(estimate['value'], percent, signed=signed)} ± {_number(half, percent)}"
+
+
+def _number(value: float, percent: bool, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f}" if percent else f"{value:{sign}.3f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
