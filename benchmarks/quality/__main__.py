@@ -17,10 +17,10 @@ from rich.console import Console
 
 from benchmarks.provenance import save
 from benchmarks.quality.page import PAGE, read_documents, render
-from benchmarks.quality.run import BASE_PART, run_part
+from benchmarks.quality.run import BASE_PART, base_model, run_part
 from benchmarks.quality.summary import summarise
-from benchmarks.quality.tasks import TASKS
-from reft_core.loading import load_model
+from benchmarks.quality.tasks import CAUSAL, TASKS
+from reft_core.loading import LoadedModel, load_model
 from trainer.progress import BarProgress
 
 
@@ -51,18 +51,19 @@ def _run(arguments: argparse.Namespace) -> None:
     _check_data(arguments)
     progress = BarProgress(Console(stderr=True))
     command = shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
-    loaded = None
+    bases: dict[str, LoadedModel] = {}
     for name in arguments.tasks:
         task = TASKS[name]
-        loaded = loaded or load_model(task.base, dtype=task.config["dtype"])
-        for part in (BASE_PART, *task.parts):
+        if task.base not in bases:
+            bases[task.base] = load_model(base_model(task), dtype=task.config["dtype"])
+        for part in (BASE_PART, *task.parts) if task.base == CAUSAL else task.parts:
             if arguments.parts is None or part in arguments.parts:
                 run_part(
                     task,
                     part,
                     arguments.data,
                     arguments.out,
-                    loaded=loaded,
+                    loaded=bases[task.base],
                     command=command,
                     progress=progress,
                 )

