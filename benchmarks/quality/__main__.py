@@ -20,7 +20,7 @@ from benchmarks.quality.page import PAGE, read_documents, render
 from benchmarks.quality.run import BASE_PART, base_model, run_part
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import CAUSAL, TASKS
-from reft_core.loading import LoadedModel, load_model
+from reft_core.loading import LoadedModel, load_any
 from trainer.progress import BarProgress
 
 
@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> None:
     for name in arguments.tasks:
         task = TASKS[name]
         if task.base not in bases:
-            bases[task.base] = load_model(base_model(task), dtype=task.config["dtype"])
+            bases[task.base] = load_any(base_model(task), dtype=task.config["dtype"])
         for part in (BASE_PART, *task.parts) if task.base == CAUSAL else task.parts:
             if arguments.parts is None or part in arguments.parts:
                 run_part(

@@ -37,14 +37,14 @@ def run_part(
     """Do what is missing of one part of ``task``; its results are in ``out/task/part``."""
     config = config_of(task, data, out)
     folder = out / task.name / part
+    about = folder / "provenance.json"
+    if not about.exists():
+        write_durably(about, json.dumps(provenance(), indent=1).encode())
     if part == BASE_PART:
         _ask_base(task, config, folder, loaded)
     else:
         section = CompareConfig(**task.parts[part], out=folder)
         compare(config, section, loaded=loaded, command=command, progress=progress)
-    about = folder / "provenance.json"
-    if not about.exists():
-        write_durably(about, json.dumps(provenance(), indent=1).encode())
 
 
 def config_of(task: QualityTask, data: Path, out: Path) -> TrainConfig:

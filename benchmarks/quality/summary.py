@@ -10,13 +10,14 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality.run import BASE_PART, config_of
-from benchmarks.quality.tasks import QualityTask
+from benchmarks.quality.tasks import CAUSAL, QualityTask
 from benchmarks.spreads import spread
-from trainer.compare.answering import Answers
+from trainer.compare.answers import Answers
 from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.table import over_seeds
 from trainer.compare.task import draw
+from trainer.data.examples import Example
 from trainer.data.splits import load_splits
 from trainer.evaluation.scoring import METRICS, Answered, Metric, Resampling, Statistic, value_of
 
@@ -85,7 +86,7 @@ class _References:
         drawn = draw(test, section.test_rows)
         return cls(
             METRICS[facts["metric"]],
-            [example.completion for example in drawn.examples],
+            [_right_answer(task, example) for example in drawn.examples],
             facts["config"]["labels"] or (),
             len(test.examples),
         )
@@ -99,6 +100,10 @@ class _References:
             for record in records
         ]
         return over_seeds(each)
+
+
+def _right_answer(task: QualityTask, example: Example) -> str:
+    return example.completion if task.base == CAUSAL else str(example.label)
 
 
 class _Group:
@@ -132,7 +137,9 @@ class _Group:
 
     def summary(self, rows: _References, reference: _Group | None) -> Document:
         assert self.statistic is not None
-        first, seconds = self.finals[0], [r["training_cpu_seconds"] for r in self.finals]
+        first = self.finals[0]
+        runs = [*self.searched, *self.finals]
+        seconds = [r["training_cpu_seconds"] for r in runs if "training_cpu_seconds" in r]
         other = reference.statistic if reference is not None and reference is not self else None
         name = rows.metric.name
         return {
@@ -151,7 +158,7 @@ class _Group:
             if other
             else None,
             "parameters": first["num_trainable"],
-            "training_cpu_seconds": spread(seconds, 1),
+            "training_cpu_seconds": spread(seconds or [0.0], 1),
             "file_bytes": first["file_bytes"],
             "serving": first["serving"]["scope"],
             "serving_extra_percent": round(
