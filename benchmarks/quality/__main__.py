@@ -16,12 +16,16 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.provenance import save
+from benchmarks.quality.domains import TASK as DOMAINS_TASK
+from benchmarks.quality.domains import run_domains, summarise_domains
 from benchmarks.quality.page import PAGE, read_documents, render
 from benchmarks.quality.run import BASE_PART, base_model, run_part
 from benchmarks.quality.summary import summarise
-from benchmarks.quality.tasks import CAUSAL, TASKS
+from benchmarks.quality.tasks import CAUSAL, DTYPES, ENCODER, SEEDS, TASKS
 from reft_core.loading import LoadedModel, load_any
 from trainer.progress import BarProgress
+
+NAMES = [*TASKS, DOMAINS_TASK]
 
 
 def main() -> None:
@@ -42,8 +46,15 @@ def _arguments() -> argparse.Namespace:
     for command in (run, report):
         command.add_argument("--data", type=Path, default=os.environ.get("REFT_DATA"))
         command.add_argument("--out", type=Path, default=Path("runs", "quality"))
-        command.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+        command.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     run.add_argument("--parts", nargs="+", help="absent: all of each task")
+    run.add_argument(
+        "--seeds",
+        type=int,
+        choices=range(1, len(SEEDS) + 1),
+        default=len(SEEDS),
+        help="how many runs are tested; later ones go on from fewer",
+    )
     return parser.parse_args()
 
 
@@ -53,9 +64,13 @@ def _run(arguments: argparse.Namespace) -> None:
     command = shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
     bases: dict[str, LoadedModel] = {}
     for name in arguments.tasks:
+        base = ENCODER if name == DOMAINS_TASK else TASKS[name].base
+        if base not in bases:
+            bases[base] = load_any(base_model(base), dtype=DTYPES[base])
+        if name == DOMAINS_TASK:
+            run_domains(arguments.data, arguments.out, loaded=bases[base], progress=progress)
+            continue
         task = TASKS[name]
-        if task.base not in bases:
-            bases[task.base] = load_any(base_model(task), dtype=task.config["dtype"])
         for part in (BASE_PART, *task.parts) if task.base == CAUSAL else task.parts:
             if arguments.parts is None or part in arguments.parts:
                 run_part(
@@ -63,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
                     part,
                     arguments.data,
                     arguments.out,
+                    num_seeds=arguments.seeds,
                     loaded=bases[task.base],
                     command=command,
                     progress=progress,
@@ -72,7 +88,10 @@ def _run(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     """Tasks without a result yet are left as they were."""
     for name in arguments.tasks:
-        if any((arguments.out / name).glob("*/results/final/*/*.json")):
+        if name == DOMAINS_TASK:
+            if document := summarise_domains(arguments.out):
+                save(f"train-{name}", document)
+        elif any((arguments.out / name).glob("*/results/final/*/*.json")):
             _check_data(arguments)
             save(f"train-{name}", summarise(TASKS[name], arguments.data, arguments.out))
     PAGE.write_text(render(read_documents()), encoding="utf-8")

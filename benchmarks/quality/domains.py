@@ -43,11 +43,11 @@ DOMAINS = (
 )
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "head_only": {"method": "none", "learning_rate": 2e-2},
-    "loreft": {"method": "loreft", "rank": 2, "positions": "f3", "learning_rate": 5e-3},
+    "loreft": {"method": "loreft", "rank": 2, "positions": "prompt", "learning_rate": 5e-3},
 }
-"""Settings of an earlier development run; nothing is searched here."""
+"""Nothing is searched here: rank and rate are those of an earlier development run."""
 
-_CONFIG = {"epochs": 12, "batch_size": 32, "seed": 0}
+_CONFIG = {"epochs": 4, "batch_size": 32, "seed": 0}
 _AT_ONCE = 256
 """Requests in one call, of all domains; the engine makes its batches of them."""
 
@@ -68,6 +68,16 @@ def run_domains(data: Path, out: Path, *, loaded: LoadedModel, progress: Progres
             "provenance": provenance(),
         }
         write_durably(folder / f"{method}.json", json.dumps(result, indent=1).encode())
+
+
+def summarise_domains(out: Path) -> dict[str, Any] | None:
+    """What is done, as one document; None if nothing is."""
+    paths = [out / TASK / f"{method}.json" for method in METHODS]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    if not found:
+        return None
+    runs = {result["method"]: result.pop("provenance") for result in found}
+    return {"task": TASK, "group": "domains", "results": found, "provenance": runs}
 
 
 def _task(domain: str) -> QualityTask:
@@ -91,7 +101,7 @@ def _trained(
         task = _task(domain)
         config = TrainConfig(
             data=str(prepare(task, data, out)),
-            model=base_model(task),
+            model=base_model(ENCODER),
             name=domain,
             output=file,
             report_dir=out / TASK / method / "reports" / domain,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import RESULTS
+from benchmarks.quality import together
 from benchmarks.quality.plan import GROUPS, NOT_RUN
+from benchmarks.quality.tables import number, shown, table
 from benchmarks.quality.verdicts import Verdict, advice, verdict
 
 Document = Mapping[str, Any]
@@ -66,8 +68,8 @@ def _in_short(documents: Sequence[Document]) -> str:
     header = ["task", "base", "untrained", "head only", "LoReFT", "parameters", "LoRA"]
     rows = [_short_cells(found) for found in verdicts]
     lines = [f"- {line}" for line in _verdict_lines(verdicts)]
-    table = _table([*header, "parameters", "LoReFT − LoRA", "CPU s"], rows)
-    return "\n\n".join(["## In short", table, "\n".join(lines)])
+    summary = table([*header, "parameters", "LoReFT − LoRA", "CPU s"], rows)
+    return "\n\n".join(["## In short", summary, "\n".join(lines)])
 
 
 def _short_cells(found: Verdict) -> list[str]:
@@ -118,6 +120,8 @@ def _how(documents: Sequence[Document]) -> str:
 
 def _task(document: Document) -> str:
     """A task's section: rows and prompt, the table, the search."""
+    if document["group"] == "domains":
+        return together.section(document)
     header = ["method", "setting", "parameters", document["metric"], "− LoRA", "seeds", "CPU s"]
     rows = [_cells(document, result) for result in document["results"]]
     if without := document["base_without_end"]:
@@ -126,7 +130,7 @@ def _task(document: Document) -> str:
     parts = [
         f"### {document['task']}",
         _about(document),
-        _table([*header, "bytes"], rows),
+        table([*header, "bytes"], rows),
         _searches(document),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -178,7 +182,7 @@ def _validation(document: Document, tried: Document) -> str:
     valid = tried["valid"]
     if document["metric"] not in valid:
         return f"loss {valid['loss']:.3f}"
-    return _number(valid[document["metric"]], document["percent"])
+    return number(valid[document["metric"]], document["percent"])
 
 
 def _choosing(documents: Sequence[Document]) -> str:
@@ -191,20 +195,26 @@ def _not_run(documents: Sequence[Document]) -> str:
     done = {document["task"] for document in documents}
     lines = [f"- {name}: {what}" for name, what in NOT_RUN.items() if name not in done]
     for document in documents:
-        if missing := [f"{each['method']} ({each['part']})" for each in document["not_run"]]:
+        if missing := [
+            f"{each['method']} ({each['part']})" for each in document.get("not_run", ())
+        ]:
             lines.append(f"- {document['task']}: {', '.join(missing)}")
     return "## Not run\n\n" + "\n".join(lines) if lines else ""
 
 
 _SHORT = {"learning_rate": "lr", "rank": "r", "positions": "", "layers": "layers"}
+_ORDER = ("rank", "positions", "layers")
+"""Of settings that are shown first; the learning rate is the last."""
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:
-    """``r 1, lr 0.008``: a method's settings in few words."""
+    """``r 1, l1, lr 0.008``: a method's settings in few words."""
+    first = [name for name in _ORDER if name in setting]
+    others = [name for name in setting if name not in (*_ORDER, "learning_rate")]
+    rate = ["learning_rate"] if "learning_rate" in setting else []
     parts = []
-    for name, value in setting.items():
-        if name == "learning_rate" and isinstance(value, list):
-            continue
+    for name in (*first, *others, *rate):
+        value = setting[name]
         text = f"{value:g}" if isinstance(value, float) else str(value)
         parts.append(f"{_SHORT.get(name, name)} {text}".strip())
     return ", ".join(parts)
@@ -216,19 +226,3 @@ def _quality(document: Document, result: Document) -> str:
 
 def _cpu(result: Document) -> str:
     return f"{result['training_cpu_seconds'][-1]:.0f}"
-
-
-def shown(estimate: Mapping[str, float], percent: bool, *, signed: bool = False) -> str:
-    """``94.2 ± 1.6``: a value and half the width of its interval."""
-    half = (estimate["high"] - estimate["low"]) / 2
-    return f"{_number(estimate['value'], percent, signed=signed)} ± {_number(half, percent)}"
-
-
-def _number(value: float, percent: bool, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{100 * value:{sign}.1f}" if percent else f"{value:{sign}.3f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

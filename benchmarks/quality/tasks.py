@@ -15,6 +15,7 @@ Group = Literal["labels", "encoder", "domains", "choices", "text"]
 Settings = Mapping[str, Any]
 
 CAUSAL, ENCODER = "demo", "encoder"
+DTYPES: Mapping[str, Literal["float32", "bfloat16"]] = {CAUSAL: "bfloat16", ENCODER: "float32"}
 SEEDS = (0, 1, 2)
 
 
@@ -45,7 +46,7 @@ def template(user: str, generation: str) -> dict[str, str]:
 
 
 _LABELLING = {
-    "dtype": "bfloat16",
+    "dtype": DTYPES[CAUSAL],
     "positions": "l1",
     "layers": "every:3",
     "rank": 1,
@@ -113,7 +114,7 @@ ENCODING: dict[str, Settings] = {
     "loreft": {
         **_ENCODER_ROWS,
         "methods": ["loreft"],
-        "search": 4,
+        "search": 2,
         "settings": {
             "loreft": {
                 "positions": ["prompt", "f3"],
@@ -125,15 +126,15 @@ ENCODING: dict[str, Settings] = {
     "lora": {
         **_ENCODER_ROWS,
         "methods": ["peft_lora"],
-        "search": 4,
-        "settings": {"peft_lora": {"rank": 8, "learning_rate": [5e-4, 1e-3, 2e-3, 5e-3]}},
+        "search": 2,
+        "settings": {"peft_lora": {"rank": 8, "learning_rate": [2e-3, 1e-3]}},
     },
 }
-"""A head alone, LoReFT searched over positions, rank and rate, and PEFT's LoRA on q and v searched
-over as many rates."""
+"""A head alone; LoReFT on every token at rank 16 or on the first three at rank 4; PEFT's LoRA on q
+and v. The latter two are searched over two settings each."""
 
 _ENCODING: Settings = {
-    "dtype": "float32",
+    "dtype": DTYPES[ENCODER],
     "epochs": 3,
     "batch_size": 32,
     "head": {"pooling": "mean", "learning_rate": 5e-3},

@@ -44,8 +44,8 @@ class Verdict:
 def verdict(document: Document) -> Verdict | None:
     """What there is to say of one task; None while one of the two has no figure."""
     results = document["results"]
-    refts = [r for r in results if r["method"] == "loreft" and r["difference"]]
-    loras = [r for r in results if r["method"] == "lora"]
+    refts = [r for r in results if r["method"] == "loreft" and r.get("difference")]
+    loras = [r for r in results if r["method"] in ("lora", "peft_lora")]
     if not refts or not loras:
         return None
     smallest = min(refts, key=lambda result: int(result["parameters"]))
@@ -67,6 +67,7 @@ def _only(results: Sequence[Document], method: str) -> Document | None:
 
 def advice(documents: Sequence[Document]) -> list[str]:
     """Which of the settings that were measured to take, a sentence each."""
+    documents = [document for document in documents if document["group"] != "domains"]
     return [*_sizes(documents), *_methods(documents), *_rates(documents)]
 
 
