@@ -25,7 +25,7 @@ from benchmarks.quality.tasks import CAUSAL, DTYPES, ENCODER, SEEDS, TASKS
 from reft_core.loading import LoadedModel, load_any
 from trainer.progress import BarProgress
 
-NAMES = [*TASKS, DOMAINS_TASK]
+ALL = [*TASKS, DOMAINS_TASK]
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def _arguments() -> argparse.Namespace:
     for command in (run, report):
         command.add_argument("--data", type=Path, default=os.environ.get("REFT_DATA"))
         command.add_argument("--out", type=Path, default=Path("runs", "quality"))
-        command.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
+        command.add_argument("--tasks", nargs="+", choices=ALL, default=ALL)
     run.add_argument("--parts", nargs="+", help="absent: all of each task")
     run.add_argument(
         "--seeds",

@@ -11,6 +11,7 @@ from benchmarks.provenance import RESULTS
 from benchmarks.quality import together
 from benchmarks.quality.plan import GROUPS, NOT_RUN
 from benchmarks.quality.tables import number, shown, table
+from benchmarks.quality.tasks import SEEDS
 from benchmarks.quality.verdicts import Verdict, advice, verdict
 
 Document = Mapping[str, Any]
@@ -20,10 +21,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 _NONE = "–"
 _INTRO = """# Results on real data
 
-What adapters trained here reach on published data sets, beside what the base does untrained, a
-linear head on its frozen states, and PEFT's LoRA with a learning rate searched just as long. Every
-figure is read from [benchmarks/results](../benchmarks/results) (`train-*.json`); this page is
-written from those files by `python -m benchmarks.quality report`."""
+What adapters trained here reach on published data sets, beside the untrained base, a linear head
+on its frozen states, and LoRA of rank 8 on the query and value maps whose learning rate was
+searched too. Every figure is read from [benchmarks/results](../benchmarks/results)
+(`train-*.json`); this page is written from those files by `python -m benchmarks.quality report`.
+[comparing.md](comparing.md) says how to do the same with data of your own."""
 
 _READING = """## How to read the tables
 
@@ -31,11 +33,13 @@ _READING = """## How to read the tables
   replacement a thousand times. Differences are of the same rows in the same draws. With one seed
   they know nothing of seeds.
 - **No test row chose anything.** Learning rates, and positions where they were searched, are
-  those of the best validation figure with seed 0; the test split is read afterwards, once for
-  each seed.
+  those of the best validation figure with seed 0 (what was tried is listed under each table);
+  the test split is read afterwards, once for each seed.
 - **Untrained** is the base asked for the likeliest of the labels, as the adapters are, with the
   end token counted or not, whichever is better. The wording of its prompt is the best of several
   on validation rows, and all methods have the same.
+- **LoRA** is ours on causal models, which reads what prompts have in common once, and PEFT's on
+  encoders; α = 2r and no dropout in both.
 - **Parameters** are those trained; **bytes** those of the saved tensors.
 - **CPU s** are seconds that one core spent in training steps, of the longest of a method's
   trainings: those after the first find computed what the base has to compute once. Validation
@@ -199,7 +203,20 @@ def _not_run(documents: Sequence[Document]) -> str:
             f"{each['method']} ({each['part']})" for each in document.get("not_run", ())
         ]:
             lines.append(f"- {document['task']}: {', '.join(missing)}")
+        if fewer := _fewer_seeds(document):
+            lines.append(f"- {document['task']}, seeds: {', '.join(fewer)}")
     return "## Not run\n\n" + "\n".join(lines) if lines else ""
+
+
+def _fewer_seeds(document: Document) -> list[str]:
+    """Methods that draw and were tested with fewer seeds than planned."""
+    return [
+        f"{result['label']} has {len(result['seeds'])} of {len(SEEDS)}"
+        for result in document["results"]
+        if document["group"] != "domains"
+        and result["method"] != "zero_shot"
+        and len(result["seeds"]) < len(SEEDS)
+    ]
 
 
 _SHORT = {"learning_rate": "lr", "rank": "r", "positions": "", "layers": "layers"}

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.quality.run import BASE_PART, config_of
-from benchmarks.quality.tasks import CAUSAL, QualityTask
+from benchmarks.quality.tasks import CAUSAL, NAMES, QualityTask
 from benchmarks.spreads import spread
 from trainer.compare.answers import Answers
 from trainer.compare.config import CompareConfig
@@ -46,7 +46,7 @@ def summarise(task: QualityTask, data: Path, out: Path) -> Document:
     return {
         "task": task.name,
         "group": task.group,
-        "model": facts["model"],
+        "model": NAMES[task.base],
         "metric": facts["metric"],
         "percent": rows.metric.percent,
         "train_rows": facts["train_rows"],

@@ -15,6 +15,7 @@ Group = Literal["labels", "encoder", "domains", "choices", "text"]
 Settings = Mapping[str, Any]
 
 CAUSAL, ENCODER = "demo", "encoder"
+NAMES = {CAUSAL: "SmolLM2-135M-Instruct", ENCODER: "all-MiniLM-L6-v2"}
 DTYPES: Mapping[str, Literal["float32", "bfloat16"]] = {CAUSAL: "bfloat16", ENCODER: "float32"}
 SEEDS = (0, 1, 2)
 
