@@ -37,8 +37,8 @@ def _rows(task: QualityTask, data: Path, split: str) -> Iterator[dict[str, Any]]
 
 
 def _in_words(task: QualityTask, row: dict[str, Any]) -> dict[str, Any]:
-    kept = {column: row[column] for column in task.columns if column in row}
-    label = row["label"]
+    kept = {ours: row[theirs] for ours, theirs in task.columns.items() if theirs in row}
+    label = kept["label"]
     return {"id": row["id"], **kept, "label": task.words.get(str(label), label)}
 
 

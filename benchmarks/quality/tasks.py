@@ -7,7 +7,7 @@ with which the base does best on validation rows without training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,8 +34,10 @@ class QualityTask:
     """Of training, for all parts; the rows and the base are put to it."""
     words: Mapping[str, str] = field(default_factory=dict)
     """What a label of the data is called in answers; those that are missing keep their name."""
-    columns: tuple[str, ...] = ("text", "text_pair")
-    """Kept of a row besides its label."""
+    columns: Mapping[str, str] = field(
+        default_factory=lambda: {"text": "text", "text_pair": "text_pair", "label": "label"}
+    )
+    """What is kept of a row, by the name it gets."""
     where: Mapping[str, str] = field(default_factory=dict)
     """Only rows with these values."""
     base: str = CAUSAL
@@ -105,7 +107,7 @@ _SNIPS = {
 
 _ENCODER_ROWS = {"train_rows": 2500, "valid_rows": 500, "test_rows": 1000, "seeds": SEEDS}
 
-ENCODING: dict[str, Settings] = {
+ENCODING_SEARCHED: dict[str, Settings] = {
     "head": {
         **_ENCODER_ROWS,
         "methods": ["head_only"],
@@ -132,7 +134,26 @@ ENCODING: dict[str, Settings] = {
     },
 }
 """A head alone; LoReFT on every token at rank 16 or on the first three at rank 4; PEFT's LoRA on q
-and v. The latter two are searched over two settings each."""
+and v."""
+
+ENCODING: dict[str, Settings] = {
+    "head": {
+        **_ENCODER_ROWS,
+        "methods": ["head_only"],
+        "settings": {"head_only": {"learning_rate": 1e-2}},
+    },
+    "loreft": {
+        **_ENCODER_ROWS,
+        "methods": ["loreft"],
+        "settings": {"loreft": {"positions": "prompt", "rank": 16, "learning_rate": 2e-3}},
+    },
+    "lora": {
+        **_ENCODER_ROWS,
+        "methods": ["peft_lora"],
+        "settings": {"peft_lora": {"rank": 8, "learning_rate": 2e-3}},
+    },
+}
+"""What the search chose on trec's validation rows, taken over without another search."""
 
 _ENCODING: Settings = {
     "dtype": DTYPES[ENCODER],
@@ -142,15 +163,50 @@ _ENCODING: Settings = {
 }
 
 
-def _encoder_task(folder: str, **settings: Any) -> QualityTask:
+_CHOICE_ROWS = _ROWS | {"train_rows": 800, "valid_rows": 200, "test_rows": 300, "steps": 100}
+
+CHOOSING: dict[str, Settings] = {
+    "loreft": {
+        **_CHOICE_ROWS,
+        "methods": ["zero_shot", "loreft"],
+        "settings": {"loreft": {"rank": 1, "learning_rate": [4e-3, 8e-3]}},
+    },
+    "lora": {
+        **_CHOICE_ROWS,
+        "methods": ["lora"],
+        "settings": {"lora": {"rank": 8, "alpha": 16.0, "learning_rate": [1.5e-3, 4e-3]}},
+    },
+}
+"""LoReFT of rank 1 and LoRA of rank 8, searched over two rates each."""
+
+
+def _choice_task(name: str, answers: Sequence[str]) -> QualityTask:
+    return QualityTask(
+        name,
+        "choices",
+        name,
+        CHOOSING,
+        _LABELLING | {"template": template("{content}\n", "the correct answer is")},
+        {answer: answer for answer in answers},
+        {"text": "instruction", "label": "answer"},
+    )
+
+
+def _encoder_task(
+    folder: str, parts: Mapping[str, Settings] = ENCODING, **settings: Any
+) -> QualityTask:
     return QualityTask(
         f"{folder}-encoder",
         "encoder",
         folder,
-        ENCODING,
+        parts,
         _ENCODING | settings,
         base=ENCODER,
     )
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"answer{number}" for number in range(1, count + 1)]
 
 
 _ALL = (
@@ -185,7 +241,7 @@ _ALL = (
         _LABELLING | {"template": template("Review: {content}\n", "Sentiment:")},
         {"0": "negative", "1": "positive"},
     ),
-    _encoder_task("trec"),
+    _encoder_task("trec", ENCODING_SEARCHED),
     _encoder_task("sst2"),
     _encoder_task("cola", metrics=("matthews",)),
     _encoder_task("mrpc"),
@@ -193,6 +249,11 @@ _ALL = (
     _encoder_task("stsb"),
     _encoder_task("sick"),
     _encoder_task("banking77"),
+    _choice_task("boolq", ("true", "false")),
+    _choice_task("ARC-Easy", _numbered(5)),
+    _choice_task("ARC-Challenge", _numbered(4)),
+    _choice_task("openbookqa", _numbered(4)),
+    _choice_task("commonsense_qa", _numbered(5)),
 )
 
 TASKS: Mapping[str, QualityTask] = {task.name: task for task in _ALL}
