@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.provenance import provenance
 from benchmarks.quality.rows import prepare
 from benchmarks.quality.run import base_model
+from benchmarks.quality.summary import without_folders
 from benchmarks.quality.tasks import ENCODER, QualityTask
 from reft_core.adapter import decode_adapter, write_durably
 from reft_core.classification import EncoderClassifier, EncoderEngine, TextRequest, classify
@@ -76,7 +77,7 @@ def summarise_domains(out: Path) -> dict[str, Any] | None:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     if not found:
         return None
-    runs = {result["method"]: result.pop("provenance") for result in found}
+    runs = {result["method"]: without_folders(result.pop("provenance")) for result in found}
     return {"task": TASK, "group": "domains", "results": found, "provenance": runs}
 
 

@@ -23,7 +23,7 @@ _INTRO = """# Results on real data
 
 What adapters trained here reach on published data sets, beside the untrained base, a linear head
 on its frozen states, and LoRA of rank 8 on the query and value maps whose learning rate was
-searched too. Every figure is read from [benchmarks/results](../benchmarks/results)
+searched too (on encoders on trec alone, and taken over from there). Every figure is read from [benchmarks/results](../benchmarks/results)
 (`train-*.json`); this page is written from those files by `python -m benchmarks.quality report`.
 [comparing.md](comparing.md) says how to do the same with data of your own."""
 
@@ -95,7 +95,7 @@ def _short_cells(found: Verdict) -> list[str]:
 def _verdict_lines(verdicts: Sequence[Verdict]) -> Iterable[str]:
     """Which tasks are ahead, level and behind, in words."""
     words = {
-        "ahead": "LoReFT is ahead of the searched LoRA, the whole interval above it",
+        "ahead": "LoReFT is ahead of LoRA, the whole interval above it",
         "level": "Level within the interval",
         "behind": "LoReFT is behind, the whole interval below LoRA",
     }

@@ -13,7 +13,8 @@ GROUPS: dict[str, tuple[str, str]] = {
     "encoder": (
         "Labels and scores, by an encoder with a head",
         "A head on pooled states is trained beside the edits; `head only` is what it reaches "
-        "alone. Parameters count the head's.",
+        "alone. Parameters count the head's. Positions, rank and rates were searched on trec; the "
+        "other tasks take them over without a search of their own.",
     ),
     "domains": (
         "Many adapters in one batch",

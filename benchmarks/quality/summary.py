@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ REFERENCES = ("lora", "peft_lora")
 """Others' differences are from it."""
 
 _PLACES = ("positions", "layers")
+_FOLDERS = {"--data": "DATA", "--out": "OUT"}
 
 
 def summarise(task: QualityTask, data: Path, out: Path) -> Document:
@@ -59,7 +61,7 @@ def summarise(task: QualityTask, data: Path, out: Path) -> Document:
         "results": [group.summary(rows, _reference(found)) for group in found],
         "base_without_end": _base_without_end(folder / BASE_PART / "answers.json", rows),
         "not_run": missing,
-        "provenance": {part: each for part, each in about.items() if each},
+        "provenance": {part: without_folders(each) for part, each in about.items() if each},
     }
 
 
@@ -177,6 +179,15 @@ class _Group:
         if contender.kind != "registry" or contender.every_token:
             return given
         return given | {name: self.shared[name] for name in _PLACES if name not in given}
+
+
+def without_folders(provenance: Mapping[str, Any]) -> Document:
+    """The same facts with a command that holds on any machine."""
+    words = shlex.split(provenance["command"])
+    for place, word in enumerate(words[:-1]):
+        if word in _FOLDERS:
+            words[place + 1] = _FOLDERS[word]
+    return {**provenance, "command": " ".join(words)}
 
 
 def _reference(groups: Sequence[_Group]) -> _Group | None:
