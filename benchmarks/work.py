@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -68,6 +69,22 @@ def random_adapter(
     model: ModelDescription, rank: int, seed: int, rule: str = "f7+l7", first_layer: int = 0
 ) -> Adapter:
     """A LoReFT adapter in all layers from one on, whose edits are small but not zero."""
+    return decode_adapter(_random_adapter_bytes(model, rank, seed, rule, first_layer))
+
+
+def write_random_adapters(
+    folder: Path, model: ModelDescription, rank: int, count: int, rule: str = "f7+l7"
+) -> None:
+    """So many random adapters as ``0.safetensors``, ``1.safetensors``, … in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(count):
+        data = _random_adapter_bytes(model, rank, seed, rule, first_layer=0)
+        (folder / f"{seed}.safetensors").write_bytes(data)
+
+
+def _random_adapter_bytes(
+    model: ModelDescription, rank: int, seed: int, rule: str, first_layer: int
+) -> bytes:
     torch.manual_seed(seed)
     layers = range(first_layer, model.num_layers)
     positions = PositionSpec(rule=rule)
@@ -75,4 +92,4 @@ def random_adapter(
     for module in modules.values():
         for parameter in module.parameters():
             parameter.data.add_(0.01 * torch.randn_like(parameter) / model.hidden_size**0.5)
-    return decode_adapter(encode_adapter(spec, {k: m.to_edit() for k, m in modules.items()}))
+    return encode_adapter(spec, {k: m.to_edit() for k, m in modules.items()})
