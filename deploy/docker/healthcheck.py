@@ -1,4 +1,4 @@
-"""The exit status is 0 if this container's server answers ``/healthz``, or the path given, by 200."""
+"""Exits with 0 if this container's server answers ``/healthz``, or the path given, by 200."""
 
 import http.client
 import os
