@@ -40,14 +40,12 @@ class VllmReft(Vllm):
         """
         self._llm.reset_prefix_cache()
         before = self._counters()
-        shared = [
-            self._answer(prompt, output_tokens, digest) for digest in self._adapters[:adapters]
-        ]
+        shared = [self._answer(prompt, output_tokens, number) for number in range(adapters)]
         after = self._counters()
         apart = []
-        for digest in self._adapters[:adapters]:
+        for number in range(adapters):
             self._llm.reset_prefix_cache()
-            apart.append(self._answer(prompt, output_tokens, digest))
+            apart.append(self._answer(prompt, output_tokens, number))
         self._llm.reset_prefix_cache()
         return {
             "shared": shared,
@@ -57,21 +55,32 @@ class VllmReft(Vllm):
             "queries": after[_QUERIES] - before[_QUERIES],
         }
 
+    def answer(self, requests: list[dict[str, Any]], output_tokens: int) -> dict[str, Any]:
+        """Tokens of requests, submitted at once: prompt, and maybe adapter (its number) and kv
+        (what a KV connector is told).
+        """
+        inputs = [{"prompt_token_ids": request["prompt"]} for request in requests]
+        params = [
+            self._under(request.get("adapter"), output_tokens, request.get("kv"))
+            for request in requests
+        ]
+        outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
     @override
     def _asked(self, count: int, output_tokens: int, adapters: int) -> dict[str, Any]:
-        if not adapters:
-            return {"sampling_params": self._params(output_tokens)}
-        chosen = [self._adapters[i % adapters] for i in range(count)]
-        return {"sampling_params": [self._under(digest, output_tokens) for digest in chosen]}
+        numbers = [i % adapters if adapters else None for i in range(count)]
+        return {"sampling_params": [self._under(number, output_tokens) for number in numbers]}
 
-    def _under(self, digest: str | None, output_tokens: int) -> Any:
+    def _under(self, number: int | None, output_tokens: int, kv: Any = None) -> Any:
         """Sampling parameters that name an adapter, or the base model."""
-        return self._params(output_tokens, extra_args={"reft": digest} if digest else None)
+        more = {} if number is None else {"reft": self._adapters[number]}
+        more |= {} if kv is None else {"kv_transfer_params": kv}
+        return self._params(output_tokens, extra_args=more or None)
 
-    def _answer(self, prompt: list[int], output_tokens: int, digest: str | None) -> list[int]:
-        inputs = [{"prompt_token_ids": prompt}]
-        [output] = self._llm.generate(inputs, self._under(digest, output_tokens), use_tqdm=False)
-        return list(output.outputs[0].token_ids)
+    def _answer(self, prompt: list[int], output_tokens: int, number: int | None) -> list[int]:
+        [tokens] = self.answer([{"prompt": prompt, "adapter": number}], output_tokens)["tokens"]
+        return list(tokens)
 
     def _counters(self) -> dict[str, int]:
         """Totals of the prefix cache since the start."""
@@ -81,4 +90,11 @@ class VllmReft(Vllm):
 
 if __name__ == "__main__":
     worker = VllmReft()
-    serve({"load": worker.load, "run": worker.run, "share": worker.share})
+    serve(
+        {
+            "load": worker.load,
+            "run": worker.run,
+            "share": worker.share,
+            "answer": worker.answer,
+        }
+    )
