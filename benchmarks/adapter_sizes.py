@@ -1,4 +1,4 @@
-"""How large adapters are on models of all sizes, by arithmetic: the table of docs/scaling.md.
+"""How large adapters are on models of all sizes, by arithmetic: the tables of docs/scaling.md.
 
 usage: python -m benchmarks.adapter_sizes
 """
@@ -35,6 +35,41 @@ class Shape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * _KV_BYTES
 
 
+@dataclass(frozen=True)
+class Split:
+    """A model over GPUs of 80 GiB, of which vLLM may take a share for weights, KV and work space.
+    Adapters are beside that share: vLLM does not count them.
+    """
+
+    shape: Shape
+    num_parameters: float
+    tensor_parallel: int
+    pipeline_parallel: int = 1
+
+    @property
+    def weights_gib(self) -> float:
+        """On each GPU, in 16 bits."""
+        return self.num_parameters * 2 / self.num_gpus / _GIB
+
+    @property
+    def num_gpus(self) -> int:
+        """Of one copy of the model."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def kv_tokens(self) -> int:
+        """What is left of vLLM's share for keys and values, if work space took nothing."""
+        left = VLLM_SHARE * GPU_GIB - self.weights_gib
+        return int(left * _GIB * self.num_gpus / self.shape.kv_bytes)
+
+    def num_adapters(self, rank: int) -> int:
+        """On each GPU: whole in every tensor-parallel rank, by layers over the pipeline."""
+        part = self.shape.adapter_bytes(rank) // self.pipeline_parallel
+        return ADAPTERS_GIB * _GIB // part
+
+
+GPU_GIB, VLLM_SHARE, ADAPTERS_GIB = 80, 0.8, 8
+
 SHAPES = (
     Shape("SmolLM2-135M", 576, 30, 3, 64),
     Shape("Qwen2.5-0.5B", 896, 24, 2, 64),
@@ -46,6 +81,32 @@ SHAPES = (
     Shape("Llama-3.1-405B", 16384, 126, 8, 128),
 )
 RANKS = (1, 4, 8)
+
+
+_BY_NAME = {shape.name: shape for shape in SHAPES}
+SPLITS = (
+    Split(_BY_NAME["Llama-3-8B"], 8.03e9, 1),
+    Split(_BY_NAME["Qwen2.5-32B"], 32.8e9, 2),
+    Split(_BY_NAME["Llama-3-70B, Qwen2.5-72B"], 72.7e9, 4),
+    Split(_BY_NAME["Llama-3.1-405B"], 405.9e9, 8, 2),
+)
+
+
+def splits() -> str:
+    """Models over GPUs as Markdown."""
+    rows = [
+        "| model | GPUs: tensor × pipeline | weights a GPU | KV of a copy "
+        "| adapters of rank 4 on a GPU | copies on 8 GPUs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for split in SPLITS:
+        copies = 8 // split.num_gpus
+        rows.append(
+            f"| {split.shape.name} | {split.tensor_parallel} × {split.pipeline_parallel} "
+            f"| {split.weights_gib:.0f} GiB | {split.kv_tokens / 1000:,.0f},000 tokens "
+            f"| {split.num_adapters(4):,} | {copies or 'half of one'} |"
+        )
+    return "\n".join(rows)
 
 
 def table() -> str:
@@ -75,4 +136,4 @@ def _shown(num_bytes: int) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), splits(), sep="\n\n")

@@ -68,7 +68,7 @@ def hand_over(
     ]
     rest = _ask(decode, with_token, output_tokens - 1)
     with_prompt = [
-        {"prompt": request["prompt"], "kv": _read(i, len(request["prompt"]) - 1)}
+        {"prompt": request["prompt"], "kv": _read(i, len(request["prompt"]))}
         for i, request in enumerate(requests)
     ]
     return {

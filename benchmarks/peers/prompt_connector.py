@@ -28,7 +28,10 @@ class PromptConnector(ExampleConnector):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
         asked = request.kv_transfer_params or {}
-        return (asked["tokens"] - num_computed_tokens if "read" in asked else 0), False
+        if "read" not in asked:
+            return 0, False
+        # As vLLM does it: a prompt's last token is computed where the next one is chosen.
+        return min(asked["tokens"], request.num_tokens - 1) - num_computed_tokens, False
 
     @override
     def build_connector_meta(self, scheduler_output: Any) -> ExampleConnectorMetadata:
@@ -41,10 +44,10 @@ class PromptConnector(ExampleConnector):
         return found
 
     def _copied(self, asked: dict[str, Any], request: Any) -> ReqMeta:
-        """Which slots, and under which name."""
-        positions = torch.arange(asked["tokens"])
-        blocks = torch.tensor(request.block_ids[0])[positions // self._block_size]
-        slots = blocks * self._block_size + positions % self._block_size
+        """Which slots, and under which name: whole blocks, in which a CPU's keys lie in tiles."""
+        num_blocks = -(-asked["tokens"] // self._block_size)
+        blocks = torch.tensor(request.block_ids[0][:num_blocks])
+        slots = (blocks.unsqueeze(1) * self._block_size + torch.arange(self._block_size)).flatten()
         tokens = torch.tensor(request.prompt_token_ids)[: asked["tokens"]]
         name = asked.get("write") or asked["read"]
         return ReqMeta(tokens, slots, is_store="write" in asked, mm_hashes=[name])

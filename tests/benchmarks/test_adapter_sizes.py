@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.adapter_sizes import Shape, table
+from benchmarks.adapter_sizes import Shape, Split, splits, table
 from benchmarks.work import fresh_adapter
 from reft_core.convert.base import base_from_folder
 from reft_core.loading import DEMO_MODEL
@@ -30,5 +30,14 @@ def test_keys_and_values_are_those_of_the_demo_model() -> None:
     assert Shape("", 576, 30, 3, 64).kv_bytes == 46_080 // 2  # docs/operations.md has float32
 
 
-def test_the_page_has_the_table() -> None:
-    assert table() in PAGE.read_text()
+def test_ranks_share_layers_but_not_an_adapter() -> None:
+    shape = Shape("", hidden_size=1000, num_layers=8, num_kv_heads=1, head_dim=1)
+    alone, wide, long = (Split(shape, 1e9, *gpus) for gpus in ((1, 1), (4, 1), (1, 4)))
+    assert alone.num_adapters(4) == wide.num_adapters(4) == long.num_adapters(4) // 4
+    assert alone.weights_gib == 4 * wide.weights_gib == 4 * long.weights_gib
+
+
+def test_the_page_has_the_tables() -> None:
+    text = PAGE.read_text()
+    assert table() in text
+    assert splits() in text

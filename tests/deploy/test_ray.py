@@ -80,6 +80,25 @@ def test_settings_exist(run_tool: Run, container: dict[str, Any]) -> None:
     assert {name for name in named if name.startswith("REFT_")} <= KNOWN
 
 
+def test_settings_are_taken(
+    run_tool: Run, container: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = _config(run_tool, "head", dict.fromkeys(NAMES["head"], "16"))
+    head = json.loads(passed(done))["services"]["head"]["environment"]
+    pod = {entry["name"]: entry.get("value", "a" * 16) for entry in container["env"]}
+    for environment in (head, pod):
+        keys = {"REFT_API_KEY": "a" * 16, "REFT_ADMIN_KEY": "b" * 16}
+        for name, value in (environment | keys).items():
+            if name.startswith("REFT_"):
+                monkeypatch.setenv(name, value)
+        settings = Settings()
+        assert settings.engine == "vllm"
+        options = settings.vllm_options()
+        assert options.distributed_executor_backend == "ray"
+        resident = options.extra["additional_config"]["reft"]["resident_bytes"]
+        assert resident >= settings.adapter_memory_bytes
+
+
 @pytest.mark.parametrize("version", ["1.28.0", "1.34.0"])
 def test_kubernetes_would_take_it(version: str, run_tool: Run) -> None:
     path = FOLDER / "kubernetes.yaml"
