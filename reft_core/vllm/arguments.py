@@ -47,6 +47,7 @@ _ENVIRONMENT = {
     # A request whose logits are not finite fails, instead of answering with any token.
     "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the plugin has not been tested on it
     # A fork of a process with threads, as a server is, may wait for ever for a lock.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
@@ -120,6 +121,7 @@ def engine_args(
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "scheduling_policy": "priority",
+        "async_scheduling": False,  # the plugin has not been tested with it
         "trust_remote_code": False,
         "disable_log_stats": True,  # those that vLLM would write to its log
         "enable_log_requests": False,

@@ -402,6 +402,7 @@ class VllmEngine(Host[Running]):
         if tasks:
             await asyncio.wait(tasks, timeout=_STOP_S / 2)
         self._llm.shutdown()
+        del self._llm  # at the interpreter's end it would be too late for its own clearing up
 
     def _abandon(self, request: Running, error: ReftError) -> None:
         """End an open request with ``error``; the loop is gone."""
