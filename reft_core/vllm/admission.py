@@ -15,7 +15,7 @@ from reft_core.batch import PromptEdits
 from reft_core.engine.choices import as_use
 from reft_core.engine.interface import AdapterChoice
 from reft_core.engine.provenance import Provenance
-from reft_core.errors import InvalidRequest, ReftError
+from reft_core.errors import InvalidRequest, ReftError, UnsupportedFeature
 from reft_core.vllm import admitted
 from reft_core.vllm.admitted import Admitted, Use, runs_of
 from reft_core.vllm.catalog import Catalog
@@ -48,6 +48,18 @@ def admit(
     if not active:
         return None
     return Admitted(active, runs_of(Provenance.of(edits, prompt_len).marks), prompt_len)
+
+
+def catalog_of(engine: Any) -> Catalog:
+    """The catalog of a vLLM engine or server, by the ``InputProcessor`` it has.
+
+    Raises :class:`UnsupportedFeature` if the plugin is not armed there.
+    """
+    found = getattr(getattr(engine, "input_processor", None), CATALOG, None)
+    if found is None:
+        raise UnsupportedFeature("vllm: the reft plugin is not armed; see VLLM_PLUGINS")
+    assert isinstance(found, Catalog)
+    return found
 
 
 def with_catalog(init: Any) -> Any:

@@ -23,8 +23,8 @@ from reft_core.spec import AdapterSpec
 from reft_core.vllm.files import AdapterFiles
 from reft_core.vllm.settings import Settings
 
-_SCAN_INTERVAL_S = 5.0
-"""Least time between two looks at the shared places for names that are not known."""
+LOOK_INTERVAL_S = 5.0
+"""Least time between two looks at the shared places."""
 
 EMBEDDED = "the embedded engine (reft serve without --engine vllm) does"
 
@@ -62,19 +62,27 @@ def _unsupported(field: str, what: str) -> UnsupportedFeature:
 
 
 class Catalog:
-    """Thread-safe: vLLM checks requests on several threads."""
+    """Thread-safe: vLLM checks requests on several threads.
+
+    Adapters come from the shared places of the settings, where a name means the one file that now
+    lies there under any path, and from :meth:`add`.
+    """
 
     def __init__(self, vllm_config: Any) -> None:
         settings = Settings.of(vllm_config)
         self.base = describe_base(vllm_config)
         self._sites = settings.sites
         self._files = AdapterFiles(settings.spool, settings.spool_bytes, settings.adapters)
+        self._has_places = bool(settings.adapters)
         self._lock = threading.Lock()
-        self._adapters: dict[str, Adapter] = {}
-        self._names: dict[str, set[str]] = {}
+        self._known: dict[str, Adapter] = {}
+        """Every adapter that was ever found and can be used, its edits without tensors."""
+        self._added: set[str] = set()
         self._removed: set[str] = set()
-        self._scanned_at = float("-inf")
-        self._scan()
+        self._spooled: set[str] = set()
+        self._names: dict[str, set[str]] = {}
+        self._looked_at = float("-inf")
+        self._look()
 
     def check(self, adapter: Adapter) -> None:
         """Raise :class:`AdapterMismatch` or :class:`UnsupportedFeature` unless it can be used."""
@@ -87,18 +95,21 @@ class Catalog:
         Raises :class:`AdapterError` or :class:`UnsupportedFeature` if it cannot be used here.
         """
         adapter = decode_adapter(data)
-        self.check(adapter)
         with self._lock:
-            self._removed.discard(adapter.digest)
             self._know(adapter)
+            self._files.put(data)
+            self._added.add(adapter.digest)
+            self._spooled.add(adapter.digest)
+            self._removed.discard(adapter.digest)
+            self._name_all()
         return adapter.digest
 
     def remove(self, digest: str) -> None:
         """Refuse an adapter to new requests; no-op if it is not known."""
         with self._lock:
+            self._added.discard(digest)
             self._removed.add(digest)
-            if adapter := self._adapters.pop(digest, None):
-                self._names[adapter.spec.name].discard(digest)
+            self._name_all()
 
     def find(self, digest: str) -> Adapter:
         """An adapter by digest, its edits without tensors.
@@ -106,16 +117,19 @@ class Catalog:
         Raises :class:`AdapterNotFound`, or what :meth:`check` raises.
         """
         with self._lock:
-            if digest in self._removed:
+            self._look()
+            is_gone = digest in self._known and digest not in self._served()
+            if digest in self._removed or is_gone:
                 raise AdapterNotFound(explain("adapter", digest, "an adapter that is loaded"))
-            if digest not in self._adapters:
+            if digest not in self._spooled:
                 data = self._files.get(digest)
                 if data is None:
                     raise AdapterNotFound(explain("adapter", digest, "a known digest"))
-                adapter = decode_adapter(data, digest=digest)
-                self.check(adapter)
-                self._know(adapter)
-            return self._adapters[digest]
+                self._know(decode_adapter(data, digest=digest))
+                self._spooled.add(digest)
+                if digest not in self._served():
+                    self._added.add(digest)  # through another front end of this machine
+            return self._known[digest]
 
     def resolve(self, name: str) -> str:
         """The digest of the adapter of this name.
@@ -123,8 +137,7 @@ class Catalog:
         Raises :class:`AdapterNotFound` if there is none, or more than one.
         """
         with self._lock:
-            if not self._names.get(name):
-                self._scan()
+            self._look()
             digests = self._names.get(name, set())
             if len(digests) != 1:
                 held = f"{len(digests)} adapters of this name" if digests else "none of this name"
@@ -137,28 +150,35 @@ class Catalog:
     def names(self) -> dict[str, str]:
         """The digest of each name that means one adapter, by name."""
         with self._lock:
-            self._scan()
+            self._look()
             return {
                 name: next(iter(digests))
                 for name, digests in sorted(self._names.items())
                 if len(digests) == 1
             }
 
-    def _scan(self) -> None:
-        """Learn of new files in the shared places, unless one has just looked."""
-        if time.monotonic() - self._scanned_at < _SCAN_INTERVAL_S:
+    def _look(self) -> None:
+        """Learn of what has changed in the shared places, unless one has just looked."""
+        if not self._has_places or time.monotonic() - self._looked_at < LOOK_INTERVAL_S:
             return
-        for digest, data in self._files.scan():
+        for digest, data in self._files.refresh().items():
             try:
-                adapter = decode_adapter(data, digest=digest)
-                self.check(adapter)
+                self._know(decode_adapter(data, digest=digest))
             except (AdapterError, UnsupportedFeature):
                 continue  # other models' adapters may lie there too; asked for, it says why
-            if digest not in self._removed:
-                self._know(adapter)
-        self._scanned_at = time.monotonic()
+        self._name_all()
+        self._looked_at = time.monotonic()
+
+    def _served(self) -> set[str]:
+        """Digests that requests may name."""
+        return (self._files.listed() | self._added) - self._removed
 
     def _know(self, adapter: Adapter) -> None:
+        self.check(adapter)
         bare = {key: Edit() for key in adapter.edits}
-        self._adapters[adapter.digest] = replace(adapter, edits=bare)
-        self._names.setdefault(adapter.spec.name, set()).add(adapter.digest)
+        self._known[adapter.digest] = replace(adapter, edits=bare)
+
+    def _name_all(self) -> None:
+        self._names = {}
+        for digest in self._served() & self._known.keys():
+            self._names.setdefault(self._known[digest].spec.name, set()).add(digest)
