@@ -34,7 +34,7 @@ def register() -> None:
 
 
 def _arm() -> None:
-    from reft_core.vllm import admission, keys, names, scheduling, worker
+    from reft_core.vllm import admission, keys, names, scheduling, seeds, worker
 
     _wrap("vllm.v1.engine.input_processor:InputProcessor.__init__", admission.with_catalog)
     _wrap("vllm.v1.engine.input_processor:InputProcessor.process_inputs", admission.with_admission)
@@ -49,6 +49,8 @@ def _arm() -> None:
     _wrap(f"{gpu}._model_forward", worker.with_plan)
     _wrap(f"{gpu}._update_states", worker.forgetting)
     _wrap(f"{gpu}.sample_tokens", worker.naming_failures)
+    _wrap(f"{gpu}._sample", seeds.rewinding)
+    _wrap(f"{gpu}._bookkeeping_sync", seeds.sparing)
     _wrap(f"{gpu}._determine_batch_execution_and_padding", worker.never_full_graph_of_edits)
     _wrap("vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model", worker.after_load_model)
     base = importlib.import_module("vllm.v1.worker.worker_base").WorkerBase
