@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import (
 )
 
 
-class PromptConnector(ExampleConnector):
+class PromptConnector(ExampleConnector):  # type: ignore[misc]  # mypy does not follow vllm
     """Copies the keys and values of a request's first tokens to files, or from them."""
 
     @override
