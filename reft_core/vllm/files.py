@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from reft_core.adapter import MAX_ADAPTER_BYTES, write_durably
+from reft_core.adapter import MAX_ADAPTER_BYTES
 
 _SUFFIX = ".safetensors"
 
@@ -63,7 +64,10 @@ class AdapterFiles:
         """
         digest = _digest(data)
         if not self._path(digest).is_file() or self._in_spool(digest) is None:
-            write_durably(self._path(digest), data)
+            # Read back by its hash, so it need not survive a power cut, only never be half there.
+            with tempfile.NamedTemporaryFile(dir=self._spool, delete=False) as file:
+                file.write(data)
+            os.replace(file.name, self._path(digest))
             self._trim({digest, *held})
         return digest
 

@@ -23,7 +23,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "prompt": {"positions": "prompt", "method": "red"},
     "long-tail": {"positions": "l40", "rank": 4},
     "bent": {"positions": "l7", "method": "lobireft"},
-    "listed": {"positions": "0,3,-2", "layers": [1, 3]},
+    "listed": {"positions": "0,3,-2", "layers": [1, 3], "method": "red"},
 }
 """Each edits the block output, ReFT's place."""
 
