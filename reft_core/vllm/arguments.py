@@ -128,6 +128,8 @@ def engine_args(
     }
     if opts.gpu_memory_utilization is not None:
         given["gpu_memory_utilization"] = opts.gpu_memory_utilization
+    if config.max_prefill_tokens != EngineConfig().max_prefill_tokens:  # else vLLM's own choice
+        given["max_num_batched_tokens"] = max(config.max_prefill_tokens, config.max_num_seqs)
     return AsyncEngineArgs(**(given | dict(opts.extra)))
 
 

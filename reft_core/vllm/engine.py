@@ -44,12 +44,12 @@ from reft_core.vllm import arguments
 from reft_core.vllm.arguments import VllmOptions
 from reft_core.vllm.catalog import check_servable
 from reft_core.vllm.counters import Counters
+from reft_core.vllm.loading import load_adapter_async, unload_adapter_async
 from reft_core.vllm.loop import LoopThread
 from reft_core.vllm.outputs import to_outputs
 from reft_core.vllm.running import Running
 from reft_core.vllm.sampling import only_reads, prompt_of, to_vllm
 from reft_core.vllm.settings import Settings
-from reft_core.vllm.worker import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class VllmEngine(Host[Running]):
                 self._adapters[adapter.digest] = _bare(adapter)
                 return
         file = encode_adapter(adapter.spec, adapter.edits)
-        digest = digest_of(self._loop.call(self._llm.collective_rpc("reft_load", args=(file,))))
+        digest = self._loop.call(load_adapter_async(self._llm, file))
         with self._changed:
             self._held.setdefault(adapter.digest, _Held(digest))
             self._adapters[adapter.digest] = _bare(adapter)
@@ -389,8 +389,7 @@ class VllmEngine(Host[Running]):
     def _unload(self, file_digest: str) -> None:
         """Tell the workers; nobody waits for their answer."""
         if not self._llm.errored:
-            rpc = self._llm.collective_rpc("reft_unload", args=(file_digest,))
-            self._unloading = asyncio.ensure_future(rpc)
+            self._unloading = asyncio.ensure_future(unload_adapter_async(self._llm, file_digest))
 
     async def _shut_down(self) -> None:
         """End every request, then vLLM."""
