@@ -83,7 +83,7 @@ def test_settings_exist(run_tool: Run, container: dict[str, Any]) -> None:
 def test_settings_are_taken(
     run_tool: Run, container: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = _config(run_tool, "head", dict.fromkeys(NAMES["head"], "16"))
+    done = _config(run_tool, "head", {**dict.fromkeys(NAMES["head"], "16"), "REFT_MODELS": "/m"})
     head = json.loads(passed(done))["services"]["head"]["environment"]
     pod = {entry["name"]: entry.get("value", "a" * 16) for entry in container["env"]}
     for environment in (head, pod):
