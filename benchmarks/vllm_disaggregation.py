@@ -6,10 +6,12 @@ values to files; a vLLM without plugin and adapters reads them, gets the prompt 
 answers the rest. Mixed adapters (f7+l7 and l1 in all layers) and the base model, prompts within and
 across blocks, all at once, float32, greedy, no prefix cache on the decoding side.
 
-Beside it the usual hand-over, where the decoding side is given the prompt alone and computes its last
-token again: without the edit that acts there, which leaves some answers right, and with it, by the
-first vLLM itself. Correctness gate: with the first token, and with the plugin, every answer is that of
-the first vLLM alone.
+Beside it the usual hand-over, where the decoding side is given the prompt alone and computes its
+last token again: without the edit that acts there, which leaves some answers right, and with it, by
+the first vLLM itself.
+
+Correctness gate: with the first token, and with the plugin, every answer is that of the first vLLM
+alone.
 
 The last line printed is JSON; the same goes to ``results/vllm-disaggregation.json``.
 """
