@@ -65,11 +65,11 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self._best_rank = tuple(state["best_rank"])
         self._losses = state["losses"]
 
-    def finish(self, steps: int, seconds: float) -> FitResult:
+    def finish(self, steps: int, seconds: float, cpu_seconds: float) -> FitResult:
         """Give the model its best parameters back, and say how it went."""
         assert self._best is not None
         self._model.load_trained_state(self._best_parameters)
-        return FitResult(tuple(self._epochs), self._best, steps, seconds)
+        return FitResult(tuple(self._epochs), self._best, steps, seconds, cpu_seconds)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
