@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from reft_core.card import PAGE, metric_rows
 from reft_core.errors import ReftError, TrainingError, explain
 from trainer.checkpoints import last_checkpoint
 from trainer.config import TrainConfig
@@ -19,7 +20,6 @@ from trainer.config.file import read_config
 from trainer.presets import PRESETS
 from trainer.processes import world
 from trainer.progress import BarProgress, Progress, SilentProgress
-from trainer.report import metric_rows
 from trainer.train import TrainResult, train
 
 EXIT_ERROR = 1
@@ -105,7 +105,7 @@ def print_summary(result: TrainResult, console: Console) -> None:
     for name, value in (
         ("adapter", f"{result.config.output} ({result.adapter.num_bytes:,} bytes)"),
         ("digest", result.adapter.digest),
-        ("report", str(result.config.report_dir / "report.md")),
+        ("report", str(result.config.report_dir / PAGE)),
         ("parameters", f"{result.num_trainable:,} ({share:.4f} % of the base)"),
         ("training", f"{result.fit.num_steps} steps in {result.fit.seconds:.0f} s"),
     ):

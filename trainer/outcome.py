@@ -32,6 +32,9 @@ class FitResult:
     num_steps: int
     seconds: float
     """In training steps alone, validation left out."""
+    train_losses: tuple[tuple[int, float], ...] = ()
+    """Step, and the mean training loss up to it since the one before: every step's in a run that
+    is not long."""
 
 
 def diverged(what: str) -> TrainingError:
