@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import PATH_FIELDS, TrainConfig
+from trainer.config import PATH_FIELDS, SOURCE_FIELDS, TrainConfig
 from trainer.evaluation.scoring import METRICS, Answered
 
 if TYPE_CHECKING:
@@ -103,4 +103,7 @@ def _shown_config(config: TrainConfig) -> dict[str, object]:
     for field in PATH_FIELDS:
         if (path := getattr(config, field)) is not None:
             document[field] = _shown(path)
+    for field in SOURCE_FIELDS:  # a path, or a name on a hub
+        if (name := getattr(config, field)) is not None and Path(name).is_absolute():
+            document[field] = _shown(Path(name))
     return document
