@@ -45,7 +45,7 @@ def running_hub() -> Iterator[Hub]:
     Handler.hub = hub
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, name="hub")
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="hub")
     thread.start()
     try:
         yield hub

@@ -20,6 +20,7 @@ from trainer.config.file import read_config
 from trainer.presets import PRESETS
 from trainer.processes import world
 from trainer.progress import BarProgress, Progress, SilentProgress
+from trainer.runs import Clock, Run, add_run, finished_run, unfinished_run
 from trainer.train import TrainResult, train
 
 EXIT_ERROR = 1
@@ -36,14 +37,19 @@ def train_command(target: Path | str, arguments: Sequence[str]) -> None:
     console = Console(stderr=True)
     command = shlex.join(["reft", "train", str(target), *arguments])
     config: TrainConfig | None = None
+    clock = Clock()
     try:
         config = read_config(str(target), settings_of(arguments))
         result = train(config, command=command, progress=_progress(console))
     except ReftError as error:
+        if config is not None:
+            _record(config, unfinished_run(config, command, clock, "failed", error.message))
         console.print(f"error: {error.message}", style="red", markup=False)
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
         kept = config and last_checkpoint(config.checkpoint_dir)
+        if config is not None:
+            _record(config, unfinished_run(config, command, clock, "interrupted"))
         console.print(
             f"interrupted; add --resume to go on from {kept}"
             if kept
@@ -52,7 +58,14 @@ def train_command(target: Path | str, arguments: Sequence[str]) -> None:
             soft_wrap=True,
         )
         raise SystemExit(EXIT_INTERRUPTED) from None
+    _record(config, finished_run(result, clock))
     print_summary(result, Console())
+
+
+def _record(config: TrainConfig, run: Run) -> None:
+    """Add the run to its table, in the first of several processes."""
+    if config.runs_file is not None and world()[0] == 0:
+        add_run(config.runs_file, run)
 
 
 def settings_of(arguments: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from server.cli.eval import evaluate
 from server.cli.keys import keys_app
 from server.cli.methods import methods
 from server.cli.registry import registry_app
+from server.cli.runs import runs_app
 from server.cli.serve import demo, serve
 from server.cli.sweep import sweep
 
@@ -35,6 +36,7 @@ app.add_typer(adapters_app, name="adapter")
 app.add_typer(keys_app, name="key")
 app.add_typer(registry_app, name="registry")
 app.add_typer(config_app, name="config")
+app.add_typer(runs_app, name="runs")
 app.command()(methods)
 app.command()(compare)
 app.command()(sweep)

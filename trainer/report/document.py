@@ -26,7 +26,7 @@ def to_document(result: TrainResult) -> dict[str, Any]:
         "command": result.command,
         "created_at": spec.training.created_at,
         "adapter": {
-            "path": _shown(config.output),
+            "path": shown_path(config.output),
             "digest": result.adapter.digest,
             "num_bytes": result.adapter.num_bytes,
             "method": spec.method,
@@ -91,19 +91,19 @@ def _row_scores(
     return [None] * len(rows) if scores is None else [round(each, _DIGITS) for each in scores]
 
 
-def _shown(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """``path`` from where the command was given, if it lies there; a report is made to travel."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _shown_config(config: TrainConfig) -> dict[str, object]:
-    """The config as JSON values, with paths as :func:`_shown` gives them."""
+    """The config as JSON values, with paths as :func:`shown_path` gives them."""
     document: dict[str, object] = config.model_dump(mode="json")
     for field in PATH_FIELDS:
         if (path := getattr(config, field)) is not None:
-            document[field] = _shown(path)
+            document[field] = shown_path(path)
     for field in SOURCE_FIELDS:  # a path, or a name on a hub
         if (name := getattr(config, field)) is not None and Path(name).is_absolute():
-            document[field] = _shown(Path(name))
+            document[field] = shown_path(Path(name))
     return document

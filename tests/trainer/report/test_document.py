@@ -7,7 +7,7 @@ import pytest
 from tests.trainer.factories import byte_tokenizer
 from trainer.curve import MOST_POINTS, Curve
 from trainer.evaluation.splits import Evaluation, Sample
-from trainer.report.document import _samples, _shown
+from trainer.report.document import _samples, shown_path
 from trainer.report.prompt import MOST_SHOWN, drawn_prompt
 
 
@@ -15,8 +15,8 @@ def test_paths_are_told_from_where_the_command_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _shown(tmp_path / "out" / "a.safetensors") == "out/a.safetensors"
-    assert _shown(Path("/elsewhere/a.safetensors")) == "/elsewhere/a.safetensors"
+    assert shown_path(tmp_path / "out" / "a.safetensors") == "out/a.safetensors"
+    assert shown_path(Path("/elsewhere/a.safetensors")) == "/elsewhere/a.safetensors"
 
 
 def test_answers_are_judged_row_by_row_where_a_metric_can() -> None:
