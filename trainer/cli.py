@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -27,10 +27,15 @@ EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 
-def train_command(target: Path | str, arguments: Sequence[str]) -> None:
+def train_command(
+    target: Path | str,
+    arguments: Sequence[str],
+    check: Callable[[TrainConfig], None] = lambda config: None,
+) -> TrainResult:
     """Train the adapter that the config ``target`` describes, or one on the data called so.
 
-    ``arguments`` are settings, ``key=value`` or ``--key value``. Ends the process with 1 on an
+    ``arguments`` are settings, ``key=value`` or ``--key value``. ``check`` may refuse the config,
+    by a :class:`ReftError`, before anything is done. Ends the process with 1 on an
     error in config, data or training, and with 130 on Ctrl-C; no adapter has been written then.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -39,12 +44,16 @@ def train_command(target: Path | str, arguments: Sequence[str]) -> None:
     config: TrainConfig | None = None
     clock = Clock()
     try:
-        config = read_config(str(target), settings_of(arguments))
+        asked = read_config(str(target), settings_of(arguments))
+        check(asked)
+        config = asked
         result = train(config, command=command, progress=_progress(console))
     except ReftError as error:
         if config is not None:
             _record(config, unfinished_run(config, command, clock, "failed", error.message))
-        console.print(f"error: {error.message}", style="red", markup=False)
+        console.print(
+            f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
         kept = config and last_checkpoint(config.checkpoint_dir)
@@ -60,6 +69,7 @@ def train_command(target: Path | str, arguments: Sequence[str]) -> None:
         raise SystemExit(EXIT_INTERRUPTED) from None
     _record(config, finished_run(result, clock))
     print_summary(result, Console())
+    return result
 
 
 def _record(config: TrainConfig, run: Run) -> None:
