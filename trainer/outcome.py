@@ -35,6 +35,9 @@ class FitResult:
     cpu_seconds: float
     """Of this process's threads together in those steps: neither a pause nor what else the
     machine does adds to them. What an accelerator computes does not count."""
+    train_losses: tuple[tuple[int, float], ...] = ()
+    """Step, and the mean training loss up to it since the one before: every step's in a run that
+    is not long."""
 
 
 def diverged(what: str) -> TrainingError:
