@@ -7,6 +7,7 @@ import inspect
 import logging
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -122,11 +124,37 @@ def load_model(
     """
 
     def load() -> LoadedModel:
-        path = str(materialise_demo_model(cache)) if name == DEMO_MODEL else name
+        path = model_path(name, cache)
         expected = f"a causal language model's hub id, its folder, or {DEMO_MODEL!r}"
         return _load(name, path, AutoModelForCausalLM, expected, dtype, device)
 
     return run_in_own_thread(load)
+
+
+def model_path(name: str, cache: Path = DEFAULT_CACHE) -> str:
+    """Folder or hub id of the model that is called ``name`` here."""
+    return str(materialise_demo_model(cache)) if name == DEMO_MODEL else name
+
+
+def load_skeleton(name: str, *, cache: Path = DEFAULT_CACHE) -> LoadedModel:
+    """The causal model ``name`` without its weights, which another process loads: on the device
+    ``meta``, and so for its description, its end tokens and its tokenizer only.
+
+    Raises :class:`UnsupportedModel` when there is none under that name.
+    """
+    path = model_path(name, cache)
+    config = read_config(path, field="model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        expected = f"a causal language model's hub id, its folder, or {DEMO_MODEL!r} ({error})"
+        raise UnsupportedModel(explain("model", name, expected), field="model") from error
+    with suppress(OSError):  # those that have none take the config's
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model = model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, describe_model(model, _shown_name(name, path)))
 
 
 def load_seq2seq(name: str, *, dtype: Dtype = "float32", device: str = "cpu") -> LoadedModel:
@@ -165,9 +193,13 @@ def _load(
             f"model: got {name!r}, expected {expected} ({error})", field="model"
         ) from error
     model = model.to(device).eval().requires_grad_(False)
-    shown = Path(path).name if Path(path).is_dir() else name
     describe = describe_seq2seq if model.config.is_encoder_decoder else describe_model
-    return LoadedModel(model, tokenizer, describe(model, shown))
+    return LoadedModel(model, tokenizer, describe(model, _shown_name(name, path)))
+
+
+def _shown_name(name: str, path: str) -> str:
+    """What the model ``name`` at ``path`` is called to those who ask."""
+    return Path(path).name if Path(path).is_dir() else name
 
 
 def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:

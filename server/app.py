@@ -19,13 +19,7 @@ from reft_core.errors import AdapterError, InvalidRequest
 from reft_core.grammar import GrammarCompiler
 from reft_core.hub import fetch_adapter
 from reft_core.loading import (
-    DEFAULT_CACHE,
-    DEMO_MODEL,
     LoadedModel,
-    load_encoder,
-    load_model,
-    model_kind,
-    read_config,
 )
 from reft_core.names import HUB_PATTERN
 from server.adapters.pins import Pins
@@ -35,6 +29,7 @@ from server.answering.generator import Generator
 from server.answering.grammars import Grammars
 from server.answering.inline import InlineReader
 from server.answering.labelling import Labeller
+from server.engines import build_engine, load_base_model
 from server.http.errors import install_handlers
 from server.http.lifecycle import Lifecycle
 from server.http.middleware import RequestContext
@@ -109,27 +104,6 @@ def create_app(
         app.include_router(module.router)
     document(app, settings)
     return app
-
-
-def load_base_model(settings: Settings) -> LoadedModel:
-    """The base model that the settings name: a causal model, or an encoder without its head.
-
-    Raises :class:`UnsupportedModel`.
-    """
-    name = settings.model
-    device, dtype = settings.resolve_device()
-    if name != DEMO_MODEL and model_kind(read_config(name, field="model")) == "encoder":
-        return load_encoder(name, dtype=dtype, device=device)
-    return load_model(name, dtype=dtype, device=device, cache=settings.cache_dir or DEFAULT_CACHE)
-
-
-def build_engine(settings: Settings, loaded: LoadedModel) -> AdapterHost:
-    """The engine over a loaded model, not started."""
-    from reft_core.engine.engine import EmbeddedEngine
-
-    if model_kind(loaded.model.config) == "encoder":
-        return EncoderEngine(loaded, settings.engine_config())
-    return EmbeddedEngine(loaded, settings.engine_config())
 
 
 def _build_services(
