@@ -175,16 +175,16 @@ class VllmEngine(Host[Running]):
         check_fits(adapter.spec, self.model)
         check_generates(adapter.spec)
         check_servable(adapter.spec, self._sites)
+        bare = adapter.to("meta")  # its tensors are the workers' affair
         with self._changed:
-            held = self._held.get(adapter.digest)
-            if held is not None:
-                self._adapters[adapter.digest] = adapter.to("meta")  # tensors are the workers' affair
+            if adapter.digest in self._held:
+                self._adapters[adapter.digest] = bare
                 return
         file = encode_adapter(adapter.spec, adapter.edits)
         digest = self._loop.call(load_adapter_async(self._llm, file))
         with self._changed:
             self._held.setdefault(adapter.digest, _Held(digest))
-            self._adapters[adapter.digest] = adapter.to("meta")
+            self._adapters[adapter.digest] = bare
 
     def unload_adapter(self, digest: str) -> None:
         """Take an adapter away from new requests; running ones keep it until they end."""
