@@ -11,7 +11,7 @@ TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
-.PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
+.PHONY: help demo demo-train test lint format check test-oldest test-vllm bench bench-quick bench-tax \
 	bench-kernel bench-gpu bench-residency bench-fanout bench-train bench-vllm soak fuzz load chaos lm-eval transcript \
 	docs lint-deploy rehearse clean
 
@@ -49,6 +49,9 @@ test-oldest:  ## the core tests on the oldest transformers we promise
 	@VENV=.venv-oldest CONSTRAINT='transformers==5.16.*' scripts/install test
 	@$(PYTEST_ENV) .venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) tests/reft_core \
 		--ignore=tests/reft_core/adapter_files --ignore=tests/reft_core/native
+
+test-vllm:  ## the adapters inside vLLM, in an environment of its own (.venv-vllm; six minutes once installed)
+	@.ci/vllm
 
 bench:  ## the engine against vLLM, llama.cpp and transformers, its roofline, its adapters (about 45 minutes)
 	@scripts/install demo
@@ -128,4 +131,4 @@ docs:  ## write the pages that come from the code: the API, the settings, the me
 	@$(BIN)/reft methods --markdown > docs/methods.md
 
 clean:  ## remove the environments and caches
-	rm -rf .venv .venv-oldest .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .venv-vllm .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -78,14 +78,16 @@ def with_admission(process_inputs: Any) -> Any:
     """``InputProcessor.process_inputs`` that admits the adapters of each request."""
 
     @wraps(process_inputs)
-    def process(processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kw: Any):
+    def process(
+        processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         from vllm.exceptions import VLLMValidationError
 
         try:
             asked = _asked(params)
         except ReftError as error:
             raise VLLMValidationError(error.message, parameter=error.field) from None
-        request = process_inputs(processor, request_id, prompt, params, *args, **kw)
+        request = process_inputs(processor, request_id, prompt, params, *args, **kwargs)
         if not asked.adapters:
             return request
         try:

@@ -58,15 +58,25 @@ _current = Step({}, [])
 runs one model, one step at a time."""
 
 
+def begin_step(plan: EditPlan) -> Step:
+    """Have the layers apply ``plan`` until :func:`end_step`."""
+    _current.places = _placed(plan)
+    _current.finite = []
+    return _current
+
+
+def end_step() -> None:
+    """Have the layers apply nothing."""
+    _current.places = {}
+
+
 @contextmanager
 def steps_plan(plan: EditPlan) -> Iterator[Step]:
     """Have the layers apply ``plan`` while the context is open."""
-    _current.places = _placed(plan)
-    _current.finite = []
     try:
-        yield _current
+        yield begin_step(plan)
     finally:
-        _current.places = {}
+        end_step()
 
 
 def _placed(plan: EditPlan) -> dict[Place, PlacedEdits]:

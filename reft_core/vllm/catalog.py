@@ -23,9 +23,6 @@ from reft_core.spec import AdapterSpec
 from reft_core.vllm.files import AdapterFiles
 from reft_core.vllm.settings import Settings
 
-LOOK_INTERVAL_S = 5.0
-"""Least time between two looks at the shared places."""
-
 EMBEDDED = "the embedded engine (reft serve without --engine vllm) does"
 
 
@@ -74,6 +71,7 @@ class Catalog:
         self._sites = settings.sites
         self._files = AdapterFiles(settings.spool, settings.spool_bytes, settings.adapters)
         self._has_places = bool(settings.adapters)
+        self._look_interval_s = settings.look_interval_s
         self._lock = threading.Lock()
         self._known: dict[str, Adapter] = {}
         """Every adapter that was ever found and can be used, its edits without tensors."""
@@ -159,7 +157,7 @@ class Catalog:
 
     def _look(self) -> None:
         """Learn of what has changed in the shared places, unless one has just looked."""
-        if not self._has_places or time.monotonic() - self._looked_at < LOOK_INTERVAL_S:
+        if not self._has_places or time.monotonic() - self._looked_at < self._look_interval_s:
             return
         for digest, data in self._files.refresh().items():
             try:

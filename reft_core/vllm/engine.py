@@ -17,7 +17,6 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from reft_core.adapter import Adapter, check_fits, encode_adapter
-from reft_core.edits import Edit
 from reft_core.engine.admission import as_scored, check_fits_context, check_generates, check_tokens
 from reft_core.engine.choices import resolve_edits
 from reft_core.engine.config import EngineConfig
@@ -176,16 +175,16 @@ class VllmEngine(Host[Running]):
         check_fits(adapter.spec, self.model)
         check_generates(adapter.spec)
         check_servable(adapter.spec, self._sites)
+        bare = adapter.to("meta")  # its tensors are the workers' affair
         with self._changed:
-            held = self._held.get(adapter.digest)
-            if held is not None:
-                self._adapters[adapter.digest] = _bare(adapter)
+            if adapter.digest in self._held:
+                self._adapters[adapter.digest] = bare
                 return
         file = encode_adapter(adapter.spec, adapter.edits)
         digest = self._loop.call(load_adapter_async(self._llm, file))
         with self._changed:
             self._held.setdefault(adapter.digest, _Held(digest))
-            self._adapters[adapter.digest] = _bare(adapter)
+            self._adapters[adapter.digest] = bare
 
     def unload_adapter(self, digest: str) -> None:
         """Take an adapter away from new requests; running ones keep it until they end."""
@@ -406,8 +405,3 @@ class VllmEngine(Host[Running]):
     def _abandon(self, request: Running, error: ReftError) -> None:
         """End an open request with ``error``; the loop is gone."""
         self._finish(request, "error", error)
-
-
-def _bare(adapter: Adapter) -> Adapter:
-    """The adapter without its tensors, which only the workers need."""
-    return replace(adapter, edits={key: Edit() for key in adapter.edits})

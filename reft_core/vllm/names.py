@@ -31,8 +31,8 @@ def with_adapters(check_model: Any) -> Any:
     @wraps(check_model)
     async def check(serving: Any, request: Any) -> Any:
         catalog = getattr(getattr(serving.models, "input_processor", None), CATALOG, None)
-        name = getattr(request, "model", None)
-        known = name and not serving.models.is_base_model(name) and _is_known(catalog, name)
+        name = getattr(request, "model", None) or ""
+        known = not serving.models.is_base_model(name) and _is_known(catalog, name)
         if known and hasattr(request, "vllm_xargs"):
             request.vllm_xargs = {**(request.vllm_xargs or {}), KEY: name}
         asked = (getattr(request, "vllm_xargs", None) or {}).get(KEY)
@@ -59,7 +59,7 @@ def supporting_adapters(is_supported: Any) -> Any:
         if is_supported(serving, model_name):
             return True
         catalog = getattr(getattr(serving.models, "input_processor", None), CATALOG, None)
-        return bool(model_name) and _is_known(catalog, model_name or "")
+        return _is_known(catalog, model_name or "")
 
     return supported
 
@@ -88,7 +88,7 @@ def listing_adapters(show: Any) -> Any:
 
 
 def _is_known(catalog: Any, name: str) -> bool:
-    if catalog is None:
+    if catalog is None or not name:
         return False
     try:
         catalog.resolve(name)

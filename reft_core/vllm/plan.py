@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -77,7 +77,8 @@ class Planner:
             if adapter is None:
                 return None
             uses.append(AdapterUse(adapter, use.strength, use.subspaces))
-        reads = "all" if chunk.params.prompt_logprobs is not None else "last"
+        reads: Literal["last", "all"]
+        reads = "last" if chunk.params.prompt_logprobs is None else "all"
         return PromptEdits(tuple(uses), chunk.prompt_len, reads)
 
 

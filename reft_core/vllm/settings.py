@@ -30,6 +30,9 @@ class Settings(BaseModel):
     adapters: tuple[str, ...] = Field(
         default=(), description="folders or fsspec URLs with adapter files, under any names"
     )
+    look_interval_s: float = Field(
+        default=5, ge=0, description="least time between two looks at them for what has changed"
+    )
     sites: tuple[Site, ...] = Field(
         default=("block_output",),
         min_length=1,

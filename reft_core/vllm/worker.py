@@ -1,4 +1,4 @@
-"""What the plugin adds to vLLM's workers and model runners.
+"""What the plugin adds to vLLM's workers: an armed model, a store of adapters, and how to fill it.
 
 Workers answer to ``reft_load``, ``reft_unload``, ``reft_list`` and ``reft_status`` by
 ``collective_rpc``. None of them raises for what a caller sent: an exception of one rank would leave
@@ -15,12 +15,12 @@ from typing import Any
 
 from reft_core.adapter import check_fits
 from reft_core.errors import AdapterError, ReftError, UnsupportedModel
-from reft_core.vllm.apply import arm_site, steps_plan
+from reft_core.vllm.apply import Step, arm_site, begin_step, end_step
 from reft_core.vllm.catalog import describe_base
 from reft_core.vllm.files import AdapterFiles
 from reft_core.vllm.guard import check_config, check_reduced
 from reft_core.vllm.layers import find_site, local_layers
-from reft_core.vllm.plan import Planner, chunks_of
+from reft_core.vllm.plan import Chunk, Planner
 from reft_core.vllm.settings import Settings
 from reft_core.vllm.store import WorkerStore
 
@@ -58,7 +58,34 @@ class Armed:
         self.planner = Planner(self.store, runner.device)
         self.failed: set[str] = set()
         """Requests of the running step that must not go on."""
+        self.requests: dict[str, tuple[Any, int]] = {}
+        """Sampling parameters and prompt length of requests with adapters, for runners that do
+        not keep them."""
         log.info("reft: armed %d layers at %s", len(layers), ", ".join(settings.sites))
+
+    def begin(self, chunks: Sequence[Chunk]) -> Step:
+        """Have the layers apply what these chunks of a step ask for."""
+        plan, failed = self.planner.plan(chunks)
+        self.failed.update(failed)
+        return begin_step(plan)
+
+    def end(self, chunks: Sequence[Chunk], step: Step) -> None:
+        """Have them apply nothing, and note whose edits came to no number."""
+        end_step()
+        if overflowed := step.overflowed_rows():
+            self.failed.update(
+                chunk.request_id
+                for chunk in chunks
+                if not overflowed.isdisjoint(range(chunk.row, chunk.row + chunk.length))
+            )
+
+    def name_failures(self, output: Any) -> None:
+        """Have a step's output tell the scheduler which requests must fail."""
+        if self.failed:
+            log.error("reft: failing requests %s", sorted(self.failed))
+            if output is not None:
+                output.reft_failed = sorted(self.failed)
+            self.failed.clear()
 
 
 def armed(runner: Any) -> Armed:
@@ -77,74 +104,6 @@ def after_load_model(load_model: Any) -> Any:
             setattr(runner, _STATE, Armed(runner))
 
     return load
-
-
-def with_plan(model_forward: Any) -> Any:
-    """``GPUModelRunner._model_forward`` under the plan of its step."""
-
-    @wraps(model_forward)
-    def forward(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        chunks = chunks_of(runner)
-        if not chunks:
-            return model_forward(runner, *args, **kwargs)
-        ours = armed(runner)
-        plan, failed = ours.planner.plan(chunks)
-        ours.failed.update(failed)
-        with steps_plan(plan) as step:
-            output = model_forward(runner, *args, **kwargs)
-        if overflowed := step.overflowed_rows():
-            ours.failed.update(
-                chunk.request_id
-                for chunk in chunks
-                if not overflowed.isdisjoint(range(chunk.row, chunk.row + chunk.length))
-            )
-        return output
-
-    return forward
-
-
-def forgetting(update_states: Any) -> Any:
-    """``GPUModelRunner._update_states`` that forgets finished requests here too."""
-
-    @wraps(update_states)
-    def update(runner: Any, scheduler_output: Any) -> Any:
-        armed(runner).planner.forget(scheduler_output.finished_req_ids)
-        return update_states(runner, scheduler_output)
-
-    return update
-
-
-def naming_failures(sample_tokens: Any) -> Any:
-    """``GPUModelRunner.sample_tokens`` whose output names the requests that must fail."""
-
-    @wraps(sample_tokens)
-    def sample(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        output = sample_tokens(runner, *args, **kwargs)
-        ours = armed(runner)
-        if ours.failed:
-            log.error("reft: failing requests %s", sorted(ours.failed))
-            if output is not None:
-                output.reft_failed = sorted(ours.failed)
-            ours.failed.clear()
-        return output
-
-    return sample
-
-
-def never_full_graph_of_edits(determine: Any) -> Any:
-    """``GPUModelRunner._determine_batch_execution_and_padding`` for prefills of one token.
-
-    Such a step looks like a decode step, whose whole graph has no edits in it. Untested: it
-    matters on CUDA only.
-    """
-
-    @wraps(determine)
-    def decide(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("force_uniform_decode") is None and chunks_of(runner):
-            kwargs["force_uniform_decode"] = False
-        return determine(runner, *args, **kwargs)
-
-    return decide
 
 
 class ReftWorker:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
-
 from tests.factories import random_prompt
 from tests.vllm.tiny import (
     Job,

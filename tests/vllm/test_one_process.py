@@ -402,3 +402,35 @@ def test_an_unloaded_adapter_is_not_found(llm: Any, world: TinyWorld) -> None:
     with pytest.raises(AdapterNotFound, match="gone"):
         catalog_of(llm.llm_engine).resolve("gone")
     assert load_adapter(llm, data) == digest
+
+
+def test_registering_again_changes_nothing(llm: Any) -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from reft_core.vllm.plugin import register
+
+    before = dict(vars(GPUModelRunner))
+    register()
+    assert dict(vars(GPUModelRunner)) == before
+
+
+def test_another_release_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from reft_core.vllm.plugin import register
+
+    monkeypatch.setattr("vllm.version.__version__", "0.33.1")
+    with pytest.raises(UnsupportedFeature, match=r"0\.33\.1"):
+        register()
+
+
+def test_what_is_not_found_in_vllm_is_named() -> None:
+    from reft_core.vllm.plugin import _wrap
+
+    with pytest.raises(RuntimeError, match="GPUModelRunner"):
+        _wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.gone", lambda found: found)
+
+
+def test_an_engine_core_that_is_not_armed_is_refused() -> None:
+    from reft_core.vllm.startup import checking_core
+
+    with pytest.raises(UnsupportedFeature, match="not armed"):
+        checking_core(lambda client, payload: None)(None, b"\x81\xacvllm_version\xa60.32.0")

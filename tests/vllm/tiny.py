@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from reft_core.adapter import Adapter, decode_adapter
 from reft_core.sites import ModelDescription, describe_model
@@ -108,6 +111,12 @@ def make_world(folder: Path) -> TinyWorld:
         if parameter.dim() > 1:
             parameter.normal_(0, 0.6 if "embed" in name else 0.2)
     model.save_pretrained(folder / "model")
+    words = {f"w{token}": token for token in range(config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="w2", pad_token="w0"
+    ).save_pretrained(folder / "model")
     world = TinyWorld(folder, model, describe_model(model, "tiny-llama"))
     for seed, (name, options) in enumerate(ADAPTERS.items()):
         world.files[name] = random_adapter_bytes(
