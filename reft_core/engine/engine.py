@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -107,16 +105,6 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
             self._inbox.append(sequence)
         num_edits = sequence.edits.num_edits if sequence.edits else 0
         return Ticket(request.request_id, len(request.prompt), num_edits)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """See :meth:`interface.Engine.together`."""
-        with self._changed:  # re-entrant; a step takes arrivals in under the same lock
-            outer, self._waiting_before = self._waiting_before, self._num_waiting_tokens
-            try:
-                yield
-            finally:
-                self._waiting_before = outer
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step with reason ``cancelled``; no-op if it has ended."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -54,6 +56,16 @@ class Host(ABC, Generic[R]):
     def adapter_spec(self, digest: str) -> AdapterSpec:
         """The spec of a loaded adapter. Raises :class:`InvalidRequest` if it is not loaded."""
         return loaded_adapter(self._adapters, digest).spec
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See :meth:`interface.Engine.together`."""
+        with self._changed:  # re-entrant; a step takes arrivals in under the same lock
+            outer, self._waiting_before = self._waiting_before, self._num_waiting_tokens
+            try:
+                yield
+            finally:
+                self._waiting_before = outer
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those accepted; True if all ended in time."""

@@ -20,7 +20,7 @@ from reft_core.vllm import admitted
 from reft_core.vllm.admitted import Admitted, Use, runs_of
 from reft_core.vllm.catalog import Catalog
 from reft_core.vllm.guard import check_config
-from reft_core.vllm.request import KEY, Wanted, from_extra_args
+from reft_core.vllm.request import KEY, Asked, Wanted, from_extra_args
 from reft_core.vllm.settings import Settings
 
 CATALOG = "reft_catalog"
@@ -47,7 +47,7 @@ def admit(
     )
     if not active:
         return None
-    return Admitted(active, runs_of(Provenance.of(edits, prompt_len).marks))
+    return Admitted(active, runs_of(Provenance.of(edits, prompt_len).marks), prompt_len)
 
 
 def catalog_of(engine: Any) -> Catalog:
@@ -84,18 +84,18 @@ def with_admission(process_inputs: Any) -> Any:
         from vllm.exceptions import VLLMValidationError
 
         try:
-            wanted = _wanted(params)
+            asked = _asked(params)
         except ReftError as error:
             raise VLLMValidationError(error.message, parameter=error.field) from None
         request = process_inputs(processor, request_id, prompt, params, *args, **kwargs)
-        if not wanted:
+        if not asked.adapters:
             return request
         try:
             _check_plain(request)
             result = admit(
                 getattr(processor, CATALOG),
-                wanted,
-                len(request.prompt_token_ids),
+                asked.adapters,
+                _prompt_len(asked, request),
                 reads_all=request.sampling_params.prompt_logprobs is not None,
             )
         except ReftError as error:
@@ -108,7 +108,17 @@ def with_admission(process_inputs: Any) -> Any:
     return process
 
 
-def _wanted(params: Any) -> tuple[Wanted, ...]:
+def _prompt_len(asked: Asked, request: Any) -> int:
+    """Tokens that count as the prompt: all of them, unless the request says fewer."""
+    num_tokens = len(request.prompt_token_ids)
+    if asked.prompt_len is not None and asked.prompt_len > num_tokens:
+        raise InvalidRequest.because(
+            f"{KEY}.prompt_len", asked.prompt_len, f"at most the {num_tokens} tokens given"
+        )
+    return asked.prompt_len or num_tokens
+
+
+def _asked(params: Any) -> Asked:
     extra_args: Mapping[str, Any] | None = getattr(params, "extra_args", None)
     if extra_args and admitted.KEY in extra_args:
         raise InvalidRequest.because(

@@ -33,11 +33,14 @@ class Admitted:
 
     uses: tuple[Use, ...]
     runs: tuple[Run, ...]
+    prompt_len: int
+    """Tokens that the position rules were resolved against."""
 
     def to_extra_args(self) -> dict[str, Any]:
         """In a form that survives msgpack and pickle."""
         uses = [[use.digest, use.strength, dict(use.subspaces)] for use in self.uses]
-        return {KEY: {"uses": uses, "runs": [list(run) for run in self.runs]}}
+        runs = [list(run) for run in self.runs]
+        return {KEY: {"uses": uses, "runs": runs, "prompt_len": self.prompt_len}}
 
 
 def runs_of(marks: Mapping[int, bytes]) -> tuple[Run, ...]:
@@ -60,6 +63,12 @@ def admitted_uses(extra_args: Mapping[str, Any] | None) -> tuple[Use, ...]:
         Use(digest, strength, tuple(sorted(subspaces.items())))
         for digest, strength, subspaces in document["uses"]
     )
+
+
+def admitted_prompt_len(extra_args: Mapping[str, Any] | None) -> int:
+    """Tokens of an admitted request's prompt; 0 for the base model."""
+    document = (extra_args or {}).get(KEY)
+    return 0 if document is None else document["prompt_len"]
 
 
 def admitted_runs(extra_args: Mapping[str, Any] | None) -> Iterable[Run]:

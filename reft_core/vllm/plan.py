@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from reft_core.batch import AdapterUse, EditPlan, PackedChunk, PromptEdits, build_plan
-from reft_core.vllm.admitted import admitted_uses
+from reft_core.vllm.admitted import admitted_prompt_len, admitted_uses
 from reft_core.vllm.store import WorkerStore
 
 
@@ -101,7 +101,7 @@ def chunks_of(runner: Any) -> list[Chunk]:
                 Chunk(
                     request_id,
                     params,
-                    int(batch.num_prompt_tokens[index]),
+                    admitted_prompt_len(params.extra_args),
                     int(batch.num_computed_tokens_cpu[index]),
                     int(starts[index]),
                     int(starts[index + 1] - starts[index]),

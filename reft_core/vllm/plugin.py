@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def _arm() -> None:
-    from reft_core.vllm import admission, keys, names, runner, scheduling, startup, worker
+    from reft_core.vllm import admission, keys, names, runner, scheduling, seeds, startup, worker
 
     _wrap("vllm.v1.engine.input_processor:InputProcessor.__init__", admission.with_catalog)
     _wrap("vllm.v1.engine.input_processor:InputProcessor.process_inputs", admission.with_admission)
@@ -53,6 +53,8 @@ def _arm() -> None:
     _wrap(f"{gpu}._model_forward", runner.with_plan)
     _wrap(f"{gpu}._update_states", runner.forgetting)
     _wrap(f"{gpu}.sample_tokens", runner.naming_failures)
+    _wrap(f"{gpu}._sample", seeds.rewinding)
+    _wrap(f"{gpu}._bookkeeping_sync", seeds.sparing)
     _wrap(f"{gpu}._determine_batch_execution_and_padding", runner.never_full_graph_of_edits)
     _wrap("vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model", worker.after_load_model)
     _arm_second_runner()

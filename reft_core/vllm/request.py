@@ -51,8 +51,15 @@ class Wanted(_Document):
         return self
 
 
-class _Asked(_Document):
+class Asked(_Document):
+    """Adapters in the order they act, and where the prompt ends that they edit."""
+
     adapters: tuple[Wanted, ...] = Field(max_length=MAX_ADAPTERS)
+    prompt_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of the prompt, if an answer to be scored follows it; absent: all",
+    )
 
 
 def to_extra_args(request: Request) -> dict[str, Any]:
@@ -74,29 +81,34 @@ def to_extra_args(request: Request) -> dict[str, Any]:
         if choice.subspaces:
             asked["subspaces"] = dict(choice.subspaces)
         adapters.append(asked)
-    return {KEY: {"adapters": adapters}} if adapters else {}
+    if not adapters:
+        return {}
+    document: dict[str, Any] = {"adapters": adapters}
+    if request.completion:
+        document["prompt_len"] = len(request.prompt)
+    return {KEY: document}
 
 
-def from_extra_args(extra_args: Mapping[str, Any] | None) -> tuple[Wanted, ...]:
-    """The adapters that a request's ``extra_args`` ask for, in order; none for the base model.
+def from_extra_args(extra_args: Mapping[str, Any] | None) -> Asked:
+    """What a request's ``extra_args`` ask for; no adapters for the base model.
 
     Raises :class:`InvalidRequest` naming the field that is wrong.
     """
     found = (extra_args or {}).get(KEY)
     if found is None:
-        return ()
+        return Asked(adapters=())
     try:
         if not isinstance(found, str):
-            return _Asked.model_validate(found).adapters
+            return Asked.model_validate(found)
         if found.lstrip().startswith("{"):
-            return _Asked.model_validate_json(found).adapters
+            return Asked.model_validate_json(found)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in (KEY, *problem["loc"]))
         raise InvalidRequest(
             f"{shown(place)}: {problem['msg']}, got {shown(repr(problem['input']))}", field=place
         ) from None
-    return (_named(found),)
+    return Asked(adapters=(_named(found),))
 
 
 def _named(text: str) -> Wanted:

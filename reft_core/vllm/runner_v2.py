@@ -11,7 +11,7 @@ from functools import wraps
 from itertools import accumulate
 from typing import Any
 
-from reft_core.vllm.admitted import admitted_uses
+from reft_core.vllm.admitted import admitted_prompt_len, admitted_uses
 from reft_core.vllm.apply import Step, end_step
 from reft_core.vllm.plan import Chunk
 from reft_core.vllm.worker import armed
@@ -21,17 +21,15 @@ _OPEN = "_reft_open"
 
 
 def noting_requests(add_requests: Any) -> Any:
-    """``GPUModelRunner.add_requests`` that notes who has adapters, also after a preemption.
-
-    ``prompt_len`` is the original prompt's; ``prefill_len`` would count generated tokens too.
-    """
+    """``GPUModelRunner.add_requests`` that notes who has adapters, also after a preemption."""
 
     @wraps(add_requests)
     def add(runner: Any, scheduler_output: Any) -> None:
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
             if params is not None and admitted_uses(params.extra_args):
-                armed(runner).requests[new.req_id] = params, new.prompt_len
+                prompt_len = admitted_prompt_len(params.extra_args)
+                armed(runner).requests[new.req_id] = params, prompt_len
         add_requests(runner, scheduler_output)
 
     return add

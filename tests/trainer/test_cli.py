@@ -15,6 +15,7 @@ from trainer import causal, cli, preparing
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config file of a run that takes a second."""
     monkeypatch.setattr(preparing, "load_any", lambda *_, **__: byte_model())
+    monkeypatch.chdir(tmp_path)
     document = make_config(tmp_path, epochs=1).model_dump(mode="json", exclude_defaults=True)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))

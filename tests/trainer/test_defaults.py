@@ -115,6 +115,6 @@ def test_data_alone_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert spec.template is not None
     assert spec.template.generation == "Label:"
     assert spec.task.labels == (" a", " b")
-    report = (tmp_path / "runs/mood/report.md").read_text()
+    report = (tmp_path / "runs/mood/report.html").read_text()
     assert "rows have a text and a label" in report
     assert "training rows are kept apart" in report

@@ -60,17 +60,18 @@ def test_a_labeller_learns_and_its_file_and_report_say_how(tmp_path: Path) -> No
     assert metrics["label_choice"] > 0.8
     assert metrics["base_label_choice"] == 0.5
 
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert adapter.digest in report
-    assert "reft train tiny.yaml" in report
-    assert "| **y** |" in report
+    for name in ("report.html", "model_card.md"):
+        told = (tmp_path / "out" / name).read_text()
+        assert adapter.digest in told
+        assert "reft train tiny.yaml" in told
     document = json.loads((tmp_path / "out" / "report.json").read_text())
     assert document["metrics"] == metrics
     assert len(document["samples"]["test"]) == 6
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "tiny.safetensors",
-        "report.md",
+        "report.html",
         "report.json",
+        "model_card.md",
     }
 
 

@@ -6,24 +6,12 @@ files here are run one process each (``make test-vllm``).
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.vllm.environment import HAS_VLLM, prepare
 from tests.vllm.tiny import TinyWorld, make_world
-
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-}
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,11 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment() -> None:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # Workers are started anew and import our packages from where these were imported.
-    root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *sys.path[1:2]])
+    prepare()
 
 
 @pytest.fixture(scope="session")
