@@ -33,6 +33,8 @@ class CausalTask:
     config: TrainConfig
     loaded: LoadedModel
     rows: Mapping[str, Sequence[TokenisedExample]]
+    prefixes: PrefixStore | None = None
+    """Keys and values that are the base's own, kept for every new model; None: each has its own."""
     kind: ModelKind = "causal"
 
     @classmethod
@@ -65,9 +67,13 @@ class CausalTask:
             self.loaded.model,
             self.config.placement(self.loaded.description),
             num_units=self.config.rule.num_units,
-            prefixes=PrefixStore(self.loaded.model, self.config.prefix_cache_mb * 2**20),
+            prefixes=self.prefixes or self.new_prefixes(),
             virtual=self.config.virtual_tokens(self.loaded),
         )
+
+    def new_prefixes(self) -> PrefixStore:
+        """An empty one, of the size in the config."""
+        return PrefixStore(self.loaded.model, self.config.prefix_cache_mb * 2**20)
 
     def order(self, epoch: int) -> Sequence[int]:
         """Shuffled."""

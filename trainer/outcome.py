@@ -31,7 +31,10 @@ class FitResult:
     best: Epoch
     num_steps: int
     seconds: float
-    """In training steps alone, validation left out."""
+    """In training steps alone, validation left out. A process that is stopped lets them pass."""
+    cpu_seconds: float
+    """Of this process's threads together in those steps: neither a pause nor what else the
+    machine does adds to them. What an accelerator computes does not count."""
     train_losses: tuple[tuple[int, float], ...] = ()
     """Step, and the mean training loss up to it since the one before: every step's in a run that
     is not long."""

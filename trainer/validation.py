@@ -70,11 +70,12 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self._losses = state["losses"]
         self._curve = Curve(**state["curve"])
 
-    def finish(self, steps: int, seconds: float) -> FitResult:
+    def finish(self, steps: int, seconds: float, cpu_seconds: float) -> FitResult:
         """Give the model its best parameters back, and say how it went."""
         assert self._best is not None
         self._model.load_trained_state(self._best_parameters)
-        return FitResult(tuple(self._epochs), self._best, steps, seconds, self._curve.steps())
+        losses = self._curve.steps()
+        return FitResult(tuple(self._epochs), self._best, steps, seconds, cpu_seconds, losses)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

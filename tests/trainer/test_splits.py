@@ -88,7 +88,7 @@ def test_data_that_is_nowhere_is_refused(name: str) -> None:
 
 
 def test_a_folder_without_training_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"expected a folder with a train\.jsonl"):
+    with pytest.raises(TrainingError, match=r"a split 'train' \(a file train\.jsonl or the like\)"):
         splits(tmp_path)
 
 
@@ -148,6 +148,15 @@ def test_columns_are_left_out_only_when_told(tmp_path: Path, ignored: object) ->
     with pytest.raises(TrainingError, match=r"ignore_columns=\[agent\] leaves it out"):
         splits(path)
     assert len(all_rows(splits(path, ignore_columns=ignored))) == 20
+
+
+def test_others_names_are_read_where_all_else_is_left_out(tmp_path: Path) -> None:
+    rows = [{"sentence": f"s{n}", "intent": "ab"[n % 2], "agent": "x"} for n in range(8)]
+    found = splits(write_rows(tmp_path / "rows.jsonl", rows), ignore_columns="all")
+    assert {row.label for row in all_rows(found)} == {"a", "b"}
+    whole = [{**row, "prompt": "y", "category": "z"} for row in TEXTS]
+    found = splits(write_rows(tmp_path / "whole.jsonl", whole), ignore_columns="all")
+    assert {row.kind for row in all_rows(found)} == {"label"}
 
 
 def test_columns_for_evaluation_are_kept(tmp_path: Path) -> None:

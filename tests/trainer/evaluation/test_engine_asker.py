@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,34 @@ def test_a_queue_that_is_full_is_waited_for(tmp_path: Path) -> None:
         engine.stop()
     assert len(found.results[0].replies) == 6
     assert all(len(reply.logprobs) == 3 for reply in found.results[0].replies)
+
+
+def test_a_text_alone_is_read_behind_its_first_token(tmp_path: Path) -> None:
+    loaded = byte_model()
+    texts = ["abcd", "xyzxyzxyz"]
+    file = write_rows(tmp_path / "t.jsonl", [{"id": text[0], "text": text} for text in texts])
+    adapter = random_adapter(loaded.description, seed=1, size=4, name="one", positions="l1")
+    report = evaluate_model(
+        LocalAsker(loaded), read_rows(file), contenders_of(loaded, [None, adapter], "float32")
+    )
+    base, one = report.results
+    assert set(base.metrics) == {"loss", "perplexity"}
+    for result, edit in ((base, None), (one, adapter)):
+        losses, count = 0.0, 0
+        for text, reply in zip(texts, result.replies, strict=True):
+            ids = loaded.tokenizer(text)["input_ids"]
+            logits = reference_logits(byte_model().model, ids, 1, edit)
+            logprobs = logits[:-1].double().log_softmax(-1)
+            expected = -float(logprobs[range(len(ids) - 1), ids[1:]].sum())
+            assert (reply.loss, reply.num_tokens) == (
+                pytest.approx(expected, abs=1e-3),
+                len(ids) - 1,
+            )
+            losses, count = losses + expected, count + len(ids) - 1
+        assert result.metrics["perplexity"].value == pytest.approx(
+            math.exp(losses / count), rel=1e-4
+        )
+    assert base.replies != one.replies
 
 
 def test_a_row_beyond_the_context_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from reft_core.engine.interface import (
     Token,
 )
 from reft_core.errors import EngineOverloaded, EngineUnavailable, InvalidRequest
-from reft_core.templates import encode_chat
+from reft_core.templates import encode_chat, encode_text
 from trainer.evaluation.asking.interface import Contender, Question, Reply
 from trainer.evaluation.rows import Row
 
@@ -63,9 +63,19 @@ class Encoding:
             parts[_TEXT] = ()
         if wanted.choice:
             parts |= {str(n): self._tokens_of(text) for n, text in enumerate(row.candidates)}
-        if wanted.loss and not (wanted.choice and row.references[0] in row.candidates):
+        if wanted.loss and not row.turns:
+            parts[_LOSS] = self._read(row)[1:]
+        elif wanted.loss and not (wanted.choice and row.references[0] in row.candidates):
             parts[_LOSS] = self._tokens_of(row.references[0])
         return parts
+
+    def _read(self, row: Row) -> tuple[int, ...]:
+        """The tokens of a text that is only read: the first is its prompt, and no end follows."""
+        tokens = tuple(encode_text(self._tokenizer, row.references[0]))
+        if len(tokens) < 2:
+            got = f"{len(tokens)} tokens"
+            raise InvalidRequest.because(f"{row.where}: text", got, "at least 2, to predict one")
+        return tokens
 
     def _completion(self, text: str) -> tuple[int, ...]:
         """An answer's tokens, its end token included."""
@@ -77,6 +87,8 @@ class Encoding:
     def prompt(self, question: Question) -> tuple[int, ...]:
         """The conversation as its contender is given it."""
         row = question.row
+        if not row.turns:
+            return self._read(row)[:1]
         try:
             return tuple(encode_chat(self._tokenizer, row.messages, question.contender.template))
         except InvalidRequest as error:
