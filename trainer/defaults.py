@@ -81,14 +81,14 @@ def _choose_labels(chooser: Chooser, splits: Splits) -> None:
         return
     answers = {example.completion for example in train}
     every = [example for dataset in splits.datasets.values() for example in dataset.examples]
-    if 2 <= len(answers) <= _MOST_LABELS_GUESSED and len(every) >= 4 * len(answers):
-        if all(example.completion in answers for example in every):
-            chooser.choose(
-                "labels",
-                tuple(sorted(answers)),
-                f"all {len(every)} completions are one of these {len(answers)}",
-                ", ".join(sorted(answer.strip() for answer in answers)),
-            )
+    recur = 2 <= len(answers) <= _MOST_LABELS_GUESSED and len(every) >= 4 * len(answers)
+    if recur and all(example.completion in answers for example in every):
+        chooser.choose(
+            "labels",
+            tuple(sorted(answers)),
+            f"all {len(every)} completions are one of these {len(answers)}",
+            ", ".join(sorted(answer.strip() for answer in answers)),
+        )
 
 
 def _choose_size(chooser: Chooser, train: Dataset) -> None:
