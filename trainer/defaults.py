@@ -80,15 +80,15 @@ def _choose_labels(chooser: Chooser, splits: Splits) -> None:
         chooser.choose("labels", labels, f"the {len(labels)} labels of the data", ", ".join(names))
         return
     answers = {example.completion for example in train}
-    if 2 <= len(answers) <= _MOST_LABELS_GUESSED and len(train) >= 4 * len(answers):
-        held_out = [e for d in splits.datasets.values() for e in d.examples]
-        if all(example.completion in answers for example in held_out):
-            chooser.choose(
-                "labels",
-                tuple(sorted(answers)),
-                f"all {len(train)} completions are one of these {len(answers)}",
-                ", ".join(sorted(answer.strip() for answer in answers)),
-            )
+    every = [example for dataset in splits.datasets.values() for example in dataset.examples]
+    recur = 2 <= len(answers) <= _MOST_LABELS_GUESSED and len(every) >= 4 * len(answers)
+    if recur and all(example.completion in answers for example in every):
+        chooser.choose(
+            "labels",
+            tuple(sorted(answers)),
+            f"all {len(every)} completions are one of these {len(answers)}",
+            ", ".join(sorted(answer.strip() for answer in answers)),
+        )
 
 
 def _choose_size(chooser: Chooser, train: Dataset) -> None:

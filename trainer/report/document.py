@@ -55,6 +55,7 @@ def to_document(result: TrainResult) -> dict[str, Any]:
         "best_epoch": fit.best.number,
         "num_steps": fit.num_steps,
         "training_seconds": round(fit.seconds, 3),
+        "training_cpu_seconds": round(fit.cpu_seconds, 3),
         "metrics": result.metrics,
         "sample_metric": result.sample_metric,
         "confusion": {s: e.confusion.counts for s, e in result.evaluations.items() if e.confusion},
