@@ -53,6 +53,8 @@ def train_command(target: Path | str, arguments: Sequence[str]) -> None:
         )
         raise SystemExit(EXIT_INTERRUPTED) from None
     print_summary(result, Console())
+    if result.warning:
+        console.print(f"warning: {result.warning}", style="red", markup=False, soft_wrap=True)
 
 
 def settings_of(arguments: Sequence[str]) -> list[str]:

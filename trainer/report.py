@@ -41,6 +41,7 @@ def to_document(result: TrainResult) -> dict[str, object]:
         "config": _shown_config(result.config),
         "choices": {c.setting: {"value": str(c.value), "why": c.reason} for c in result.choices},
         "remarks": list(result.remarks),
+        "warning": result.warning,
         "num_trainable": result.num_trainable,
         "trainable_share": result.num_trainable / result.num_base_parameters,
         "data": dict(result.adapter.spec.training.data),
@@ -78,6 +79,7 @@ def render_markdown(result: TrainResult) -> str:
     sections = [
         f"# {result.config.name}",
         result.config.description,
+        f"**Warning:** {_cell(result.warning, 400)}" if result.warning else "",
         _facts_table(result),
         *_choices(result),
         "## Data",
