@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from reft_core.classification import label_tokens
 from reft_core.errors import TrainingError
 from reft_core.loading import LoadedModel, load_model
 from trainer.config import TrainConfig
@@ -54,15 +55,9 @@ class Task:
 
     @property
     def label_answers(self) -> dict[str, tuple[int, ...]]:
-        """Each label's tokens as a whole answer, its end included; none for a free task."""
-        tokenizer = self.loaded.tokenizer
-        return {
-            label: (
-                *tokenizer(label, add_special_tokens=False)["input_ids"],
-                tokenizer.eos_token_id,
-            )
-            for label in self.config.labels or ()
-        }
+        """Each label's tokens that count for its likelihood; none for a free task."""
+        labels = self.config.labels or ()
+        return dict(zip(labels, label_tokens(self.loaded.tokenizer, labels), strict=True))
 
 
 def load_task(
