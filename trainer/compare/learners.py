@@ -208,4 +208,4 @@ class _Head:
 @contextmanager
 def _open_head(_contender: Contender, config: TrainConfig, task: Task) -> Iterator[Learner]:
     set_seed(config.seed)
-    yield _Head(ProbeModel(task.loaded.model, task.label_answers))
+    yield _Head(ProbeModel(task.loaded.model, task.label_completions))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from reft_core.classification import label_tokens
+from reft_core.classification import answer_tokens, label_tokens
 from reft_core.errors import TrainingError
 from reft_core.loading import LoadedModel, load_model
 from trainer.config import TrainConfig
@@ -58,6 +58,12 @@ class Task:
         """Each label's tokens that count for its likelihood; none for a free task."""
         labels = self.config.labels or ()
         return dict(zip(labels, label_tokens(self.loaded.tokenizer, labels), strict=True))
+
+    @property
+    def label_completions(self) -> dict[str, tuple[int, ...]]:
+        """Each label's tokens as a row's whole completion; none for a free task."""
+        tokenizer = self.loaded.tokenizer
+        return {label: answer_tokens(tokenizer, label) for label in self.config.labels or ()}
 
 
 def load_task(
