@@ -45,14 +45,15 @@ def check_learnt(result: FitResult) -> str | None:
     Raises :class:`TrainingError` where the training loss ended above that one too: no parameters
     are worth keeping then, although they are finite.
     """
-    start, best, last = result.epochs[0], result.best, result.epochs[-1]
-    scores = best.valid_metrics.items()
+    start, *later = result.epochs
+    lowest, last = min(later, key=lambda epoch: epoch.valid_loss), later[-1]
+    scores = result.best.valid_metrics.items()
     better = any(score > start.valid_metrics.get(name, math.inf) for name, score in scores)
-    if better or not best.valid_loss >= start.valid_loss:
+    if better or not lowest.valid_loss >= start.valid_loss:
         return None
     found = (
         f"the validation loss was {start.valid_loss:.4g} before training and never lower after it "
-        f"(at best {best.valid_loss:.4g}, at step {best.step})"
+        f"(at best {lowest.valid_loss:.4g}, at step {lowest.step})"
     )
     if last.train_loss is not None and last.train_loss > _HARM * start.valid_loss:
         raise diverged(f"{found}, and the training loss ended at {last.train_loss:.4g}")
