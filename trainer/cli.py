@@ -69,6 +69,8 @@ def train_command(
         raise SystemExit(EXIT_INTERRUPTED) from None
     _record(config, finished_run(result, clock))
     print_summary(result, Console())
+    if result.warning:
+        console.print(f"warning: {result.warning}", style="red", markup=False, soft_wrap=True)
     return result
 
 

@@ -75,6 +75,7 @@ def _choose_labels(chooser: Chooser, splits: Splits) -> None:
         labels = tuple(f"{label_lead(template)}{name.strip()}" for name in names)
         if len(labels) < 2:
             raise TrainingError(f"{splits.train.path}: every row has the label {labels[0]!r}")
+        _check_known(splits, names)
         if chooser.config.labels is not None:
             chooser.config = chooser.config.choosing(labels=labels)
         chooser.choose("labels", labels, f"the {len(labels)} labels of the data", ", ".join(names))
@@ -89,6 +90,18 @@ def _choose_labels(chooser: Chooser, splits: Splits) -> None:
             f"all {len(every)} completions are one of these {len(answers)}",
             ", ".join(sorted(answer.strip() for answer in answers)),
         )
+
+
+def _check_known(splits: Splits, names: Sequence[str]) -> None:
+    """Raise :class:`TrainingError` for a row that is evaluated by a label that is not learnt."""
+    known = {name.strip() for name in names}
+    for example in (e for dataset in splits.datasets.values() for e in dataset.examples):
+        if example.kind == "label" and str(example.label) not in known:
+            raise TrainingError(
+                f"{example.where}: label {example.label!r} has no training row; the labels are "
+                f"{', '.join(names)}",
+                field="label",
+            )
 
 
 def _choose_size(chooser: Chooser, train: Dataset) -> None:

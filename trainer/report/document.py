@@ -46,6 +46,7 @@ def to_document(result: TrainResult) -> dict[str, Any]:
         "given": sorted(config.model_fields_set - chosen),
         "choices": {c.setting: {"value": str(c.value), "why": c.reason} for c in result.choices},
         "remarks": list(result.remarks),
+        "warning": result.warning,
         "num_trainable": result.num_trainable,
         "trainable_share": result.num_trainable / result.num_base_parameters,
         "data": dict(spec.training.data),
