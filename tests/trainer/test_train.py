@@ -188,7 +188,7 @@ def test_a_better_score_is_no_reason_to_warn(score: float, warned: bool) -> None
         Epoch(number, 0.1, loss, number, {"accuracy": found})
         for number, loss, found in ((0, 1.0, 0.5), (1, 1.2, score))
     )
-    assert (check_learnt(FitResult(epochs, epochs[1], 1, 0.0)) is not None) == warned
+    assert (check_learnt(FitResult(epochs, epochs[1], 1, 0.0, 0.0)) is not None) == warned
 
 
 def test_tensors_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
