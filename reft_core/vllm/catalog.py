@@ -6,6 +6,7 @@ loads one through it, and, asked for a digest that it does not know, from the ma
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterable
@@ -46,10 +47,9 @@ def check_servable(spec: AdapterSpec, sites: Iterable[str]) -> None:
         if name == "block_output" and site.source == "input":
             raise _unsupported(f"sites.{name}.source", "edits of a block that read its input")
         if name not in sites:
-            known = [*sites, name]
+            wanted = json.dumps({"reft": {"sites": [*sites, name]}})
             raise UnsupportedFeature(
-                f"sites: {name!r} is not armed; start vLLM with --additional-config "
-                f'\'{{"reft": {{"sites": {known}}}}}\''.replace("\\'", '"'),
+                f"sites: {name!r} is not armed; --additional-config '{wanted}' of vLLM arms it",
                 field=f"sites.{name}",
             )
 
@@ -118,11 +118,15 @@ class Catalog:
             self._look()
             is_gone = digest in self._known and digest not in self._served()
             if digest in self._removed or is_gone:
-                raise AdapterNotFound(explain("adapter", digest, "an adapter that is loaded"))
+                raise AdapterNotFound(
+                    explain("adapter", digest, "an adapter that is loaded"), field="adapter"
+                )
             if digest not in self._spooled:
                 data = self._files.get(digest)
                 if data is None:
-                    raise AdapterNotFound(explain("adapter", digest, "a known digest"))
+                    raise AdapterNotFound(
+                        explain("adapter", digest, "a known digest"), field="adapter"
+                    )
                 self._know(decode_adapter(data, digest=digest))
                 self._spooled.add(digest)
                 if digest not in self._served():
