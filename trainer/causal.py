@@ -33,6 +33,8 @@ class CausalTask:
     config: TrainConfig
     loaded: LoadedModel
     rows: Mapping[str, Sequence[TokenisedExample]]
+    prefixes: PrefixStore | None = None
+    """Keys and values that are the base's own, kept for every new model; None: each has its own."""
     kind: ModelKind = "causal"
 
     @classmethod
@@ -65,13 +67,21 @@ class CausalTask:
             self.loaded.model,
             self.config.placement(self.loaded.description),
             num_units=self.config.rule.num_units,
-            prefixes=PrefixStore(self.loaded.model, self.config.prefix_cache_mb * 2**20),
+            prefixes=self.prefixes or self.new_prefixes(),
             virtual=self.config.virtual_tokens(self.loaded),
         )
+
+    def new_prefixes(self) -> PrefixStore:
+        """An empty one, of the size in the config."""
+        return PrefixStore(self.loaded.model, self.config.prefix_cache_mb * 2**20)
 
     def order(self, epoch: int) -> Sequence[int]:
         """Shuffled."""
         return shuffled(len(self.rows["train"]), self.config.seed)(epoch)
+
+    def prompt_of(self, row: TokenisedExample) -> Sequence[int]:
+        """All before the completion."""
+        return row.prompt
 
     def measure(self, model: ReftModel, rows: Sequence[TokenisedExample]) -> Measured:
         """Mean loss over the rows' completion tokens."""

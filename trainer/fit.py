@@ -66,7 +66,9 @@ def fit(
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             # A basis that has no orthonormal form any more; the step size put it there.
             raise diverged("a basis lost its rank") from error
-    return validation.finish(trainer.state.global_step, trainer.step_seconds)
+    return validation.finish(
+        trainer.state.global_step, trainer.step_seconds, trainer.step_cpu_seconds
+    )
 
 
 @torch.no_grad()

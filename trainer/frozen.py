@@ -15,12 +15,15 @@ from typing_extensions import override
 class FrozenBase(nn.Module, ABC):
     """The base's parameters are frozen in place, and it stays in eval mode.
 
-    Implements :class:`trainer.task.TrainedModel` but for the forward.
+    Those that are ``tuned`` are trained with the parts nevertheless: all of them in full
+    fine-tuning, or what another library put into the base. Implements
+    :class:`trainer.task.TrainedModel` but for the forward.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, tuned: Sequence[nn.Parameter] = ()) -> None:
         super().__init__()
         self.base: Any = base.requires_grad_(False).eval()
+        self.tuned = nn.ParameterList(tuned).requires_grad_(True)
 
     @property
     @abstractmethod

@@ -57,6 +57,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._step_loss = 0.0
         self._resumed: dict[str, Any] = {}
         self.step_seconds = 0.0
+        self.step_cpu_seconds = 0.0
         optimizer = torch.optim.AdamW(
             # Weight decay cannot harm a basis (see orthonormalise).
             model.parameter_groups(config.learning_rate),
@@ -84,6 +85,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self._resumed = read_checkpoint(checkpoint)
             self._validation.restore(self._resumed["validation"])
             self.step_seconds = self._resumed["step_seconds"]
+            self.step_cpu_seconds = self._resumed["step_cpu_seconds"]
         self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
@@ -136,10 +138,11 @@ class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
         self.step_seconds += time.perf_counter() - start
+        self.step_cpu_seconds += time.process_time() - cpu_start
         if not math.isfinite(value):
             raise diverged(f"the loss became {value} at step {self.state.global_step + 1}")
         self._step_loss += value
@@ -164,6 +167,7 @@ class ReftTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 "scheduler": self.lr_scheduler.state_dict(),
                 "validation": self._validation.state(),
                 "step_seconds": self.step_seconds,
+                "step_cpu_seconds": self.step_cpu_seconds,
                 "random": torch.get_rng_state(),
             },
         )
@@ -220,6 +224,7 @@ def _arguments(config: TrainConfig, num_visits: int, scratch: str) -> TrainingAr
         run_name=config.name,
         disable_tqdm=True,
         remove_unused_columns=False,  # rows are ours, not columns of a data set
+        ddp_find_unused_parameters=False,  # with_unused sees to it that there are none
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:

@@ -14,9 +14,10 @@ from trainer.batches import batches
 from trainer.checkpoints import last_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Dataset
-from trainer.data.splits import load_splits
+from trainer.data.splits import Splits, load_splits
 from trainer.defaults import (
     Choice,
+    Chooser,
     choose_dtype,
     choose_evaluation,
     choose_from_data,
@@ -67,23 +68,9 @@ def prepare(config: TrainConfig, loaded: LoadedModel | None, progress: Progress)
     splits = load_splits(config)
     if resumed is not None:
         check_same_data(resumed, splits.datasets)
-    if loaded is None:
-        kind = kind_of(config.model, field="model")
-    else:
-        kind = model_kind(loaded.model.config)
-    chooser = choose_from_data(config, splits, kind)
-    if loaded is None:
-        if kind == "causal":
-            choose_dtype(chooser)
-        with progress.stage("loading the base model"):
-            loaded = load_any(
-                chooser.config.model,
-                dtype=chooser.config.dtype,
-                device=str(device()),
-                field="model",
-            )
-    choose_from_model(chooser, loaded.description.num_layers, loaded.tokenizer, kind)
+    chooser, loaded = choose_base(config, splits, loaded, progress)
     task = task_for(chooser.config, loaded, splits.datasets)
+    kind = task.kind
     choose_evaluation(chooser, task.rows, kind)
     choose_steps(
         chooser,
@@ -105,6 +92,29 @@ def prepare(config: TrainConfig, loaded: LoadedModel | None, progress: Progress)
         resumed.checkpoint if resumed else None,
         run_of(given, chooser.config, choices, splits.datasets),
     )
+
+
+def choose_base(
+    config: TrainConfig, splits: Splits, loaded: LoadedModel | None, progress: Progress
+) -> tuple[Chooser, LoadedModel]:
+    """The base, loaded unless it is ``loaded``, and what rows and base decide of the settings."""
+    if loaded is None:
+        kind = kind_of(config.model, field="model")
+    else:
+        kind = model_kind(loaded.model.config)
+    chooser = choose_from_data(config, splits, kind)
+    if loaded is None:
+        if kind == "causal":
+            choose_dtype(chooser)
+        with progress.stage("loading the base model"):
+            loaded = load_any(
+                chooser.config.model,
+                dtype=chooser.config.dtype,
+                device=str(device()),
+                field="model",
+            )
+    choose_from_model(chooser, loaded.description.num_layers, loaded.tokenizer, kind)
+    return chooser, loaded
 
 
 def seconds_for(config: TrainConfig, task: Task, steps: int) -> float:

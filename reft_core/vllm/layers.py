@@ -17,7 +17,6 @@ PROVED_MODEL_TYPES = (
     "gemma2",
     "gemma3_text",
     "gpt2",
-    "gpt_neox",
     "llama",
     "mistral",
     "qwen2",
@@ -46,6 +45,11 @@ def local_layers(model: nn.Module, num_layers: int) -> dict[int, nn.Module]:
     """
     from vllm.model_executor.models.utils import PPMissingLayer
 
+    if type(model).__name__.startswith("Transformers"):
+        raise UnsupportedModel(
+            f"{type(model).__name__}: vLLM has no implementation of its own of this model, and "
+            "that of transformers shapes its states otherwise"
+        )
     found: dict[str, dict[int, nn.Module]] = {}
     for name, modules in model.named_modules():
         if not isinstance(modules, nn.ModuleList) or len(modules) != num_layers:

@@ -121,8 +121,8 @@ class Settings(BaseSettings):
     )
     adapters: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(),
-        description="adapter files, or folders of them, registered at start under the name "
-        f"in their spec; in the environment separated by '{os.pathsep}'",
+        description="adapter files, folders of them or hub ids, registered at start under the "
+        f"name in their spec; in the environment separated by '{os.pathsep}'",
     )
 
     max_model_len: int = Field(default=2048, ge=2, description="prompt and answer, in tokens")

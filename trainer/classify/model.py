@@ -23,8 +23,8 @@ class ClassifierModel(FrozenBase):
     """Interventions where ``placement`` puts them and a head; the encoder never changes.
 
     Autograd records nothing below the first edited layer, since nothing there needs a gradient.
-    Without interventions (``placement`` None) the pooled states never change: they are computed
-    once a text and kept.
+    Without interventions (``placement`` None) and tuned parameters the pooled states never
+    change: they are computed once a text and kept.
     """
 
     def __init__(
@@ -36,29 +36,32 @@ class ClassifierModel(FrozenBase):
         num_units: int,
         head_learning_rate: float | None = None,
         max_bytes: int = 2**30,
+        tuned: Sequence[nn.Parameter] = (),
     ) -> None:
         """Without a rate of its own the head is trained with the interventions'.
 
         Pooled states take at most about ``max_bytes``; the rest is computed each time.
         """
-        super().__init__(base)
+        super().__init__(base, tuned)
+        self.placement = placement
         self._head_learning_rate = head_learning_rate
         self.interventions = Interventions(find_layers(base), placement, num_units)
         self.head = head
         self._most_kept = max_bytes // (4 * base.config.hidden_size)
-        self._kept: dict[tuple[int, ...], Tensor] | None = {} if placement is None else None
+        self._kept: dict[tuple[int, ...], Tensor] | None = None if placement or tuned else {}
 
     @property
     @override
     def trained_parts(self) -> list[nn.Module]:
-        return [self.interventions, self.head]
+        return [self.tuned, self.interventions, self.head]
 
     @override
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The interventions' parameters, and the head's."""
+        """The interventions' parameters and the base's tuned ones, and the head's."""
         of_head = self._head_learning_rate or learning_rate
+        edits = [*self.tuned, *self.interventions.parameters()]
         groups = [
-            {"params": list(self.interventions.parameters()), "lr": learning_rate},
+            {"params": edits, "lr": learning_rate},
             {"params": list(self.head.parameters()), "lr": of_head},
         ]
         return [group for group in groups if group["params"]]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import set_seed
 
 from reft_core.adapter import Adapter
@@ -85,8 +85,11 @@ class ClassifyTask:
             pad_id=self.loaded.model.config.pad_token_id or 0,
         )
 
-    def new_model(self) -> ClassifierModel:
-        """The encoder with interventions and a head drawn from the seed."""
+    def new_model(self, tuned: Sequence[nn.Parameter] = ()) -> ClassifierModel:
+        """The encoder with interventions and a head drawn from the seed.
+
+        With ``tuned`` parameters of the encoder those are trained instead of interventions.
+        """
         config, description = self.config, self.loaded.description
         set_seed(config.seed)
         head = TrainableHead(
@@ -99,11 +102,12 @@ class ClassifyTask:
         head.start_from(targets, regression=self.labels is None)
         return ClassifierModel(
             self.loaded.model,
-            config.placement(description),
+            None if tuned else config.placement(description),
             head,
             num_units=config.rule.num_units,
             head_learning_rate=config.head.learning_rate,
             max_bytes=config.prefix_cache_mb * 2**20,
+            tuned=tuned,
         )
 
     def order(self, epoch: int) -> list[int]:
@@ -111,11 +115,15 @@ class ClassifyTask:
         lengths = [len(row.tokens) for row in self.rows["train"]]
         return order_by_length(lengths, self.config.batch_size, self.config.seed + epoch)
 
+    def prompt_of(self, row: TextRow) -> Sequence[int]:
+        """The text, or both of a pair."""
+        return row.tokens
+
     @torch.no_grad()
     def measure(self, model: ClassifierModel, rows: Sequence[TextRow]) -> Measured:
         """Mean loss and metrics, the first of which chooses what training keeps."""
         outputs, targets = self.outputs(model, rows)
-        metrics = self._metrics(self._said(outputs), self._said_right(targets))
+        metrics = self._metrics(self.said(outputs), self._said_right(targets))
         return Measured(model.head.loss(outputs, targets).item(), metrics, next(iter(metrics)))
 
     @torch.no_grad()
@@ -151,7 +159,7 @@ class ClassifyTask:
                 requests = [EncoderRequest(row.tokens, uses, row.segments) for row in rows]
                 outputs = torch.stack(served.logits(requests))
             right = self._said_right(torch.tensor([row.target for row in rows]))
-            found[split] = self._evaluation(dataset, self._said(outputs), right)
+            found[split] = self._evaluation(dataset, self.said(outputs), right)
         return found
 
     def _evaluation(
@@ -166,31 +174,32 @@ class ClassifyTask:
         matrix = confusion(self.labels, answers, references) if self.labels else None
         return Evaluation(self._metrics(answers, references), matrix, tuple(samples))
 
-    def _metrics(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    @property
+    def metrics(self) -> tuple[str, ...]:
         """Those of the config, if it names any; else accuracy and Matthews correlation, or of a
         regression Pearson's and Spearman's."""
-        names: tuple[str, ...] = ("accuracy", "matthews")
-        if self.labels is None:
-            names = ("pearson", "spearman")
         if self.config.changed("metrics"):
-            names = self.config.metrics
-        return {name: score(name, answers, references) for name in names}
+            return self.config.metrics
+        return ("pearson", "spearman") if self.labels is None else ("accuracy", "matthews")
 
-    def _said(self, outputs: Tensor) -> list[str]:
+    def _metrics(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return {name: score(name, answers, references) for name in self.metrics}
+
+    def said(self, outputs: Tensor) -> list[str]:
         """The likeliest labels, or the values, of outputs (n, L)."""
         if self.labels is None:
             return [f"{value:.6f}" for value in outputs[:, 0].tolist()]
         return [self.labels[number] for number in outputs.argmax(1).tolist()]
 
     def _said_right(self, targets: Tensor) -> list[str]:
-        """Targets (n,) as :meth:`_said` writes them."""
+        """Targets (n,) as :meth:`said` writes them."""
         if self.labels is None:
             return [f"{value:.6f}" for value in targets.tolist()]
         return [self.labels[int(number)] for number in targets.tolist()]
 
     def parts(self, model: ClassifierModel) -> TrainedParts:
         """Edits, head and labels."""
-        placement = self.config.placement(self.loaded.description)
+        placement = model.placement
         kind = "regression" if self.labels is None else "classification"
         return TrainedParts(
             edits=model.interventions.to_edits(),

@@ -1,11 +1,10 @@
-"""Answers of one method to one split, whatever the metric needs to know of them."""
+"""A causal model asked for what a metric needs, by its own forward or by our engine."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,52 +17,18 @@ from reft_core.engine.interface import AdapterChoice, Engine, Request, SamplingP
 from reft_core.loading import LoadedModel
 from reft_core.positions import PositionRule
 from trainer.collate import Collator
+from trainer.compare.answers import Answers
 from trainer.compare.choosing import Scorer, choose_labels, row_losses
 from trainer.compare.probe import ProbeModel
 from trainer.compare.task import Split, Task
 from trainer.data import TokenisedExample
-from trainer.evaluation.scoring import Answered, Metric
+from trainer.evaluation.scoring import Metric
 from trainer.evaluation.splits import generate
 
 _EXTRA_TOKENS = 8
 """Tokens an answer may be longer than the longest reference before it is cut."""
 
 _SCORE = SamplingParams(temperature=0, logprobs=0)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a metric needs of each row, in order; the other lists are empty."""
-
-    choices: tuple[str, ...] = ()
-    texts: tuple[str, ...] = ()
-    losses: tuple[tuple[float, int], ...] = ()
-    """Summed loss and number of tokens."""
-
-    def against(self, references: Sequence[str]) -> list[Answered]:
-        """The rows as metrics look at them."""
-        return [
-            Answered(
-                (reference,),
-                answer=reference,
-                text=self.texts[index] if self.texts else "",
-                predicted=self.texts[index] if self.texts else "",
-                choice=self.choices[index] if self.choices else "",
-                loss=self.losses[index][0] if self.losses else 0.0,
-                num_tokens=self.losses[index][1] if self.losses else 0,
-            )
-            for index, reference in enumerate(references)
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"choices": self.choices, "texts": self.texts, "losses": self.losses}
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Answers:
-        """From what :meth:`to_json` gave."""
-        losses = tuple((float(loss), int(count)) for loss, count in document["losses"])
-        return cls(tuple(document["choices"]), tuple(document["texts"]), losses)
 
 
 def answer_by_model(

@@ -19,52 +19,43 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from trainer.collate import IGNORED
+from trainer.frozen import FrozenBase
 from trainer.reft_model import LossAndLogits
 
 
-class BaselineModel(nn.Module):
+class BaselineModel(FrozenBase):
     """``wrapped`` around ``base``, in the form that :func:`trainer.fit.fit` trains.
 
-    Whatever of it requires a gradient is trained. It stays in eval mode, as no method here
-    drops anything out.
+    The parameters of either that are ``tuned`` are trained. It stays in eval mode, as no method
+    here drops anything out.
     """
 
-    def __init__(self, base: PreTrainedModel, wrapped: nn.Module, num_virtual: int = 0) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        wrapped: nn.Module,
+        tuned: Sequence[nn.Parameter] = (),
+        num_virtual: int = 0,
+    ) -> None:
         """``num_virtual`` columns of hidden states stand before the rows' own."""
-        super().__init__()
+        super().__init__(base, tuned)
         self.wrapped = wrapped.eval()
-        self._base = [base]  # in a list: it is part of what is wrapped
         self._num_virtual = num_virtual
 
     @property
-    def device(self) -> torch.device:
-        """Where batches are to be."""
-        device: torch.device = self._base[0].device
-        return device
+    @override
+    def trained_parts(self) -> list[nn.Module]:
+        return [self.tuned]
+
+    @property
+    def interventions(self) -> list[nn.Module]:
+        """None that edits states."""
+        return []
 
     @override
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode."""
         return self
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters the optimiser may change."""
-        return [parameter for _, parameter in self._named()]
-
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """:meth:`trainable` as torch's optimisers take them."""
-        return [{"params": self.trainable(), "lr": learning_rate}]
-
-    def trained_state(self) -> list[dict[str, Tensor]]:
-        """A copy of what training changes."""
-        return [{name: parameter.detach().clone() for name, parameter in self._named()}]
-
-    @torch.no_grad()
-    def load_trained_state(self, state: Sequence[dict[str, Tensor]]) -> None:
-        """Put back what :meth:`trained_state` returned."""
-        (tensors,) = state
-        for name, parameter in self._named():
-            parameter.copy_(tensors[name])
 
     @override
     def forward(
@@ -84,16 +75,13 @@ class BaselineModel(nn.Module):
         def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0][rows, columns].unsqueeze(0), *args[1:])  # (1, N, d)
 
-        handle = self._base[0].get_output_embeddings().register_forward_pre_hook(select)
+        handle = self.base.get_output_embeddings().register_forward_pre_hook(select)
         try:
             logits = self.wrapped(input_ids=tokens, attention_mask=mask).logits[0]  # (N, V)
         finally:
             handle.remove()
         loss = F.cross_entropy(logits.float(), labels[labels != IGNORED])
         return LossAndLogits(loss=loss, logits=logits)
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.wrapped.named_parameters() if p.requires_grad]
 
 
 def to_left_edge(

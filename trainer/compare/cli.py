@@ -13,7 +13,7 @@ from rich.table import Table
 from reft_core.errors import ReftError
 from trainer.cli import EXIT_ERROR, EXIT_INTERRUPTED
 from trainer.compare.config import CompareConfig
-from trainer.compare.render import shown
+from trainer.compare.render import seconds, shown
 from trainer.compare.report import write_report
 from trainer.compare.run import Comparison, compare
 from trainer.compare.table import Row, table_rows
@@ -50,7 +50,8 @@ def compare_command(
 def print_table(comparison: Comparison, rows: Sequence[Row], console: Console) -> None:
     """The table for a terminal, and where the files are."""
     factor = 100 if comparison.metric.percent else 1
-    table = Table("method", "setting", "parameters", comparison.metric.name, "s", "serving")
+    numbers = (comparison.metric.name, f"{comparison.clock} s")
+    table = Table("method", "setting", "parameters", *numbers, "serving")
     for row in rows:
         if row.quality is None:
             table.add_row(row.label, row.error)
@@ -60,8 +61,10 @@ def print_table(comparison: Comparison, rows: Sequence[Row], console: Console) -
             row.setting,
             f"{row.num_parameters:,}",
             shown(row.quality, factor),
-            f"{row.training_seconds:.0f}",
+            f"{seconds(comparison, row):.0f}",
             f"{row.serving_scope}, {row.serving_extra_percent:+.2g} %",
         )
     console.print(table)
+    for name, reason in comparison.left_out.items():
+        console.print(f"left out: {name}: {reason}", soft_wrap=True)
     console.print(f"report: {comparison.config.out / 'report.md'}", soft_wrap=True)

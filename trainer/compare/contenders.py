@@ -4,24 +4,27 @@ A search of n trials takes the first n of a fixed sequence, so that a longer one
 shorter one ended, every method gets the same number, and any process can name the trials without
 asking another. Learning rates follow an additive recurrence on the logarithm (Kronecker's
 sequence with the golden ratio), which covers an interval evenly at every length and begins in
-its middle; sizes take turns.
+its middle; sizes, and what else is listed, take turns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice, product
+from typing import Any, Literal
 
 from reft_core.errors import InvalidRequest
+from reft_core.loading import ModelKind
 from reft_core.methods import METHODS
 from reft_core.methods.virtual import VIRTUAL_METHODS
 from trainer.nearest import nearest
 
 Kind = Literal["prompting", "head", "registry", "peft", "full"]
-Setting = dict[str, int | float]
-"""Values by the name of the setting: ``learning_rate``, ``rank``, ``prefix_length``, ``shots``."""
+Setting = dict[str, Any]
+"""Values by the name of the setting, as JSON has them: ``learning_rate``, ``rank``, ``shots``,
+``head.pooling``. A part of a group of settings has the group's name and a dot before its own."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -42,23 +45,54 @@ class Contender:
     every_token: bool = False
     """Whether it is meant for every token of the prompt, whatever positions the config has."""
 
-    def settings(self, count: int) -> list[Setting]:
-        """The first ``count`` settings of its search; fewer where there are no more to try."""
+    def settings(
+        self,
+        count: int,
+        choices: Mapping[str, Sequence[Any]] | None = None,
+        settled: Collection[str] = (),
+    ) -> list[Setting]:
+        """The first ``count`` settings of its search; fewer where there are no more to try.
+
+        ``choices`` are tried besides its own sizes or instead of what is its own; what is
+        ``settled`` is not tried.
+        """
+        options: dict[str, Sequence[Any]] = {}
+        if self.size is not None and self.size not in settled:
+            options[self.size] = self.sizes
+        options |= choices or {}
+        searched = self.learning_rates if "learning_rate" not in {*options, *settled} else None
         found: list[Setting] = []
-        for index in range(count):
-            setting: Setting = {}
-            if self.learning_rates is not None:
-                setting["learning_rate"] = _spread(*self.learning_rates, index)
-            if self.size is not None:
-                setting[self.size] = self.sizes[index % len(self.sizes)]
+        for index, setting in enumerate(islice(cycle(_in_turn(options)), count)):
+            if searched is not None:
+                setting = {"learning_rate": _spread(*searched, index)} | setting
             if setting not in found:
                 found.append(setting)
         return found
+
+    def on(self, kind: ModelKind) -> Contender:
+        """Itself, with the ranks that its method takes on a base of this kind."""
+        if kind == "encoder" and self.sizes == _RANKS:
+            return replace(self, sizes=_ENCODER_RANKS)
+        return self
 
     @property
     def trains(self) -> bool:
         """Whether it has parameters."""
         return self.learning_rates is not None
+
+
+def _in_turn(options: Mapping[str, Sequence[Any]]) -> Iterator[Setting]:
+    """Every combination once, those first in which each value of each list has had its turn."""
+    if not options:
+        yield {}
+        return
+    longest, *others = sorted(options, key=lambda name: -len(options[name]))
+    for shifts in product(*(range(len(options[name])) for name in others)):
+        for index, value in enumerate(options[longest]):
+            turns = zip(others, shifts, strict=True)
+            yield {longest: value} | {
+                name: options[name][(index + shift) % len(options[name])] for name, shift in turns
+            }
 
 
 def _spread(low: float, high: float, index: int) -> float:
@@ -70,6 +104,8 @@ def _spread(low: float, high: float, index: int) -> float:
 _REFT_RATES = (1e-3, 1e-2)
 _ADAPTER_RATES = (3e-4, 1e-2)
 _RANKS = (4, 1, 8)
+_ENCODER_RANKS = (16, 8, 4)
+"""More, since a head reads all tokens; see :mod:`trainer.classify.defaults`."""
 _WIDTHS = (8, 4, 16)
 _LENGTHS = (16, 8, 32)
 

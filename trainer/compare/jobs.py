@@ -6,33 +6,29 @@ from collections.abc import Iterable
 
 from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import Contender, Setting
+from trainer.compare.settings import given_choices, given_values
 from trainer.compare.store import Job
+from trainer.compare.task import Task
 
 
-def search_settings(contender: Contender, comparison: CompareConfig) -> list[Setting]:
+def search_settings(task: Task, contender: Contender, comparison: CompareConfig) -> list[Setting]:
     """What a search tries of a method, without what the config has settled."""
-    settled = comparison.settings.get(contender.name, {})
-    found: list[Setting] = []
-    for setting in contender.settings(comparison.search):
-        left = {name: value for name, value in setting.items() if name not in settled}
-        if left not in found:
-            found.append(left)
-    return found
+    choices = given_choices(task, contender, comparison)
+    settled = given_values(task, contender, comparison)
+    return contender.settings(comparison.search, choices, settled)
 
 
-def search_jobs(contenders: Iterable[Contender], comparison: CompareConfig) -> list[Job]:
-    """Every search's trials, with the first seed."""
+def search_jobs(
+    task: Task, contenders: Iterable[Contender], comparison: CompareConfig
+) -> list[Job]:
+    """Every search's trials, with the first seed; none where there is no choice."""
+    searches = {c.name: search_settings(task, c, comparison) for c in contenders}
     return [
-        Job.of("search", contender.name, setting, comparison.seeds[0])
-        for contender in contenders
-        for setting in _choices(contender, comparison)
+        Job.of("search", name, setting, comparison.seeds[0])
+        for name, settings in searches.items()
+        for setting in settings
+        if len(settings) > 1
     ]
-
-
-def _choices(contender: Contender, comparison: CompareConfig) -> list[Setting]:
-    """Those of a search; none where there is no choice."""
-    settings = search_settings(contender, comparison)
-    return settings if len(settings) > 1 else []
 
 
 def tested_seeds(name: str, comparison: CompareConfig) -> tuple[int, ...]:

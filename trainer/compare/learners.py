@@ -7,8 +7,7 @@ afterwards it is what it was, bit for bit.
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from transformers import set_seed
 
 from reft_core.adapter import Adapter, decode_adapter, encode_adapter
 from reft_core.convert import BASE_TEMPLATE, ConvertOptions, convert
-from trainer.causal import parts_of
+from reft_core.spec import AdapterSpec
+from trainer.compare import tuning
 from trainer.compare.baseline import BaselineModel
 from trainer.compare.contenders import Contender
 from trainer.compare.probe import ProbeModel
@@ -28,7 +28,7 @@ from trainer.compare.task import Task
 from trainer.config import TrainConfig
 from trainer.export import build_spec, check_finite
 from trainer.fit import FitResult
-from trainer.reft_model import ReftModel
+from trainer.task import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Saved:
     num_bytes: int
     """Of its tensors' file."""
     adapter: Adapter | None
-    """As our engine runs it; None for what is no adapter (a head, a whole model)."""
+    """As we serve it; None for what is no adapter (a causal model's head, a whole model)."""
 
 
 class Learner(Protocol):
@@ -52,46 +52,51 @@ class Learner(Protocol):
         """The result of a training."""
 
 
+Opening = Callable[[Contender, TrainConfig, Task], AbstractContextManager[Learner]]
+
+
 def open_learner(
     contender: Contender, config: TrainConfig, task: Task
 ) -> AbstractContextManager[Learner]:
     """``contender``, set as ``config`` says and drawn from its seed, on the base of ``task``."""
-    opening = {"registry": _open_ours, "peft": _open_peft, "full": _open_full, "head": _open_head}
+    opening: dict[str, Opening] = {
+        "registry": _open_ours,
+        "peft": _open_peft,
+        "full": _open_full,
+        # An encoder's head is a part of its adapter file.
+        "head": _open_probe if task.kind == "causal" else _open_ours,
+    }
     return opening[contender.kind](contender, config, task)
 
 
 @dataclass
 class _Ours:
-    """A method of our registry."""
+    """What ``reft train`` trains, and its file."""
 
     config: TrainConfig
     task: Task
-    model: ReftModel
+    model: TrainedModel
 
     def save(self, fit: FitResult) -> Saved:
-        description = self.task.loaded.description
-        parts = parts_of(self.config, description, self.model)
-        check_finite(parts.edits, parts.prefix)
+        parts = self.task.under(self.config).parts(self.model)
+        check_finite(parts.edits, parts.prefix, parts.head)
         metrics = {"valid_loss": fit.best.valid_loss, "base_valid_loss": fit.epochs[0].valid_loss}
         spec = build_spec(
-            self.config, description, self.task.datasets, fit, metrics, "reft compare", parts
+            self.config,
+            self.task.loaded.description,
+            self.task.datasets,
+            fit,
+            metrics,
+            "reft compare",
+            parts,
         )
-        data = encode_adapter(spec, parts.edits, parts.prefix)
+        data = encode_adapter(spec, parts.edits, parts.prefix, parts.head)
         return Saved(len(data), decode_adapter(data))
 
 
 @contextmanager
 def _open_ours(_contender: Contender, config: TrainConfig, task: Task) -> Iterator[Learner]:
-    set_seed(config.seed)
-    loaded = task.loaded
-    model = ReftModel(
-        loaded.model,
-        config.placement(loaded.description),
-        num_units=config.rule.num_units,
-        prefixes=task.prefixes,
-        virtual=config.virtual_tokens(loaded),
-    )
-    yield _Ours(config, task, model)
+    yield _Ours(config, task, task.under(config).new_model())
 
 
 @dataclass
@@ -100,102 +105,87 @@ class _Peft:
 
     config: TrainConfig
     task: Task
-    model: BaselineModel
+    wrapped: Any
+    model: TrainedModel
 
     def save(self, fit: FitResult) -> Saved:
         with tempfile.TemporaryDirectory() as scratch:
-            wrapped: Any = self.model.wrapped
-            wrapped.save_pretrained(scratch)
+            self.wrapped.save_pretrained(scratch)
+            num_bytes = (Path(scratch) / "adapter_model.safetensors").stat().st_size
+            if self.task.kind == "seq2seq":
+                return Saved(num_bytes, None)  # it adapts the decoder too
             options = ConvertOptions(
                 base=self.task.loaded.description,
                 name=self.config.name,
                 template=self.config.template or BASE_TEMPLATE,
             )
             adapter = decode_adapter(convert(Path(scratch), "peft", options))
-            return Saved((Path(scratch) / "adapter_model.safetensors").stat().st_size, adapter)
+        if self.task.kind == "encoder":
+            adapter = self._with_head(adapter)
+        return Saved(num_bytes + _head_bytes(self.model), adapter)
+
+    def _with_head(self, adapter: Adapter) -> Adapter:
+        """The converted adapter with the head that was trained beside it."""
+        parts = self.task.under(self.config).parts(self.model)
+        described = {"task": parts.task, "head": parts.head_spec, "template": None}
+        spec = AdapterSpec.model_validate(adapter.spec.model_dump() | described)
+        return decode_adapter(encode_adapter(spec, adapter.edits, head=parts.head))
 
 
 @contextmanager
 def _open_peft(contender: Contender, config: TrainConfig, task: Task) -> Iterator[Learner]:
-    from peft import PromptTuningConfig, get_peft_model
-
-    set_seed(config.seed)
-    base = task.loaded.model
-    how = _peft_config(contender, config)
-    wrapped: Any = _quietly(get_peft_model, base, how)
-    num_virtual = config.prefix_length if isinstance(how, PromptTuningConfig) else 0
-    try:
-        yield _Peft(config, task, BaselineModel(base, wrapped, num_virtual))
-    finally:
-        if not how.is_prompt_learning:  # which changes no module of the base
-            wrapped.unload()
-        base.requires_grad_(False)
-        if hasattr(base, "peft_config"):
-            del base.peft_config
-
-
-def _peft_config(contender: Contender, config: TrainConfig) -> Any:
-    """PEFT's own defaults, but for what a comparison sets: sizes, α = 2r, no dropout."""
-    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType
-
-    if contender.name == "peft_lora":
-        return LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=config.rank,
-            lora_alpha=2 * config.rank,
-            lora_dropout=0.0,
-        )
-    if contender.name == "peft_prefix_tuning":
-        return PrefixTuningConfig(
-            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=config.prefix_length
-        )
-    return PromptTuningConfig(
-        task_type=TaskType.CAUSAL_LM,
-        num_virtual_tokens=config.prefix_length,
-        prompt_tuning_init="SAMPLE_VOCAB",  # as arXiv 2104.08691, and as our own begins
-    )
-
-
-def _quietly(build: Any, *args: Any) -> nn.Module:
-    """``build(*args)`` without PEFT's warnings about names that transformers will rename."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        built: nn.Module = build(*args)
-        return built
+    with tuning.peft_in(contender, config, task) as wrapped:
+        tuned = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        # Those of a prefix are keys and values, no tokens with states of their own.
+        num_virtual = config.prefix_length if contender.name == "peft_prompt_tuning" else 0
+        model = _tuned_model(config, task, wrapped, tuned, num_virtual)
+        yield _Peft(config, task, wrapped, model)
 
 
 @dataclass
 class _Full:
     """The base's own parameters, all of them."""
 
-    model: BaselineModel
-    num_bytes: int
+    model: TrainedModel
+    num_base_bytes: int
 
     def save(self, fit: FitResult) -> Saved:
-        return Saved(self.num_bytes, None)
+        return Saved(self.num_base_bytes + _head_bytes(self.model), None)
 
 
 @contextmanager
 def _open_full(_contender: Contender, config: TrainConfig, task: Task) -> Iterator[Learner]:
-    """Trains float32 copies: steps this small are lost in bfloat16."""
-    set_seed(config.seed)
     base = task.loaded.model
-    kept = {parameter: parameter.data for parameter in base.parameters()}
-    for parameter, data in kept.items():
-        parameter.data = data.float().clone()
-        parameter.requires_grad_(True)
-    num_bytes = sum(data.nbytes for data in kept.values())
-    try:
-        yield _Full(BaselineModel(base, base), num_bytes)
-    finally:
-        for parameter, data in kept.items():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-            parameter.data = data
+    num_bytes = sum(parameter.nbytes for parameter in base.parameters())
+    with tuning.all_of(base) as tuned:
+        yield _Full(_tuned_model(config, task, base, tuned), num_bytes)
+
+
+def _tuned_model(
+    config: TrainConfig,
+    task: Task,
+    wrapped: nn.Module,
+    tuned: list[nn.Parameter],
+    num_virtual: int = 0,
+) -> TrainedModel:
+    """The base, ``wrapped`` or not, with the parameters that are ``tuned``, and an encoder's head
+    beside them."""
+    if task.kind == "causal":
+        return BaselineModel(task.loaded.model, wrapped, tuned, num_virtual)
+    tunable: Any = task.under(config)
+    model: TrainedModel = tunable.new_model(tuned)
+    return model
+
+
+def _head_bytes(model: Any) -> int:
+    """Of the file of an encoder's trained head; 0 where there is none."""
+    if not hasattr(model, "head"):
+        return 0
+    return len(save({name: t.contiguous() for name, t in model.head.to_head().tensors().items()}))
 
 
 @dataclass
-class _Head:
+class _Probe:
     """A linear map of the frozen base's last hidden state."""
 
     model: ProbeModel
@@ -206,6 +196,6 @@ class _Head:
 
 
 @contextmanager
-def _open_head(_contender: Contender, config: TrainConfig, task: Task) -> Iterator[Learner]:
+def _open_probe(_contender: Contender, config: TrainConfig, task: Task) -> Iterator[Learner]:
     set_seed(config.seed)
-    yield _Head(ProbeModel(task.loaded.model, task.label_answers))
+    yield _Probe(ProbeModel(task.loaded.model, task.label_completions))

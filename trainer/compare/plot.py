@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from trainer.compare.run import Comparison
 from trainer.compare.table import Row
 
-_STYLE = {"own weights": "s", "head": "D", "prompt": "o", "every token": "^", "prefix": "v"}
+_STYLE = {
+    "own weights": "s",
+    "head": "D",
+    "prompt": "o",
+    "text": "o",
+    "every token": "^",
+    "prefix": "v",
+}
 
 
 def to_png(comparison: Comparison, rows: Sequence[Row]) -> bytes:

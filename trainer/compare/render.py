@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from trainer.compare.contenders import CONTENDERS
 from trainer.compare.run import Comparison
 from trainer.compare.serving import SCOPES
 from trainer.compare.table import Row
@@ -18,18 +19,20 @@ def to_markdown(comparison: Comparison, rows: Sequence[Row], command: str) -> st
     """The report: the table, then what each of its columns means."""
     header = ["method", "setting", "parameters", "% of base", f"{comparison.metric.name} (95 %)"]
     header += [f"vs {comparison.config.reference}"] if comparison.config.reference else []
-    header += ["training, s", "file, bytes", "serving"]
+    header += [f"training, {comparison.clock} s", "file, bytes", "serving"]
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for row in rows:
         lines.append(f"| {' | '.join(_cells(comparison, row))} |")
     failures = [f"- {row.label}: {row.error}" for row in rows if row.error]
+    left_out = [f"- {CONTENDERS[name].label}: {why}" for name, why in comparison.left_out.items()]
     parts = [
         f"# Comparison on {comparison.task['model']}",
         _about(comparison),
         "\n".join(lines),
         "![quality against parameters](quality.png)",
         *(["Runs that failed:\n\n" + "\n".join(failures)] if failures else []),
-        _legend(rows),
+        *(["Left out:\n\n" + "\n".join(left_out)] if left_out else []),
+        _legend(comparison, rows),
         f"Made by `{command}`.\n" if command else "",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -44,22 +47,45 @@ def _about(comparison: Comparison) -> str:
     return (
         f"{task['train_rows']} training rows, {task['valid_rows']} validation rows, "
         f"{len(comparison.references)} test rows. Every training: {budget}, AdamW, the same "
-        f"schedule, the epoch of lowest validation loss kept. Search: {config.search} settings a "
-        f"method, chosen on the validation rows with seed {config.seeds[0]}. Tested once with "
+        f"schedule, the epoch of {_kept_epoch(comparison)} kept. Search: {config.search} settings "
+        f"a method, chosen on the validation rows with seed {config.seeds[0]}. Tested once with "
         f"seeds {seeds}."
     )
 
 
-def _legend(rows: Sequence[Row]) -> str:
+def _kept_epoch(comparison: Comparison) -> str:
+    if comparison.kind == "encoder":
+        return f"best validation {comparison.metric.name}"
+    return "lowest validation loss"
+
+
+def seconds(comparison: Comparison, row: Row) -> float:
+    """Of training, by the clock that is shown."""
+    return row.training_cpu_seconds if comparison.clock == "CPU" else row.training_seconds
+
+
+_CLOCKS = {
+    "CPU": "CPU seconds of all threads in training steps alone, so that neither a pause nor what "
+    "else the machine did adds to them; those on the wall are in table.csv",
+    "wall": "seconds on the wall in training steps alone, on this machine",
+}
+
+
+def _legend(comparison: Comparison, rows: Sequence[Row]) -> str:
     used = {row.serving_scope for row in rows if row.quality is not None}
     scopes = "\n".join(f"- {name}: {text}." for name, text in SCOPES.items() if name in used)
     return (
         "The interval is half the width of a two-level bootstrap over seeds and test rows. "
-        "Parameters are those trained, bytes those of the saved tensors' file. Training seconds "
-        "are spent in steps alone, on this machine. Serving names the forwards a method takes "
-        "part in, and the operations it adds to a mean request, counted and not measured:\n\n"
+        f"Parameters are those trained{_head_too(comparison)}, bytes those of the saved tensors' "
+        f"file. Training times are {_CLOCKS[comparison.clock]}. Serving names the forwards a "
+        "method takes part in, and the operations it adds to a mean request, counted and not "
+        "measured:\n\n"
         f"{scopes}"
     )
+
+
+def _head_too(comparison: Comparison) -> str:
+    return ", the head's among them" if comparison.kind == "encoder" else ""
 
 
 def _cells(comparison: Comparison, row: Row) -> list[str]:
@@ -78,7 +104,7 @@ def _cells(comparison: Comparison, row: Row) -> list[str]:
         cells.append(shown(row.difference, factor, signed=True) if row.difference else _NONE)
     return [
         *cells,
-        f"{row.training_seconds:.0f}",
+        f"{seconds(comparison, row):.0f}",
         f"{row.file_bytes:,}",
         f"{row.serving_scope}, {row.serving_extra_percent:+.3g} %",
     ]
@@ -106,6 +132,7 @@ _CSV = (
     "num_parameters",
     "percent_of_base",
     "training_seconds",
+    "training_cpu_seconds",
     "file_bytes",
     "serving_scope",
     "serving_extra_percent",
@@ -131,6 +158,7 @@ def to_csv(rows: Sequence[Row]) -> str:
                 row.num_parameters,
                 row.percent_of_base,
                 row.training_seconds,
+                row.training_cpu_seconds,
                 row.file_bytes,
                 row.serving_scope,
                 row.serving_extra_percent,
@@ -146,7 +174,8 @@ def to_latex(comparison: Comparison, rows: Sequence[Row]) -> str:
     lines = [
         r"\begin{tabular}{lrrrrl}",
         r"\toprule",
-        rf"Method & Parameters & \% of base & {_tex(comparison.metric.name)} & s & Serving \\",
+        rf"Method & Parameters & \% of base & {_tex(comparison.metric.name)} & "
+        rf"{comparison.clock} s & Serving \\",
         r"\midrule",
     ]
     for row in rows:
@@ -156,7 +185,7 @@ def to_latex(comparison: Comparison, rows: Sequence[Row]) -> str:
                 f"{row.num_parameters:,}",
                 f"{row.percent_of_base:.3g}",
                 f"${shown(row.quality, factor).replace('±', chr(92) + 'pm')}$",
-                f"{row.training_seconds:.0f}",
+                f"{seconds(comparison, row):.0f}",
                 _tex(row.serving_scope),
             ]
         lines.append(" & ".join(cells) + r" \\")

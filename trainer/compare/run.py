@@ -5,22 +5,24 @@ No test row is looked at before every method's setting is chosen; :func:`compare
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from reft_core.errors import TrainingError, explain
-from reft_core.loading import LoadedModel
+from reft_core.errors import TrainingError
+from reft_core.loading import LoadedModel, ModelKind
+from trainer.compare.arena import arena_for
 from trainer.compare.config import CompareConfig
-from trainer.compare.contenders import Contender, Setting, get_contenders
+from trainer.compare.contenders import Setting, get_contenders
 from trainer.compare.jobs import search_jobs, search_settings, tested_seeds
 from trainer.compare.runner import Runner
-from trainer.compare.settings import check_settings, training_config
+from trainer.compare.settings import check_settings, longest_prefix, training_config
 from trainer.compare.store import Job, Record, Store
-from trainer.compare.task import Task, check_has_test, load_task, load_test
+from trainer.compare.task import check_has_test, load_task, load_test
 from trainer.config import TrainConfig
-from trainer.evaluation.scoring import METRICS, Metric
+from trainer.evaluation.scoring import Metric
 from trainer.progress import Progress, SilentProgress
+
+Clock = Literal["CPU", "wall"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,16 @@ class Comparison:
 
     config: CompareConfig
     task: dict[str, Any]
+    kind: ModelKind
     metric: Metric
     references: list[str]
     labels: tuple[str, ...]
     num_base_parameters: int
+    clock: Clock
+    """Of the training seconds that are shown: the CPU's, where it computes; neither a pause nor
+    what else the machine does adds to those."""
+    left_out: dict[str, str]
+    """By method that has no place on the base, why."""
     chosen: dict[str, Setting | None]
     """By method; None where every setting of the search failed."""
     finals: dict[str, list[Record]]
@@ -53,8 +61,9 @@ def compare(
     cannot be used. A single run that fails is recorded as failed and the others go on.
     """
     check_has_test(config)
+    check_settings(comparison)
     contenders = get_contenders(comparison.methods)
-    spare = max((max(c.sizes) for c in contenders if c.size == "prefix_length"), default=0)
+    spare = longest_prefix(contenders, comparison)
     task = load_task(
         config,
         loaded=loaded,
@@ -63,24 +72,26 @@ def compare(
         steps=comparison.steps,
         spare_tokens=spare,
     )
-    metric = _metric(task.config, contenders)
-    check_settings(comparison)
+    arena = arena_for(task)
+    contenders, left_out = arena.sort(contender.on(task.kind) for contender in contenders)
+    if not contenders:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise TrainingError(f"methods: none has a place on this base; {reasons}", field="methods")
     for contender in contenders:  # whatever is wrong with a setting is said now
-        for setting in search_settings(contender, comparison):
-            training_config(task, contender, setting, comparison.seeds[0], comparison)
-    facts = _facts(task, comparison, metric)
-    runner = Runner(
-        task,
-        comparison,
-        metric,
-        Store(comparison.out, facts),
-        command,
-        progress or SilentProgress(),
-    )
-    runner.do(search_jobs(contenders, comparison))
+        for setting in search_settings(task, contender, comparison):
+            training_config(arena, contender, setting, comparison.seeds[0], comparison)
+    facts = task.facts | {
+        "test_rows": comparison.test_rows,
+        "settings": comparison.settings,
+        "metric": arena.metric.name,
+        "model": task.loaded.description.name,
+    }
+    store = Store(comparison.out, facts)
+    runner = Runner(arena, comparison, store, command, progress or SilentProgress())
+    runner.do(search_jobs(task, contenders, comparison))
     chosen = {contender.name: runner.best(contender) for contender in contenders}
     test = load_test(task, test_rows=comparison.test_rows, spare_tokens=spare)
-    runner.store.agree("test.json", {"test_sha256": test.dataset.sha256})
+    store.agree("test.json", {"test_sha256": test.dataset.sha256})
     finals = {
         name: [Job.of("final", name, setting, seed) for seed in tested_seeds(name, comparison)]
         for name, setting in chosen.items()
@@ -90,35 +101,13 @@ def compare(
     return Comparison(
         config=comparison,
         task=facts,
-        metric=metric,
-        references=test.references,
-        labels=task.config.labels or (),
+        kind=task.kind,
+        metric=arena.metric,
+        references=arena.references(test),
+        labels=arena.labels,
+        clock="CPU" if task.loaded.model.device.type == "cpu" else "wall",
         num_base_parameters=task.loaded.description.num_parameters,
+        left_out=left_out,
         chosen=chosen,
         finals={name: [runner.read(job) for job in jobs] for name, jobs in finals.items()},
     )
-
-
-def _metric(config: TrainConfig, contenders: Sequence[Contender]) -> Metric:
-    """What the comparison is about: choosing among labels, or the config's first metric."""
-    if config.labels:
-        return METRICS["likelihood_accuracy"]
-    if heads := [c.name for c in contenders if c.kind == "head"]:
-        raise TrainingError(explain("methods", heads[0], "labels in the config: it has no text"))
-    return METRICS[config.metrics[0]]
-
-
-def _facts(task: Task, comparison: CompareConfig, metric: Metric) -> dict[str, Any]:
-    """All that every result depends on, as JSON values."""
-    ours = {"name", "description", "licence", "output", "report_dir", "train", "valid", "test"}
-    return {
-        "config": task.config.model_dump(mode="json", exclude=ours),
-        "train_sha256": task.train.dataset.sha256,
-        "train_rows": len(task.train.rows),
-        "valid_sha256": task.valid.dataset.sha256,
-        "valid_rows": len(task.valid.rows),
-        "test_rows": comparison.test_rows,
-        "settings": comparison.settings,
-        "metric": metric.name,
-        "model": task.loaded.description.name,
-    }

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 
 from reft_core.errors import ReftError
-from reft_core.positions import PositionRule
-from trainer.collate import Collator
-from trainer.compare import serving
-from trainer.compare.answering import Answers, answer_by_engine, answer_by_model
+from trainer.compare.answers import Answers
+from trainer.compare.arena import Arena
 from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import CONTENDERS, Contender, Setting
 from trainer.compare.jobs import search_jobs, search_settings
 from trainer.compare.learners import open_learner
-from trainer.compare.prompting import with_shots
 from trainer.compare.settings import training_config
 from trainer.compare.store import Job, Record, Store
-from trainer.compare.task import Split, Task
+from trainer.compare.task import Split, fit_on
 from trainer.config import TrainConfig
-from trainer.evaluation.scoring import METRICS, Metric, value_of
 from trainer.export import TOOL
-from trainer.fit import fit
-from trainer.progress import Progress, SilentProgress
+from trainer.progress import Progress
 
 _POLL_S = 2.0
 """Between looks at what other processes are still doing."""
@@ -40,9 +34,8 @@ _POLL_S = 2.0
 class Runner:
     """Does jobs, each once."""
 
-    task: Task
+    arena: Arena
     comparison: CompareConfig
-    metric: Metric
     store: Store
     command: str
     progress: Progress
@@ -67,9 +60,9 @@ class Runner:
 
     def best(self, contender: Contender) -> Setting | None:
         """The setting of the highest validation metric, then of the lowest validation loss."""
-        jobs = search_jobs([contender], self.comparison)
+        jobs = search_jobs(self.arena.task, [contender], self.comparison)
         if not jobs:
-            return search_settings(contender, self.comparison)[0]
+            return search_settings(self.arena.task, contender, self.comparison)[0]
         found = [record for record in map(self.read, jobs) if record["status"] == "done"]
         best = max(found, key=_quality, default=None)
         return None if best is None else best["setting"]
@@ -96,77 +89,52 @@ class Runner:
         contender = CONTENDERS[job.method]
         if contender.kind == "prompting":
             return self._prompted(job, test)
-        config = training_config(self.task, contender, dict(job.setting), job.seed, self.comparison)
+        config = training_config(
+            self.arena, contender, dict(job.setting), job.seed, self.comparison
+        )
         return self._trained(contender, config, test)
 
     def _prompted(self, job: Job, test: Split | None) -> Record:
         """The base with nothing, or with examples, before the question."""
-        shots = int(dict(job.setting).get("shots", 0))
-        split = self.task.valid if test is None else test
-        asked = with_shots(self.task, split, shots, job.seed)
-        record: Record = {"num_trainable": 0, "file_bytes": 0, "training_seconds": 0.0}
+        shots = dict(job.setting).get("shots", 0)
+        assert isinstance(shots, int)
+        record: Record = {
+            "num_trainable": 0,
+            "file_bytes": 0,
+            "training_seconds": 0.0,
+            "training_cpu_seconds": 0.0,
+        }
         if test is None:
-            losses = answer_by_engine(self.task, asked, METRICS["loss"]).losses
-            loss = math.fsum(x for x, _ in losses) / sum(count for _, count in losses)
-            if self.metric.needs != "choice":
-                return record | {"valid": {"loss": loss}}
-            answers = answer_by_engine(self.task, asked, self.metric)
-            return record | {"valid": {"loss": loss, self.metric.name: self._value(answers, asked)}}
-        work = serving.Workload.of(self.task.loaded.description, test.rows)
-        cost = serving.none()
-        if shots:
-            longer = serving.Workload.of(self.task.loaded.description, asked.rows)
-            cost = serving.longer_prompt(work, longer.prompt - work.prompt)
-        answers = answer_by_engine(self.task, asked, self.metric)
+            return record | {"valid": self.arena.prompted_validated(shots, job.seed)}
+        answers, cost = self.arena.prompted(shots, job.seed, test)
         return record | {"serving": asdict(cost)} | self._test(answers, test)
 
     def _trained(self, contender: Contender, config: TrainConfig, test: Split | None) -> Record:
-        task = self.task
+        arena, task = self.arena, self.arena.task
         with open_learner(contender, config, task) as learner:
             model = learner.model
-            collator = Collator(config.rule)
-            result = fit(
-                model, task.train.rows, task.valid.rows, config, collator, SilentProgress()
-            )
+            result = fit_on(task, config, model)
             saved = learner.save(result)
             record: Record = {
                 "num_trainable": sum(p.numel() for p in model.trainable()),
                 "file_bytes": saved.num_bytes,
                 "training_seconds": round(result.seconds, 2),
+                "training_cpu_seconds": round(result.cpu_seconds, 2),
                 "num_steps": result.num_steps,
                 "best_epoch": result.best.number,
                 "valid_losses": [epoch.valid_loss for epoch in result.epochs],
             }
             if test is None:
-                return record | self._validation(model, config.rule, result.best.valid_loss)
-            by_engine = self.metric.needs == "text" and saved.adapter is not None
-            if not by_engine:
-                answers = answer_by_model(task, test, self.metric, model, config.rule)
-        if by_engine:  # on the base as it was
-            answers = answer_by_engine(task, test, self.metric, saved.adapter)
-        work = serving.Workload.of(task.loaded.description, test.rows)
-        if saved.adapter is not None:
-            cost = serving.of_adapter(work, saved.adapter)
-        elif contender.kind == "head":
-            cost = serving.head(work, record["num_trainable"])
-        else:
-            cost = serving.own_weights()
+                return record | {"valid": arena.validated(model, config, result)}
+            answers = None if arena.serves(saved) else arena.asked(model, config, test)
+        if answers is None:
+            answers = arena.served(saved, test)
+        cost = arena.cost(contender, saved, record["num_trainable"], test)
         return record | {"serving": asdict(cost)} | self._test(answers, test)
 
-    def _validation(self, model: Any, rule: PositionRule, loss: float) -> Record:
-        """What a setting is chosen by: labels if there are any, else the loss alone."""
-        if self.metric.needs != "choice":
-            return {"valid": {"loss": loss}}
-        answers = answer_by_model(self.task, self.task.valid, self.metric, model, rule)
-        return {"valid": {"loss": loss, self.metric.name: self._value(answers, self.task.valid)}}
-
     def _test(self, answers: Answers, test: Split) -> Record:
-        value = self._value(answers, test)
-        return {"test": {self.metric.name: value}, "answers": answers.to_json()}
-
-    def _value(self, answers: Answers, split: Split) -> float:
-        rows = answers.against(split.references)
-        return value_of(self.metric, rows, self.task.config.labels or ())
+        value = self.arena.value(answers, test)
+        return {"test": {self.arena.metric.name: value}, "answers": answers.to_json()}
 
 
 def _quality(record: Record) -> tuple[float, float]:

@@ -16,15 +16,18 @@ from reft_core.adapter import Adapter
 from reft_core.sites import ModelDescription
 from trainer.data import TokenisedExample
 
-Scope = Literal["none", "prompt", "every token", "longer prompt", "prefix", "own weights", "head"]
+Scope = Literal[
+    "none", "prompt", "text", "every token", "longer prompt", "prefix", "own weights", "head"
+]
 SCOPES: dict[Scope, str] = {
     "none": "the base itself",
     "prompt": "edits prompt tokens; decode is the base's own",
+    "text": "edits tokens of the text in the one forward that there is, and has a head",
     "every token": "takes part in every forward, decode too",
     "longer prompt": "more tokens before every prompt, whose keys and values may be kept",
     "prefix": "virtual tokens before every prompt, to which every token attends",
     "own weights": "a model of its own, which shares no batch and no memory with others",
-    "head": "a head on the base's state at the last prompt token; nothing is generated",
+    "head": "a head on the base's last states; nothing is generated",
 }
 
 
@@ -42,35 +45,40 @@ class Workload:
     """A mean request on one base."""
 
     model: ModelDescription
-    prompt: float
-    """Tokens."""
-    answer: float
-    """Tokens, the end token included."""
     prompt_lengths: tuple[int, ...]
+    """Tokens."""
+    answer: float = 0.0
+    """Tokens, the end token included; 0 where nothing is generated."""
 
     @classmethod
     def of(cls, model: ModelDescription, rows: Sequence[TokenisedExample]) -> Workload:
         """The mean of ``rows``."""
-        return cls(
-            model,
-            fmean(len(row.prompt) for row in rows),
-            fmean(len(row.completion) for row in rows),
-            tuple(len(row.prompt) for row in rows),
-        )
+        lengths = tuple(len(row.prompt) for row in rows)
+        return cls(model, lengths, fmean(len(row.completion) for row in rows))
+
+    @property
+    def prompt(self) -> float:
+        """Tokens."""
+        return fmean(self.prompt_lengths)
+
+    @property
+    def decoded(self) -> float:
+        """Tokens that are read after the prompt: the last one is only written."""
+        return max(self.answer - 1, 0.0)
 
     def base_flops(self, extra: float = 0.0, *, generates: bool = True) -> float:
         """Of a request with ``extra`` more prompt tokens; the head runs where a token is wanted."""
         model = self.model
         embedding = model.vocab_size * model.hidden_size
         body = model.num_parameters - embedding  # a tied head is the embedding
-        read = self.prompt + extra + (self.answer - 1 if generates else 0)
+        read = self.prompt + extra + (self.decoded if generates else 0)
         head = embedding * self.answer if generates else 0.0
-        attended = read * (read + 1) / 2
-        return 2 * (body * read + head) + self._attention(attended)
+        seen = self.prompt if self.answer == 0 else (read + 1) / 2  # by a token, on average
+        return 2 * (body * read + head) + self._attention(read * seen)
 
     def prefix_flops(self, length: int) -> float:
         """Of attending to ``length`` virtual tokens whose keys and values are given."""
-        return self._attention(length * (self.prompt + self.answer - 1))
+        return self._attention(length * (self.prompt + self.decoded))
 
     def _attention(self, pairs: float) -> float:
         """Of scores and weighted values for so many pairs of tokens, in all layers."""
@@ -99,16 +107,20 @@ def own_weights() -> Serving:
 
 
 def of_adapter(work: Workload, adapter: Adapter) -> Serving:
-    """Of an adapter's edits and virtual tokens."""
+    """Of an adapter's edits, virtual tokens and head."""
     flops, every_token = 0.0, False
+    if adapter.head is not None:
+        flops += 2 * sum(tensor.numel() for tensor in adapter.head.tensors().values())
     for key, edit in adapter.edits.items():
         positions = fmean(len(adapter.rule.resolve(n)[key.unit]) for n in work.prompt_lengths)
         if adapter.spec.sites[key.site].phase == "all":
             every_token = True
             if key.unit == adapter.rule.num_units - 1:
-                positions += work.answer - 1
+                positions += work.decoded
         flops += 2 * positions * sum(tensor.numel() for _, tensor in edit.fold().parts())
     scope: Scope = "every token" if every_token else "prompt"
+    if adapter.head is not None:
+        scope = "text" if adapter.edits else "head"
     length = adapter.num_virtual_tokens
     if length:
         scope = scope if every_token else "prefix"

@@ -7,6 +7,7 @@ let go of by the system when its process dies, however it dies.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,9 @@ from trainer.compare.contenders import Setting
 Phase = Literal["search", "final"]
 Record = dict[str, Any]
 
+_LONGEST_NAME = 150
+"""Of a job, in characters; file systems take 255 bytes."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -29,7 +33,7 @@ class Job:
 
     phase: Phase
     method: str
-    setting: tuple[tuple[str, int | float], ...]
+    setting: tuple[tuple[str, Any], ...]
     seed: int
 
     @classmethod
@@ -40,7 +44,16 @@ class Job:
     @property
     def name(self) -> str:
         """``lr=0.001,rank=4,seed=0`` and the like, fit for a file name."""
-        return ",".join(f"{key}={value}" for key, value in (*self.setting, ("seed", self.seed)))
+        parts = [f"{key}={as_text(value)}" for key, value in (*self.setting, ("seed", self.seed))]
+        name = ",".join(parts).replace("/", "_")
+        if len(name) <= _LONGEST_NAME:
+            return name
+        return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def as_text(value: Any) -> str:
+    """A setting's value for people and file names: a list as its parts."""
+    return "+".join(map(as_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class Store:

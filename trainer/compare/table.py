@@ -13,10 +13,10 @@ from statistics import fmean
 
 import numpy as np
 
-from trainer.compare.answering import Answers
+from trainer.compare.answers import Answers
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.run import Comparison
-from trainer.compare.store import Record
+from trainer.compare.store import Record, as_text
 from trainer.evaluation.scoring import Estimate, Resampling, Statistic
 from trainer.evaluation.scoring.base import Counts, Values
 
@@ -39,13 +39,15 @@ class Row:
     num_parameters: int = 0
     percent_of_base: float = 0.0
     training_seconds: float = 0.0
+    """By the clock on the wall."""
+    training_cpu_seconds: float = 0.0
     file_bytes: int = 0
     serving_scope: str = ""
     serving_extra_percent: float = 0.0
 
 
 def table_rows(comparison: Comparison) -> list[Row]:
-    """A row for each method, in the order of the comparison."""
+    """A row for each method that has a place on the base, in the order of the comparison."""
     resampling = Resampling.of(len(comparison.references), seed=0)
     done = {
         name: [record for record in records if record["status"] == "done"]
@@ -58,7 +60,7 @@ def table_rows(comparison: Comparison) -> list[Row]:
     }
     reference = statistics.get(comparison.config.reference or "")
     rows = []
-    for name in comparison.config.methods:
+    for name in comparison.chosen:
         if name not in statistics:
             error = _first_error(comparison, name)
             rows.append(Row(name, CONTENDERS[name].label, "", 0, error=error))
@@ -80,6 +82,7 @@ def table_rows(comparison: Comparison) -> list[Row]:
                 num_parameters=records[0]["num_trainable"],
                 percent_of_base=100 * records[0]["num_trainable"] / comparison.num_base_parameters,
                 training_seconds=fmean(r["training_seconds"] for r in records),
+                training_cpu_seconds=fmean(r["training_cpu_seconds"] for r in records),
                 file_bytes=records[0]["file_bytes"],
                 serving_scope=records[0]["serving"]["scope"],
                 serving_extra_percent=fmean(r["serving"]["extra_percent"] for r in records),
@@ -110,7 +113,8 @@ def _statistic(comparison: Comparison, record: Record) -> Statistic:
 def _shown_setting(record: Record) -> str:
     short = {"learning_rate": "lr", "prefix_length": "n", "rank": "r", "shots": "k"}
     return ", ".join(
-        f"{short.get(name, name)} {value:g}" for name, value in record["setting"].items()
+        f"{short.get(name, name)} {f'{value:g}' if isinstance(value, float) else as_text(value)}"
+        for name, value in record["setting"].items()
     )
 
 

@@ -7,19 +7,26 @@ What chooses a setting gets a :class:`Task`, which holds no test rows and no way
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import trainer.task
+from reft_core.classification import answer_tokens, label_tokens
 from reft_core.errors import TrainingError
-from reft_core.loading import LoadedModel, load_model
+from reft_core.loading import LoadedModel, ModelKind, model_kind
+from trainer.causal import CausalTask
 from trainer.config import TrainConfig
-from trainer.data import Dataset, TokenisedExample, tokenise
+from trainer.data import Dataset
 from trainer.data.sources import find_splits
 from trainer.data.splits import load_splits
-from trainer.defaults import STEPS, choose_dtype, choose_from_data, choose_from_model
-from trainer.prefix import PrefixStore
+from trainer.defaults import STEPS
+from trainer.fit import Epoch, FitResult, fit
+from trainer.preparing import choose_base
+from trainer.progress import SilentProgress
 from trainer.sections import validated
+from trainer.task import TrainedModel, task_for
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,8 @@ class Split:
     """Rows of one file, in text and in tokens."""
 
     dataset: Dataset
-    rows: list[TokenisedExample]
+    rows: Sequence[Any]
+    """As the kind of base reads them."""
 
     @property
     def references(self) -> list[str]:
@@ -44,8 +52,17 @@ class Task:
     loaded: LoadedModel
     train: Split
     valid: Split
-    prefixes: PrefixStore = field(repr=False)
-    """Keys and values that are the base's own, kept over runs."""
+    shared: trainer.task.Task = field(repr=False)
+    """The training and validation rows under ``config``, as they are trained on."""
+
+    def under(self, config: TrainConfig) -> trainer.task.Task:
+        """One run's: the same rows under settings of its own."""
+        return self.shared.with_settings(config)
+
+    @property
+    def kind(self) -> ModelKind:
+        """What kind of base it is."""
+        return self.shared.kind
 
     @property
     def datasets(self) -> dict[str, Dataset]:
@@ -53,16 +70,28 @@ class Task:
         return {"train": self.train.dataset, "valid": self.valid.dataset}
 
     @property
-    def label_answers(self) -> dict[str, tuple[int, ...]]:
-        """Each label's tokens as a whole answer, its end included; none for a free task."""
-        tokenizer = self.loaded.tokenizer
+    def facts(self) -> dict[str, Any]:
+        """All of it that every result depends on, as JSON values."""
+        ours = {"name", "description", "licence", "output", "report_dir", "train", "valid", "test"}
         return {
-            label: (
-                *tokenizer(label, add_special_tokens=False)["input_ids"],
-                tokenizer.eos_token_id,
-            )
-            for label in self.config.labels or ()
+            "config": self.config.model_dump(mode="json", exclude=ours),
+            "train_sha256": self.train.dataset.sha256,
+            "train_rows": len(self.train.rows),
+            "valid_sha256": self.valid.dataset.sha256,
+            "valid_rows": len(self.valid.rows),
         }
+
+    @property
+    def label_answers(self) -> dict[str, tuple[int, ...]]:
+        """Each label's tokens that count for its likelihood; none for a free task."""
+        labels = self.config.labels or ()
+        return dict(zip(labels, label_tokens(self.loaded.tokenizer, labels), strict=True))
+
+    @property
+    def label_completions(self) -> dict[str, tuple[int, ...]]:
+        """Each label's tokens as a row's whole completion; none for a free task."""
+        tokenizer = self.loaded.tokenizer
+        return {label: answer_tokens(tokenizer, label) for label in self.config.labels or ()}
 
 
 def load_task(
@@ -77,27 +106,44 @@ def load_task(
     """The base, unless ``loaded`` is given, and both splits, of which some rows may be drawn.
 
     What the config leaves open is chosen as ``reft train`` does; every training takes ``steps``
-    if they are given. ``spare_tokens`` of the context are left for what a method puts before a
-    prompt. Raises :class:`TrainingError`
+    if they are given. ``spare_tokens`` of a causal model's context are left for what a method
+    puts before a prompt. Raises :class:`TrainingError`
     for data that cannot be used, before a base is loaded.
     """
     splits = load_splits(config, test=False)
-    chooser = choose_from_data(config, splits)
-    if loaded is None:
-        choose_dtype(chooser)
-        loaded = load_model(chooser.config.model, dtype=chooser.config.dtype)
-    choose_from_model(chooser, loaded.description.num_layers, loaded.tokenizer)
+    chooser, loaded = choose_base(config, splits, loaded, SilentProgress())
     config = chooser.config
     if steps is not None or not config.sized:
         config = config.choosing(steps=steps or STEPS)
-    train = draw(splits.datasets["train"], train_rows)
-    valid = draw(splits.datasets["valid"], valid_rows)
-    return Task(
+    drawn = {
+        "train": draw(splits.datasets["train"], train_rows),
+        "valid": draw(splits.datasets["valid"], valid_rows),
+    }
+    shared = _tokenised(config, loaded, drawn, spare_tokens)
+    if isinstance(shared, CausalTask):
+        shared = replace(shared, prefixes=shared.new_prefixes())
+    train, valid = (Split(drawn[split], shared.rows[split]) for split in drawn)
+    return Task(config, loaded, train, valid, shared)
+
+
+def fit_on(
+    task: Task,
+    config: TrainConfig,
+    model: TrainedModel,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> FitResult:
+    """Train ``model`` on the task's rows as ``config`` says; see :func:`trainer.fit.fit`."""
+    run = task.under(config)
+    return fit(
+        model,
+        task.train.rows,
+        task.valid.rows,
         config,
-        loaded,
-        _split(config, loaded, train, spare_tokens),
-        _split(config, loaded, valid, spare_tokens),
-        PrefixStore(loaded.model, config.prefix_cache_mb * 2**20),
+        run.collator,
+        SilentProgress(),
+        measure=partial(run.measure, model),
+        order=run.order,
+        on_epoch=on_epoch,
     )
 
 
@@ -113,7 +159,8 @@ def load_test(task: Task, *, test_rows: int | None = None, spare_tokens: int = 0
     if "test" not in datasets:
         raise _test_missing()
     test = draw(datasets["test"], test_rows)
-    return _split(task.config, task.loaded, test, spare_tokens)
+    drawn = {"train": task.train.dataset, "test": test}
+    return Split(test, _tokenised(task.config, task.loaded, drawn, spare_tokens).rows["test"])
 
 
 def draw(dataset: Dataset, count: int | None) -> Dataset:
@@ -134,16 +181,15 @@ def run_config(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     return validated(TrainConfig, "settings", given | dict(changes))
 
 
-def _split(config: TrainConfig, loaded: LoadedModel, dataset: Dataset, spare: int) -> Split:
+def _tokenised(
+    config: TrainConfig, loaded: LoadedModel, datasets: Mapping[str, Dataset], spare: int
+) -> trainer.task.Task:
+    """The rows under ``config``; those of a causal model leave ``spare`` tokens of its context."""
+    if model_kind(loaded.model.config) != "causal":
+        return task_for(config, loaded, datasets)
     context = loaded.description.max_positions - spare
-    rows = tokenise(
-        dataset,
-        loaded.tokenizer,
-        config.rule,
-        template=config.template,
-        max_length=min(config.max_length or context, context),
-    )
-    return Split(dataset, rows)
+    shorter = config.choosing(max_length=min(config.max_length or context, context))
+    return task_for(shorter, loaded, datasets).with_settings(config)
 
 
 def _test_missing() -> TrainingError:

@@ -29,9 +29,16 @@ class Seq2SeqModel(FrozenBase):
     reads the encoder; logits are computed only for target tokens.
     """
 
-    def __init__(self, base: PreTrainedModel, placement: Placement, *, num_units: int) -> None:
-        super().__init__(base)
-        layers = find_layers(base.get_encoder(), placement.model.num_layers)
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        placement: Placement | None,
+        *,
+        num_units: int,
+        tuned: Sequence[nn.Parameter] = (),
+    ) -> None:
+        super().__init__(base, tuned)
+        layers = () if placement is None else _encoder_layers(base, placement)
         self.interventions = Interventions(layers, placement, num_units)
         # Not registered here: it belongs to the base.
         self._head: Callable[[], nn.Module] = base.get_output_embeddings
@@ -39,7 +46,7 @@ class Seq2SeqModel(FrozenBase):
     @property
     @override
     def trained_parts(self) -> list[nn.Module]:
-        return [self.interventions]
+        return [self.tuned, self.interventions]
 
     @override
     def forward(
@@ -73,3 +80,7 @@ class Seq2SeqModel(FrozenBase):
             yield
         finally:
             handle.remove()
+
+
+def _encoder_layers(base: PreTrainedModel, placement: Placement) -> Sequence[nn.Module]:
+    return find_layers(base.get_encoder(), placement.model.num_layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
 from transformers import set_seed
 
 from reft_core.adapter import Adapter
@@ -34,7 +35,6 @@ class Seq2SeqTask:
     config: TrainConfig
     loaded: LoadedModel
     rows: Mapping[str, Sequence[TokenisedExample]]
-    placement: Placement
     kind: ModelKind = "seq2seq"
 
     @classmethod
@@ -42,7 +42,7 @@ class Seq2SeqTask:
         cls, config: TrainConfig, loaded: LoadedModel, datasets: Mapping[str, Dataset]
     ) -> Seq2SeqTask:
         """See :func:`trainer.task.task_for`."""
-        placement = _placement(config, loaded)
+        placement_of(config, loaded)  # says what is wrong with it
         longest = longest_text(loaded.model.get_encoder(), loaded.description)
         rows = {
             split: tokenise_seq2seq(
@@ -54,22 +54,38 @@ class Seq2SeqTask:
             )
             for split, dataset in datasets.items()
         }
-        return cls(config, loaded, rows, placement)
+        return cls(config, loaded, rows)
 
     @property
     def collator(self) -> Seq2SeqCollator:
         """Prompts and answers are padded on the right."""
         return Seq2SeqCollator(self.config.rule, self.loaded.model.config.pad_token_id or 0)
 
-    def new_model(self) -> Seq2SeqModel:
-        """The base with untrained interventions on its encoder, drawn from the seed."""
+    @property
+    def placement(self) -> Placement:
+        """The method on the encoder's layers."""
+        return placement_of(self.config, self.loaded)
+
+    def new_model(self, tuned: Sequence[nn.Parameter] = ()) -> Seq2SeqModel:
+        """The base with untrained interventions on its encoder, drawn from the seed.
+
+        With ``tuned`` parameters of the base those are trained instead.
+        """
         set_seed(self.config.seed)
-        num_units = self.config.rule.num_units
-        return Seq2SeqModel(self.loaded.model, self.placement, num_units=num_units)
+        return Seq2SeqModel(
+            self.loaded.model,
+            None if tuned else self.placement,
+            num_units=self.config.rule.num_units,
+            tuned=tuned,
+        )
 
     def order(self, epoch: int) -> Sequence[int]:
         """Shuffled."""
         return shuffled(len(self.rows["train"]), self.config.seed)(epoch)
+
+    def prompt_of(self, row: TokenisedExample) -> Sequence[int]:
+        """What the encoder reads."""
+        return row.prompt
 
     def measure(self, model: Seq2SeqModel, rows: Sequence[TokenisedExample]) -> Measured:
         """Mean loss over the rows' target tokens."""
@@ -92,36 +108,35 @@ class Seq2SeqTask:
         self, adapter: Adapter, held_out: HeldOut, progress: Progress
     ) -> dict[str, Evaluation]:
         """Each split's greedy answers by base and adapter."""
-        generator = Seq2SeqGenerator(self.loaded)
-        use = AdapterUse(adapter.to(self.loaded.model.device))
         found = {}
         for split, (dataset, rows) in held_out.items():
-            longest = max(len(row.completion) for row in rows)
-            max_tokens = self.config.max_new_tokens or longest
             with progress.stage(f"answers, {split}"):
-                base, edited = (
-                    self._texts(
-                        generator.generate(
-                            [EncoderRequest(row.prompt, uses) for row in rows], max_tokens
-                        )
-                    )
-                    for uses in ((), (use,))
-                )
+                base, edited = self.answers(rows), self.answers(rows, adapter)
             found[split] = evaluation_of(
                 dataset, base, edited, self.config.metrics, self.config.labels
             )
         return found
 
-    def _texts(self, answers: Sequence[list[int]]) -> list[str]:
+    def answers(
+        self, rows: Sequence[TokenisedExample], adapter: Adapter | None = None
+    ) -> list[str]:
+        """Greedy answers to the rows' prompts by the base as it is, with ``adapter`` if any."""
+        uses = () if adapter is None else (AdapterUse(adapter.to(self.loaded.model.device)),)
+        requests = [EncoderRequest(row.prompt, uses) for row in rows]
+        longest = max(len(row.completion) for row in rows)
+        max_tokens = self.config.max_new_tokens or longest
         decode = self.loaded.tokenizer.decode
-        return [decode(tokens, skip_special_tokens=True) for tokens in answers]
+        return [
+            decode(tokens, skip_special_tokens=True)
+            for tokens in Seq2SeqGenerator(self.loaded).generate(requests, max_tokens)
+        ]
 
     def with_settings(self, config: TrainConfig) -> Seq2SeqTask:
         """See :class:`trainer.task.Task`."""
         return replace(self, config=config)
 
 
-def _placement(config: TrainConfig, loaded: LoadedModel) -> Placement:
+def placement_of(config: TrainConfig, loaded: LoadedModel) -> Placement:
     """The method on the encoder's layers, at prompt positions: nothing edits the decoder."""
     placement = config.placement(loaded.description)
     if placement is None:

@@ -57,13 +57,7 @@ def without_test(config: TrainConfig) -> TrainConfig:
 
 def facts_of(task: Task, settings: SweepConfig) -> dict[str, Any]:
     """All that every trial depends on, as JSON values."""
-    outputs = {"name", "description", "licence", "output", "report_dir", "train", "valid", "test"}
-    return {
-        "config": task.config.model_dump(mode="json", exclude=outputs),
-        "train_sha256": task.train.dataset.sha256,
-        "train_rows": len(task.train.rows),
-        "valid_sha256": task.valid.dataset.sha256,
-        "valid_rows": len(task.valid.rows),
+    return task.facts | {
         "objective": settings.objective,
         "num_layers": task.loaded.description.num_layers,
     }

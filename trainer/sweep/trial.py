@@ -15,7 +15,7 @@ from reft_core.errors import ReftError, TrainingError
 from reft_core.methods import METHODS
 from trainer.collate import Collator
 from trainer.compare.choosing import choose_labels
-from trainer.compare.settings import linear_sites
+from trainer.compare.settings import sites_for
 from trainer.compare.task import Task, run_config
 from trainer.config import TrainConfig
 from trainer.fit import Epoch, FitResult, fit
@@ -50,8 +50,8 @@ def trial_config(task: Task, drawn: dict[str, Any]) -> TrainConfig:
     config = task.config
     changes = settings_of(drawn, task.loaded.description.num_layers)
     method = changes.get("method", config.method)
-    if METHODS[method].sites == ("linear",) and config.sites is None:
-        changes["sites"] = linear_sites(task.loaded.description, method)
+    if config.sites is None:
+        changes["sites"] = sites_for(task.loaded.description, method)
     if METHODS[method].phase == "all":
         changes |= {"positions": "prompt", "tied": True}  # such methods are meant for every token
     changes |= {"checkpoint_seconds": 1e6, "resume": False, "report_to": "none"}
@@ -74,7 +74,7 @@ def run_trial(task: Task, space: Space, objective: Objective, trial: Trial) -> f
         task.loaded.model,
         config.placement(task.loaded.description),
         num_units=config.rule.num_units,
-        prefixes=task.prefixes,
+        prefixes=None,
     )
     trial.set_user_attr("num_parameters", sum(p.numel() for p in model.trainable()))
 

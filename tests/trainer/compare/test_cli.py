@@ -10,14 +10,14 @@ from typer.testing import CliRunner
 
 from server.cli.main import app
 from tests.trainer.factories import byte_model, make_config
-from trainer.compare import task
+from trainer import preparing
 from trainer.config.file import load_config
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config file with both sections, of runs that take a second."""
-    monkeypatch.setattr(task, "load_model", lambda *_, **__: byte_model())
+    monkeypatch.setattr(preparing, "load_any", lambda *_, **__: byte_model())
     made = make_config(tmp_path, epochs=1, labels=("y", "n"))
     document = made.model_dump(mode="json", exclude_defaults=True)
     document["compare"] = {"methods": ["zero_shot", "red"], "seeds": [0], "search": 1}
@@ -52,7 +52,7 @@ def test_sweep_reads_its_section_and_flags(config: Path, tmp_path: Path) -> None
     [
         (["compare", "--methods", "loraft"], "did you mean"),
         (["compare", "--seeds", "a"], "seeds"),
-        (["compare", "labels=null", "--methods", "head_only"], "expected labels"),
+        (["compare", "labels=null", "--methods", "head_only"], "it needs labels"),
         (["compare", "test=null"], "test: missing"),
         (["sweep", "--space", "rnak=[1]"], "did you mean 'rank'"),
         (["sweep", "--space", "rank"], "expected name=value"),

@@ -10,6 +10,7 @@ import torch
 from tests.trainer.compare.factories import tiny_comparison, tiny_task
 from trainer.collate import Collator
 from trainer.compare.answering import score_answers, serving_base
+from trainer.compare.arena import arena_for
 from trainer.compare.baseline import BaselineModel, to_left_edge
 from trainer.compare.choosing import row_losses
 from trainer.compare.contenders import CONTENDERS
@@ -37,7 +38,7 @@ SETTINGS: dict[str, dict[str, float]] = {
 def trained(task: Task, name: str, folder: Path) -> tuple[object, FitResult]:
     """The config of a method, and how its training went."""
     comparison = tiny_comparison(folder, methods=(name,))
-    config = training_config(task, CONTENDERS[name], SETTINGS[name], 0, comparison)  # type: ignore[arg-type]
+    config = training_config(arena_for(task), CONTENDERS[name], SETTINGS[name], 0, comparison)  # type: ignore[arg-type]
     collator = Collator(config.rule)
     with open_learner(CONTENDERS[name], config, task) as learner:
         return config, fit(
@@ -67,7 +68,7 @@ def test_full_finetuning_of_a_bfloat16_base_learns_in_float32(tmp_path: Path) ->
     before = {key: tensor.clone() for key, tensor in task.loaded.model.state_dict().items()}
     comparison = tiny_comparison(tmp_path, methods=("full_finetuning",))
     contender = CONTENDERS["full_finetuning"]
-    config = training_config(task, contender, {"learning_rate": 1e-6}, 0, comparison)
+    config = training_config(arena_for(task), contender, {"learning_rate": 1e-6}, 0, comparison)
     with open_learner(contender, config, task) as learner:
         start = [p.detach().clone() for p in learner.model.trainable()]
         assert all(p.dtype == torch.float32 for p in start)
@@ -86,7 +87,7 @@ def test_full_finetuning_of_a_bfloat16_base_learns_in_float32(tmp_path: Path) ->
 def test_our_engine_serves_what_was_trained(tmp_path: Path, name: str) -> None:
     task = tiny_task(tmp_path)
     comparison = tiny_comparison(tmp_path, methods=(name,))
-    config = training_config(task, CONTENDERS[name], SETTINGS[name], 0, comparison)  # type: ignore[arg-type]
+    config = training_config(arena_for(task), CONTENDERS[name], SETTINGS[name], 0, comparison)  # type: ignore[arg-type]
     collator = Collator(config.rule)
     rows = task.valid.rows
     with open_learner(CONTENDERS[name], config, task) as learner:
@@ -127,7 +128,9 @@ def test_rows_begin_in_the_first_column_and_predict_the_same(tmp_path: Path) -> 
 def test_a_head_reads_the_last_prompt_token_and_no_answer(tmp_path: Path) -> None:
     task = tiny_task(tmp_path)
     comparison = tiny_comparison(tmp_path, methods=("head_only",))
-    config = training_config(task, CONTENDERS["head_only"], {"learning_rate": 1e-1}, 0, comparison)
+    config = training_config(
+        arena_for(task), CONTENDERS["head_only"], {"learning_rate": 1e-1}, 0, comparison
+    )
     collator = Collator(config.rule)
     with open_learner(CONTENDERS["head_only"], config, task) as learner:
         probe = learner.model

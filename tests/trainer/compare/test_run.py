@@ -11,8 +11,9 @@ import pytest
 from reft_core.errors import TrainingError
 from tests.trainer.compare.factories import tiny_comparison
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
-from trainer.compare import runner
-from trainer.compare.answering import Answers, answer_by_model
+from trainer.compare import causal, runner
+from trainer.compare.answering import answer_by_model
+from trainer.compare.answers import Answers
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.render import to_csv, to_latex, to_markdown
 from trainer.compare.report import write_report
@@ -114,10 +115,10 @@ def test_no_test_row_is_read_before_all_settings_are_chosen(
 def test_a_run_that_fails_is_told_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exploding(*_: object) -> None:
+    def exploding(*_: object, **__: object) -> None:
         raise diverged("the loss became nan at step 3")
 
-    monkeypatch.setattr(runner, "fit", exploding)
+    monkeypatch.setattr(runner, "fit_on", exploding)
     found = run(make_config(tmp_path, **LABELS), tmp_path, methods=("red", "zero_shot"))
     red, zero = table_rows(found)
     assert found.finals["red"][0]["status"] == "failed"
@@ -165,7 +166,7 @@ def test_texts_are_compared_where_there_are_no_labels(tmp_path: Path) -> None:
         assert record["status"] == "done", record
         assert len(record["answers"]["texts"]) == 6
     assert "head only" not in [row.label for row in table_rows(found)]
-    with pytest.raises(TrainingError, match="methods: got 'head_only', expected labels"):
+    with pytest.raises(TrainingError, match=r"none has a place .*: a head writes no text"):
         run(config, tmp_path, methods=("head_only",))
 
 
@@ -178,7 +179,7 @@ def test_a_method_is_asked_with_its_own_positions(
         asked.append(str(arguments[-1]))
         return answer_by_model(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner, "answer_by_model", answer)
+    monkeypatch.setattr(causal, "answer_by_model", answer)
     config = make_config(tmp_path, labels=("y", "n"), epochs=1, positions="l1")
     run(config, tmp_path, methods=("series_adapter", "loreft"), search=2)
     assert asked == ["prompt", "prompt", "l1", "l1", "prompt", "l1"]
