@@ -40,12 +40,12 @@ def to_outputs(request: Request, delta: RequestOutput, *, is_first: bool) -> Ite
             token,
             _reason(new.finish_reason) if ends else None,
             num_cached_tokens=cached,
-            completes_constraint=False,
             prompt_logprobs=scores if place == 0 else (),
         )
 
 
 def _reason(vllm_reason: str | None) -> FinishReason:
+    """Ours for one of vLLM's."""
     return "stop" if vllm_reason == "stop" else "length"
 
 
