@@ -39,6 +39,8 @@ class Saved:
     """Of its tensors' file."""
     adapter: Adapter | None
     """As we serve it; None for what is no adapter (a causal model's head, a whole model)."""
+    num_by_side: tuple[int, int] | None = None
+    """Parameters in an encoder-decoder's encoder and in its decoder, of what is in both."""
 
 
 class Learner(Protocol):
@@ -113,7 +115,7 @@ class _Peft:
             self.wrapped.save_pretrained(scratch)
             num_bytes = (Path(scratch) / "adapter_model.safetensors").stat().st_size
             if self.task.kind == "seq2seq":
-                return Saved(num_bytes, None)  # it adapts the decoder too
+                return Saved(num_bytes, None, self._num_by_side())
             options = ConvertOptions(
                 base=self.task.loaded.description,
                 name=self.config.name,
@@ -123,6 +125,12 @@ class _Peft:
         if self.task.kind == "encoder":
             adapter = self._with_head(adapter)
         return Saved(num_bytes + _head_bytes(self.model), adapter)
+
+    def _num_by_side(self) -> tuple[int, int]:
+        """How much of it is in an encoder-decoder's encoder, and in its decoder."""
+        trained = {n: p.numel() for n, p in self.wrapped.named_parameters() if p.requires_grad}
+        decoder = sum(count for name, count in trained.items() if ".decoder." in name)
+        return sum(trained.values()) - decoder, decoder
 
     def _with_head(self, adapter: Adapter) -> Adapter:
         """The converted adapter with the head that was trained beside it."""
