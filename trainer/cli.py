@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -36,23 +37,31 @@ def train_command(target: Path | str, arguments: Sequence[str]) -> None:
     console = Console(stderr=True)
     command = shlex.join(["reft", "train", str(target), *arguments])
     config: TrainConfig | None = None
-    try:
+
+    def kept() -> str:
+        checkpoint = config and last_checkpoint(config.checkpoint_dir)
+        return f"add --resume to go on from {checkpoint}" if checkpoint else "nothing was written"
+
+    with ending_told(console, kept):
         config = read_config(str(target), settings_of(arguments))
         result = train(config, command=command, progress=_progress(console))
+    print_summary(result, Console())
+
+
+@contextmanager
+def ending_told(console: Console, kept: Callable[[], str]) -> Iterator[None]:
+    """End the process with 1 and one message on an error of the user's, with 130 on Ctrl-C.
+
+    ``kept`` says then what is left of the work, and how to go on.
+    """
+    try:
+        yield
     except ReftError as error:
         console.print(f"error: {error.message}", style="red", markup=False)
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
-        kept = config and last_checkpoint(config.checkpoint_dir)
-        console.print(
-            f"interrupted; add --resume to go on from {kept}"
-            if kept
-            else "interrupted; nothing was written",
-            markup=False,
-            soft_wrap=True,
-        )
+        console.print(f"interrupted; {kept()}", markup=False, soft_wrap=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
-    print_summary(result, Console())
 
 
 def settings_of(arguments: Sequence[str]) -> list[str]:

@@ -105,7 +105,7 @@ def test_workers_share_a_study_and_begin_no_trial_too_many(tmp_path: Path) -> No
 
 
 def test_a_worker_says_why_it_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = tiny(tmp_path, model=str(tmp_path / "none")).given()
+    given = tiny(tmp_path, model=str(tmp_path / "none"), test=None).given()
     with pytest.raises(SystemExit, match="1"):
         run._worker(given, settings(tmp_path, workers=2).model_dump_json(), 1, None)
     assert "error: worker 1: model: got" in capsys.readouterr().err
