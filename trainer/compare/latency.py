@@ -24,7 +24,7 @@ from trainer.data import TokenisedExample
 _BASE = ""
 _WARM_UP = 2
 _TOKENS = 24
-"""Of every answer, whatever its text."""
+"""Of every answer, whatever its text; fewer where the base's context ends."""
 
 
 def measure(
@@ -40,14 +40,16 @@ def measure(
     """
     prompts = list(islice(cycle(row.prompt for row in rows), num_requests + _WARM_UP))
     longest = max(map(len, prompts)) + max(a.num_virtual_tokens for a in adapters.values())
+    num_tokens = min(_TOKENS, loaded.description.max_positions - longest)
     asked: dict[str, Adapter | None] = {_BASE: None, **adapters}
     names = list(asked)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with serving_base(loaded, adapters.values(), longest + _TOKENS, prefix_cache_bytes=0) as engine:
+    room = longest + num_tokens
+    with serving_base(loaded, adapters.values(), room, prefix_cache_bytes=0) as engine:
         for number, prompt in enumerate(prompts):
             turn = number % len(names)
             for name in (*names[turn:], *names[:turn]):
-                seconds[name].append(_seconds(engine, prompt, asked[name]))
+                seconds[name].append(_seconds(engine, prompt, asked[name], num_tokens))
     base = np.array(seconds[_BASE][_WARM_UP:])  # (n, 2)
     found = {}
     for name in adapters:
@@ -56,12 +58,14 @@ def measure(
             "first_token": _spread(ratios[:, 0]),
             "speed": _spread(1 / ratios[:, 1]),
         }
-    return {"requests": num_requests, "tokens": _TOKENS, "ratios": found}
+    return {"requests": num_requests, "tokens": num_tokens, "ratios": found}
 
 
-def _seconds(engine: Engine, prompt: Sequence[int], adapter: Adapter | None) -> tuple[float, float]:
+def _seconds(
+    engine: Engine, prompt: Sequence[int], adapter: Adapter | None, num_tokens: int
+) -> tuple[float, float]:
     """To the first token of one answer, and from there to its last."""
-    params = SamplingParams(max_tokens=_TOKENS, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
     chosen = () if adapter is None else (AdapterChoice(adapter.digest),)
     (completion,) = generate(engine, [Request("timed", tuple(prompt), params, chosen)])
     timings = completion.timings

@@ -5,6 +5,7 @@ No test row is looked at before every method's setting is chosen; :func:`compare
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ from trainer.compare.task import Split, check_has_test, load_task, load_test
 from trainer.config import TrainConfig
 from trainer.evaluation.scoring import Metric
 from trainer.progress import Progress, SilentProgress
+
+logger = logging.getLogger(__name__)
 
 Clock = Literal["CPU", "wall"]
 
@@ -134,4 +137,8 @@ def _latency(runner: Runner, finals: Mapping[str, Sequence[Job]], test: Split) -
     job = Job.of("serving", "all", about, runner.comparison.seeds[0])
     loaded = runner.arena.task.loaded
     runner.do([job], lambda _: measure(loaded, adapters, test.rows, count))
-    return runner.read(job)
+    record = runner.read(job)
+    if record["status"] == "failed":
+        logger.warning("requests could not be timed: %s", record["error"])
+        return {}
+    return record
