@@ -31,7 +31,7 @@ def compare_command(
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     console = Console(stderr=True)
-    with ending_told(console, lambda: "the same command goes on from what is done"):
+    with ending_told(console, "the same command goes on from what is done"):
         config = read_config(str(path), overrides)
         comparison = read_section(path, "compare", CompareConfig, given)
         found = compare(config, comparison, command=command, progress=BarProgress(console))

@@ -37,7 +37,7 @@ def sweep_command(
         line = f"trial {trial.number}: {trial.state.name.lower()} {value} {drawn} {error}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    with ending_told(console, lambda: "the same command goes on from the trials that are done"):
+    with ending_told(console, "the same command goes on from the trials that are done"):
         config = read_config(str(path), overrides)
         settings = read_section(path, "sweep", SweepConfig, given)
         study = sweep(config, settings, on_trial=on_trial)
