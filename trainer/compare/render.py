@@ -41,9 +41,9 @@ def to_markdown(comparison: Comparison, rows: Sequence[Row], command: str) -> st
 
 def _about(comparison: Comparison) -> str:
     config, task = comparison.config, comparison.task
-    budget = (
-        f"{config.steps} steps" if config.steps else f"{task['config']['epochs']} epochs"
-    ) + f" of {task['config']['batch_size']} rows"
+    shared = task["config"]  # its steps are the comparison's, if that has any
+    length = f"{shared['steps']} steps" if shared["steps"] else f"{shared['epochs']} epochs"
+    budget = f"{length} of {shared['batch_size']} rows"
     seeds = ", ".join(map(str, config.seeds))
     return (
         f"{task['train_rows']} training rows, {task['valid_rows']} validation rows, "
