@@ -82,6 +82,6 @@ def test_engine_and_transformers_agree_on_the_base(tmp_path: Path, metric: str) 
 def test_engine_and_transformers_write_the_same(tmp_path: Path) -> None:
     task = tiny_task(tmp_path)
     prompts = [row.prompt for row in task.train.rows[:6]]
-    with serving_base(task.loaded, None, 64) as engine:
+    with serving_base(task.loaded, [], 64) as engine:
         served = generate(engine, prompts, None, 8)
     assert by_transformers(task.loaded, prompts, 8) == served
