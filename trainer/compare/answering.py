@@ -99,7 +99,7 @@ def score_answers(
 
 @contextmanager
 def serving_base(
-    loaded: LoadedModel, adapters: Iterable[Adapter], max_tokens: int, **options: int
+    loaded: LoadedModel, adapters: Iterable[Adapter], max_tokens: int, **options: Any
 ) -> Iterator[EmbeddedEngine]:
     """An engine on the base, with ``adapters`` loaded, for requests of ``max_tokens`` at most.
 
