@@ -34,16 +34,20 @@ def check_all_run(page: Path) -> None:
     assert len(shell_blocks(page)) * 2 == len(fences)
 
 
-def run_page(page: Path, folder: Path, server_log: Path, *, training: str = "") -> str:
+def run_page(
+    page: Path, folder: Path, server_log: Path, *, training: str = "", evaluation: str = ""
+) -> str:
     """What the page's commands print in ``folder``, made to look like a clone of the project.
 
-    ``training`` is put behind every ``reft train``, so that it takes less time.
+    ``training`` goes to every ``reft train`` and ``evaluation`` to every ``reft eval``, so that
+    they take less time.
     """
     _prepare(folder)
     blocks = shell_blocks(page)
     script = "\n".join(f"set -x\n{block}\n{{ set +x; }} 2>/dev/null" for block in blocks)
     script = script.replace("8000", str(free_port()))
     script = re.sub(r"^(reft train .*)$", rf"\1 {training}", script, flags=re.MULTILINE)
+    script = script.replace("reft eval ", f"reft eval {evaluation} ")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("REFT_")}
     process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", script],

@@ -20,7 +20,8 @@ def test_the_page_is_all_in_blocks_that_run() -> None:
 @pytest.mark.smollm2
 def test_every_command_of_the_page_works(tmp_path: Path) -> None:
     folder = Path("runs/tickets")
-    shown = run_page(PAGE, tmp_path, folder / "server.log", training="steps=4 eval_rows=4")
+    less = {"training": "steps=4 eval_rows=4", "evaluation": "--limit 6"}
+    shown = run_page(PAGE, tmp_path, folder / "server.log", **less)
     assert "tickets version 1 uploaded" in shown
     assert "tickets@2 at http" in shown
     assert "thirty@1 at http" in shown
