@@ -12,8 +12,8 @@ PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help demo demo-train test lint format check test-oldest test-vllm bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout bench-train bench-vllm soak fuzz load chaos lm-eval transcript \
-	docs lint-deploy rehearse clean
+	bench-kernel bench-gpu bench-residency bench-fanout bench-train bench-vllm soak fuzz load chaos \
+	lm-eval transcript docs lint-deploy rehearse clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18

@@ -6,9 +6,12 @@ values to files; a vLLM without plugin and adapters reads them, gets the prompt 
 answers the rest. Mixed adapters (f7+l7 and l1 in all layers) and the base model, prompts within and
 across blocks, all at once, float32, greedy, no prefix cache on the decoding side.
 
-Correctness gate: every answer is that of the first vLLM alone. Beside it the usual hand-over, where
-the decoding side is given the prompt alone and computes its last token again, without the edit that
-acts there: how many answers that leaves right.
+Beside it the usual hand-over, where the decoding side is given the prompt alone and computes its
+last token again: without the edit that acts there, which leaves some answers right, and with it, by
+the first vLLM itself.
+
+Correctness gate: with the first token, and with the plugin, every answer is that of the first vLLM
+alone.
 
 The last line printed is JSON; the same goes to ``results/vllm-disaggregation.json``.
 """
@@ -55,7 +58,9 @@ def requests_of(prompts: Sequence[Sequence[int]]) -> list[Request]:
 def hand_over(
     prefill: Worker, decode: Worker, requests: Sequence[Request], output_tokens: int
 ) -> dict[str, list[list[int]]]:
-    """Answers of the first worker alone, of both with the first token, of both with the prompt."""
+    """Answers of the first worker alone, of both with the first token, of both with the prompt;
+    and by the prompt's keys and values where the adapter is (``with_plugin``).
+    """
     alone = _ask(prefill, requests, output_tokens)
     written = [
         {**request, "kv": {"write": str(i), "tokens": len(request["prompt"])}}
@@ -67,14 +72,15 @@ def hand_over(
         for i, (request, token) in enumerate(zip(requests, first, strict=True))
     ]
     rest = _ask(decode, with_token, output_tokens - 1)
-    with_prompt = [
-        {"prompt": request["prompt"], "kv": _read(i, len(request["prompt"]))}
-        for i, request in enumerate(requests)
+    known = [
+        {**request, "kv": _read(i, len(request["prompt"]))} for i, request in enumerate(requests)
     ]
+    with_prompt = [{**request, "adapter": None} for request in known]
     return {
         "alone": alone,
         "with_token": [[*a, *b] for a, b in zip(first, rest, strict=True)],
         "with_prompt": _ask(decode, with_prompt, output_tokens),
+        "with_plugin": _ask(prefill, known, output_tokens),
     }
 
 
@@ -132,11 +138,13 @@ def main() -> None:
         "under_adapters": sum(request["adapter"] is not None for request in requests),
         "right_with_first_token": _num_equal(alone, found["with_token"]),
         "right_with_prompt_alone": _num_equal(alone, found["with_prompt"]),
+        "right_with_prompt_and_plugin": _num_equal(alone, found["with_plugin"]),
     }
     document = {**provenance(), **vars(options), "lengths": _LENGTHS, "block_tokens": _BLOCK}
     print("saved to", save("vllm-disaggregation", {**document, "summary": figures}))
     print(json.dumps(figures))
-    if figures["right_with_first_token"] != len(requests):
+    exact = figures["right_with_first_token"], figures["right_with_prompt_and_plugin"]
+    if exact != (len(requests), len(requests)):
         raise SystemExit("correctness gate: an answer differs from that of one vLLM alone")
 
 

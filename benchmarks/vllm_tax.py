@@ -15,8 +15,9 @@ Sharing: 16 adapters that edit the last token of one prompt of 1,000 (``l1``), o
 on an empty prefix cache. ``shared_prefix_hit_rate`` is what vLLM's own counters say: prompt tokens
 found in the cache over prompt tokens asked for, the first adapter's included, which finds nothing.
 
-Correctness gates: an engine with the plugin and without adapters gives the tokens of the one
-without; adapters change answers; in float32, shared prefixes change none.
+Correctness gates: adapters change answers; in float32, an engine with the plugin and without
+adapters gives the tokens of the one without, and shared prefixes change none. (In bfloat16 tokens
+may differ by which requests shared a step, as that decides how products round.)
 
 The last line printed is JSON; the whole goes to ``results/vllm-tax.json``, or
 ``results/vllm-tax-quick.json`` with ``--quick``.
@@ -171,7 +172,7 @@ def measure_tax(
 
         for row in rows:
             run(row)
-        _check_answers(answers)
+        _check_answers(answers, is_exact=regime.dtype == "float32")
         seconds = interleave(rows, run, regime.repeats, regime.lora_repeats)
     tokens = regime.requests * regime.output_tokens
     table = {
@@ -190,11 +191,11 @@ def _ratio(base: Mapping[int, float], other: Mapping[int, float]) -> list[float]
     return spread_of_ratios([base[repeat] for repeat in other], list(other.values()))
 
 
-def _check_answers(answers: Mapping[str, Sequence[Sequence[int]]]) -> None:
+def _check_answers(answers: Mapping[str, Sequence[Sequence[int]]], *, is_exact: bool) -> None:
     """The gates on tokens; raises SystemExit."""
     for name, tokens in answers.items():
         changed = _num_different(answers[BASE], tokens)
-        if name in (CONTROL, IDLE) and changed:
+        if is_exact and name in (CONTROL, IDLE) and changed:
             raise SystemExit(f"correctness gate: {name} changed {changed} answers of the base")
         if name.startswith("tax_") and not changed:
             raise SystemExit(f"correctness gate: {name}: no adapter changed an answer")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -69,6 +70,8 @@ def train_command(
         raise SystemExit(EXIT_INTERRUPTED) from None
     _record(config, finished_run(result, clock))
     print_summary(result, Console())
+    if result.warning:
+        console.print(f"warning: {result.warning}", style="red", markup=False, soft_wrap=True)
     return result
 
 
@@ -76,6 +79,24 @@ def _record(config: TrainConfig, run: Run) -> None:
     """Add the run to its table, in the first of several processes."""
     if config.runs_file is not None and world()[0] == 0:
         add_run(config.runs_file, run)
+
+
+@contextmanager
+def ending_told(console: Console, kept: str) -> Iterator[None]:
+    """End the process with 1 and one message on an error of the user's, with 130 on Ctrl-C.
+
+    ``kept`` says then what is left of the work.
+    """
+    try:
+        yield
+    except ReftError as error:
+        console.print(
+            f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise SystemExit(EXIT_ERROR) from None
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {kept}", markup=False, soft_wrap=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def settings_of(arguments: Sequence[str]) -> list[str]:

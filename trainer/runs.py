@@ -53,6 +53,7 @@ class Run(BaseModel):
     num_parameters: int | None = None
     steps: int | None = None
     training_seconds: float | None = None
+    training_cpu_seconds: float | None = None
     metric: str | None = None
     """The figure that counts, on the split that counts."""
     value: float | None = None
@@ -94,6 +95,7 @@ def finished_run(result: TrainResult, clock: Clock) -> Run:
         num_parameters=result.num_trainable,
         steps=result.fit.num_steps,
         training_seconds=round(result.fit.seconds, 1),
+        training_cpu_seconds=round(result.fit.cpu_seconds, 1),
         metric=f"{split}_{metric}",
         value=result.metrics[f"{split}_{metric}"],
         base_value=result.metrics.get(f"{split}_base_{metric}"),

@@ -21,6 +21,7 @@ from trainer.evaluation.splits import Evaluation
 from trainer.export import build_spec, check_finite
 from trainer.fit import FitResult, fit
 from trainer.order import spread
+from trainer.outcome import check_learnt
 from trainer.preparing import prepare
 from trainer.processes import leave
 from trainer.progress import Progress, SilentProgress
@@ -38,6 +39,8 @@ class TrainResult:
     choices: tuple[Choice, ...]
     remarks: tuple[str, ...]
     """What a person should know of how the data were read."""
+    warning: str | None
+    """What speaks against using the adapter."""
     command: str
     adapter: Adapter
     """Read back from the file at ``config.output``."""
@@ -106,6 +109,7 @@ def train(
     )
     if not leave():
         raise SystemExit(0)  # what follows is the main process's
+    warning = check_learnt(result)
     parts = task.parts(model)
     check_finite(parts.edits, parts.prefix, parts.head)
 
@@ -133,6 +137,7 @@ def train(
         command=command,
         choices=prepared.choices,
         remarks=prepared.remarks,
+        warning=warning,
         adapter=decode_adapter(data),
         fit=result,
         datasets=datasets,

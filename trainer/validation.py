@@ -74,8 +74,8 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         """Give the model its best parameters back, and say how it went."""
         assert self._best is not None
         self._model.load_trained_state(self._best_parameters)
-        curve = self._curve.steps()
-        return FitResult(tuple(self._epochs), self._best, steps, seconds, cpu_seconds, curve)
+        losses = self._curve.steps()
+        return FitResult(tuple(self._epochs), self._best, steps, seconds, cpu_seconds, losses)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

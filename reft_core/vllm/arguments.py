@@ -47,6 +47,7 @@ _ENVIRONMENT = {
     # A request whose logits are not finite fails, instead of answering with any token.
     "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",  # its processes write to our log, in a form of their own
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the plugin has not been tested on it
     # A fork of a process with threads, as a server is, may wait for ever for a lock.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

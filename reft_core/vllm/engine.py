@@ -8,6 +8,7 @@ import time
 from collections import deque
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -280,7 +281,7 @@ class VllmEngine(Host[Running]):
             if running.has_ended:
                 continue
             running.task = asyncio.ensure_future(self._serve(running))
-            running.task.add_done_callback(lambda task, r=running: self._served(r, task))
+            running.task.add_done_callback(partial(self._served, running))
             running.start_clock(self._loop.loop, self._expire)
 
     async def _serve(self, running: Running) -> None:

@@ -8,7 +8,7 @@ from itertools import islice
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 
-from reft_core.engine.interface import Output, Request, Token, TokenLogprob
+from reft_core.engine.interface import FinishReason, Output, Request, Token, TokenLogprob
 from reft_core.engine.sampler import NOT_FINITE
 from reft_core.errors import RequestFailed
 from reft_core.vllm.sampling import only_reads
@@ -40,12 +40,12 @@ def to_outputs(request: Request, delta: RequestOutput, *, is_first: bool) -> Ite
             token,
             _reason(new.finish_reason) if ends else None,
             num_cached_tokens=cached,
-            completes_constraint=False,
             prompt_logprobs=scores if place == 0 else (),
         )
 
 
-def _reason(vllm_reason: str | None) -> str:
+def _reason(vllm_reason: str | None) -> FinishReason:
+    """Ours for one of vLLM's."""
     return "stop" if vllm_reason == "stop" else "length"
 
 

@@ -23,9 +23,10 @@ class FakeWorker:
         if "write" in handed:
             self._files[handed["write"]] = request
         source = self._files[handed["read"]] if "read" in handed else request
-        # Whoever has to compute a prompt's last token again does so without its adapter.
-        sees_edit = "read" not in handed or len(request["prompt"]) > handed["tokens"]
-        adapter = source["adapter"] if sees_edit and source["adapter"] is not None else 99
+        # Whoever has to compute a prompt's last token again needs its adapter.
+        is_again = "read" in handed and len(request["prompt"]) == handed["tokens"]
+        adapter = (request if is_again else source)["adapter"]
+        adapter = 99 if adapter is None else adapter
         return [10 * len(source["prompt"]) + adapter] * count
 
 
@@ -34,7 +35,7 @@ def test_the_first_token_makes_the_difference() -> None:
     files: dict[str, dict[str, Any]] = {}
     found = hand_over(FakeWorker(files), FakeWorker(files), requests, 4)  # type: ignore[arg-type]
     assert all(len(answer) == 4 for answer in found["alone"])
-    assert found["with_token"] == found["alone"]
+    assert found["with_token"] == found["with_plugin"] == found["alone"]
     same = [a == b for a, b in zip(found["with_prompt"], found["alone"], strict=True)]
     assert same == [request["adapter"] is None for request in requests]
     assert sum(same) == 1

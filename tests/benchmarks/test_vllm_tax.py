@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from benchmarks.peers.protocol import OWN_PYTHON, PeerMissing
 from benchmarks.soak.world import save_tiny_model
 from benchmarks.vllm_tax import Regime
 from reft_core.convert.base import base_from_folder
+from reft_core.loading import Dtype
 from reft_core.sites import ModelDescription
 from reft_core.threads import run_in_own_thread
 
@@ -120,6 +123,23 @@ def test_adapters_that_do_nothing_are_no_result(
     _workers(monkeypatch, changed_by=0)
     with pytest.raises(SystemExit, match="tax_1: no adapter changed an answer"):
         vllm_tax.measure_tax(REGIME, folder, model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_float32_an_idle_plugin_changes_nothing(
+    dtype: Dtype,
+    folder: Path,
+    model: ModelDescription,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_tax, "_num_different", lambda some, others: 1)
+    _workers(monkeypatch)
+    with ExitStack() as stack:
+        if dtype == "float32":
+            complaint = pytest.raises(SystemExit, match="control changed 1 answers of the base")
+            stack.enter_context(complaint)
+        vllm_tax.measure_tax(replace(REGIME, dtype=dtype), folder, model, tmp_path)
 
 
 def test_sharing_is_what_vllm_counted(

@@ -137,15 +137,15 @@ def greedy(max_tokens: int, **rest: Any) -> SamplingParams:
     )
 
 
-def make_lab(kind: str, world: TinyWorld) -> Lab:
-    """An engine of this kind, not started; vLLM's takes half a minute."""
+def make_lab(kind: str, world: TinyWorld, **options: Any) -> Lab:
+    """An engine of this kind, not started; vLLM's takes ``options``, and half a minute."""
     # Of its own, as the reference's attention is not the embedded engine's.
     model = deepcopy(world.model)
     loaded = LoadedModel(model, NoTokenizer(), world.description)  # type: ignore[arg-type]
-    return Lab(kind, _engine(kind, loaded, world), loaded, world)
+    return Lab(kind, _engine(kind, loaded, world, options), loaded, world)
 
 
-def _engine(kind: str, loaded: LoadedModel, world: TinyWorld) -> Engine:
+def _engine(kind: str, loaded: LoadedModel, world: TinyWorld, options: dict[str, Any]) -> Engine:
     if kind == "embedded":
         from reft_core.engine.engine import EmbeddedEngine
 
@@ -154,4 +154,5 @@ def _engine(kind: str, loaded: LoadedModel, world: TinyWorld) -> Engine:
     from reft_core.vllm.engine import VllmEngine
 
     extra = {"block_size": 32, "additional_config": {"reft": {"spool": world.spool}}}
-    return VllmEngine(loaded, world.model_path, "float32", CONFIG, VllmOptions(extra=extra))
+    spread = VllmOptions(extra=extra, **options)
+    return VllmEngine(loaded, world.model_path, "float32", CONFIG, spread)

@@ -226,6 +226,18 @@ def test_leaks_are_dropped_when_told(tmp_path: Path) -> None:
     assert any("2 rows that are in valid too are dropped" in r for r in found.remarks)
 
 
+def test_a_test_row_in_training_is_a_leak_in_any_case_and_spacing(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [*TEXTS, {"text": "Is  THIS one", "label": "a"}])
+    write_rows(tmp_path / "test.jsonl", [{"text": "is this one", "label": "b"}])
+    with pytest.raises(
+        TrainingError, match=r"test\.jsonl:1: the same prompt is at .*train\.jsonl:21"
+    ):
+        splits(tmp_path)
+    found = splits(tmp_path, leaks="drop", valid_share=0.2)
+    assert "train: 1 rows that are in test too are dropped" in found.remarks
+    assert "THIS" not in {word for row in found.train.examples for word in row.question.split()}
+
+
 def test_labels_that_training_lacks_are_told(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", TEXTS)
     found = splits(path, labels=("a", "b", "c"))

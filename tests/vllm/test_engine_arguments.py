@@ -80,7 +80,9 @@ def test_a_setting_of_the_embedded_engine_is_refused(world: TinyWorld) -> None:
 
 
 def test_vllms_reason_for_refusing_a_value_is_told(world: TinyWorld) -> None:
-    with pytest.raises(InvalidRequest, match=r"vllm_args: vLLM refuses its arguments: .*block_size"):
+    with pytest.raises(
+        InvalidRequest, match=r"vllm_args: vLLM refuses its arguments: .*block_size"
+    ):
         vllm_config(args_of(world, extra={"block_size": "many"}))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from reft_core.adapter import Adapter
 from reft_core.errors import InvalidRequest
@@ -26,8 +27,14 @@ LABELS = ("a", "b c", "d")
 MAX_TOKENS = 4
 
 
+def ending_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "</s>"
+    return tokenizer
+
+
 def served(kind: str) -> LoadedModel:
-    return replace(loaded(kind), tokenizer=word_tokenizer())
+    return replace(loaded(kind), tokenizer=ending_tokenizer())
 
 
 def adapter(kind: str) -> Adapter:
@@ -36,13 +43,14 @@ def adapter(kind: str) -> Adapter:
 
 def slow_reply(kind: str, contender: Contender, row: Row) -> Reply:
     """One unpadded row at a time, the decoder reading each answer whole."""
-    model, tokenizer = loaded(kind).model, word_tokenizer()
+    model, tokenizer = loaded(kind).model, ending_tokenizer()
     prompt = tokenizer(row.question)["input_ids"]
     stack = [] if contender.adapter is None else [(contender.adapter, 1.0)]
     encoded = reference_encode(model.get_encoder(), prompt, stack, NUM_LAYERS)
 
-    def logprob(text: str) -> float:
+    def logprob(text: str, *, whole: bool = False) -> float:
         answer = tokenizer(text)["input_ids"]
+        answer = answer if whole else answer[:-1]  # no candidate begins another
         read = torch.tensor([[model.config.decoder_start_token_id, *answer[:-1]]])
         logits = model(encoder_outputs=encoded, decoder_input_ids=read).logits[0]
         return float(logits.double().log_softmax(-1)[range(len(answer)), answer].sum())
@@ -53,7 +61,7 @@ def slow_reply(kind: str, contender: Contender, row: Row) -> Reply:
         tokenizer.decode(ids, skip_special_tokens=True),
         "length" if len(ids) == MAX_TOKENS else "stop",
         tuple(map(logprob, row.candidates)),
-        -logprob(right),
+        -logprob(right, whole=True),
         len(tokenizer(right)["input_ids"]),
     )
 

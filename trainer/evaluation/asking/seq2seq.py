@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from reft_core.adapter import Adapter
 from reft_core.batch import AdapterUse
+from reft_core.classification.labels import Tokens, counted
 from reft_core.encoder import EncoderRequest
 from reft_core.engine.admission import check_length
 from reft_core.engine.choices import as_use
@@ -22,7 +23,7 @@ from trainer.seq2seq.rows import encode_answer
 class Seq2SeqAsker:
     """Implements :class:`interface.Asker`. Prompts and answers are tokenised as in training.
 
-    An answer's likelihood is that of all of its tokens, those that the tokenizer adds included.
+    A reference's likelihood is that of all of its tokens, those that the tokenizer adds included.
     """
 
     def __init__(self, loaded: LoadedModel, batch: int) -> None:
@@ -41,13 +42,10 @@ class Seq2SeqAsker:
             part = slice(start, start + self._batch)
             asked = questions[part]
             texts = self._texts(asked, requests[part])
-            scores = self._generator.score(
-                requests[part], [list(tokens.values()) for tokens in answers[part]]
-            )
+            scores = self._generator.score(requests[part], answers[part])
             for place, question in enumerate(asked):
                 of_row = answers[start + place]
-                logprobs = dict(zip(of_row, scores[place], strict=True))
-                yield start + place, _reply(question, texts[place], logprobs, of_row)
+                yield start + place, _reply(question, texts[place], scores[place], of_row)
 
     def _request(self, question: Question) -> EncoderRequest:
         """The conversation as its contender is given it. Raises what names the row."""
@@ -72,17 +70,22 @@ class Seq2SeqAsker:
             self._adapters[adapter.digest] = adapter.to(self._device)
         return (as_use(AdapterChoice(adapter.digest, contender.strength), self._adapters),)
 
-    def _answers(self, question: Question) -> dict[str, list[int]]:
-        """The tokens of each text whose likelihood is wanted."""
+    def _answers(self, question: Question) -> list[Tokens]:
+        """The tokens whose likelihood is wanted: the candidates', then the reference's."""
         row, wanted = question.row, question.wanted
-        texts = (*(row.candidates if wanted.choice else ()), *row.references[: wanted.loss])
-        found = {text: encode_answer(self._tokenizer, text) for text in texts}
-        for tokens in found.values():
+        candidates = [self._encode(text) for text in row.candidates if wanted.choice]
+        if all(tokens[-1] == self._tokenizer.eos_token_id for tokens in candidates):
+            candidates = counted(candidates)
+        found = [*candidates, *map(self._encode, row.references[: wanted.loss])]
+        for tokens in found:
             try:
                 check_length("completion", len(tokens), self._longest)
             except ReftError as error:
                 raise error.within(row.where) from None
         return found
+
+    def _encode(self, text: str) -> Tokens:
+        return tuple(encode_answer(self._tokenizer, text))
 
     def _texts(
         self, asked: Sequence[Question], requests: Sequence[EncoderRequest]
@@ -104,14 +107,10 @@ class Seq2SeqAsker:
 def _reply(
     question: Question,
     text: tuple[str, str],
-    logprobs: dict[str, float],
-    answers: dict[str, list[int]],
+    scores: list[float],
+    answers: list[Tokens],
 ) -> Reply:
-    row, wanted = question.row, question.wanted
-    right = row.references[0]
-    return Reply(
-        *(text if wanted.text else ("", "")),
-        tuple(logprobs[each] for each in row.candidates) if wanted.choice else (),
-        -logprobs[right] if wanted.loss else 0.0,
-        len(answers[right]) if wanted.loss else 0,
-    )
+    wanted = question.wanted
+    logprobs = tuple(scores[: len(question.row.candidates)]) if wanted.choice else ()
+    loss, num_tokens = (-scores[-1], len(answers[-1])) if wanted.loss else (0.0, 0)
+    return Reply(*(text if wanted.text else ("", "")), logprobs, loss, num_tokens)

@@ -129,7 +129,8 @@ class UrlAsker:
     def _scored(self, question: Question, answer: str) -> tuple[float, int]:
         """The log-probability of ``answer`` behind the prompt, and of how many tokens.
 
-        Without an end token: servers take text. A token that begins in the prompt and ends in
+        Without an end token: servers take text. Where one candidate begins another, the shorter is
+        never the less likely then. A token that begins in the prompt and ends in
         the answer is the answer's.
         """
         contender, row = question.contender, question.row

@@ -1,0 +1,1 @@
+"""What training gives on real data: runs, and the page made of their results."""

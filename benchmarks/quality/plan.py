@@ -1,0 +1,54 @@
+"""What the page is about: its groups in order, and all tasks that are meant to be on it."""
+
+from __future__ import annotations
+
+GROUPS: dict[str, tuple[str, str]] = {
+    "labels": (
+        "Labels, by a causal model",
+        "The answer is a label behind a plain prompt that ends in its trigger, whose last token is "
+        "the one that LoReFT and DiReFT edit (`l1`). A row is right if its label is the likeliest "
+        "whole answer, end token included, for every method alike. The base has not learnt to end "
+        "an answer there, so it is also asked with that token left out.",
+    ),
+    "encoder": (
+        "Labels and scores, by an encoder with a head",
+        "A head on pooled states is trained beside the edits; `head only` is what it reaches "
+        "alone. Parameters count the head's.",
+    ),
+    "domains": (
+        "Many adapters in one batch",
+        "One adapter for each domain, all of them loaded in one engine and asked in mixed batches.",
+    ),
+    "choices": (
+        "Multiple choice, by a causal model",
+        "The answer is one of the choices behind `the correct answer is`, as in the LoReFT paper's "
+        "commonsense tasks; a row is right if its choice is the likeliest whole answer.",
+    ),
+    "text": (
+        "Written answers, by a causal model",
+        "Greedy answers of our engine for adapters, scored as the metric says.",
+    ),
+}
+
+NOT_RUN: dict[str, str] = {
+    "trec": "six question classes, causal",
+    "snips": "seven intents, causal",
+    "sst2": "sentiment, causal",
+    **{
+        f"{name}-encoder": f"{name} by the encoder"
+        for name in ("trec", "sst2", "cola", "mrpc", "rte", "stsb", "sick", "banking77")
+    },
+    "clinc150": "one adapter for each of ten domains, served together",
+    "boolq": "accuracy",
+    "ARC-Easy": "accuracy",
+    "ARC-Challenge": "accuracy",
+    "openbookqa": "accuracy",
+    "commonsense_qa": "accuracy",
+    "geoquery_sql": "exact match",
+    "e2e_nlg": "BLEU",
+    "mawps": "right last number",
+    "gsm8k": "right last number",
+    "alpaca": "held-out loss",
+    "dolly": "held-out loss",
+}
+"""Everything that the page is meant to have, by the name of its task."""
