@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
+import torch
+
 from reft_core.adapter import check_fits
-from reft_core.errors import AdapterError, ReftError, UnsupportedModel
+from reft_core.errors import AdapterError, AdapterNotFound, ReftError, UnsupportedModel
 from reft_core.vllm.apply import Step, arm_site, begin_step, end_step
 from reft_core.vllm.catalog import describe_base
 from reft_core.vllm.files import AdapterFiles
@@ -66,11 +68,15 @@ class Armed:
     def begin(self, chunks: Sequence[Chunk]) -> Step:
         """Have the layers apply what these chunks of a step ask for."""
         plan, failed = self.planner.plan(chunks)
-        self.failed.update(failed)
+        self.failed.update(_failed_anywhere(chunks, failed))
         return begin_step(plan)
 
     def end(self, chunks: Sequence[Chunk], step: Step) -> None:
-        """Have them apply nothing, and note whose edits came to no number."""
+        """Have them apply nothing, and note whose edits came to no number.
+
+        Of a pipeline only the last stage's notes reach the scheduler; what overflows in an earlier
+        one is left unedited, and only logged.
+        """
         end_step()
         if overflowed := step.overflowed_rows():
             self.failed.update(
@@ -86,6 +92,24 @@ class Armed:
             if output is not None:
                 output.reft_failed = sorted(self.failed)
             self.failed.clear()
+
+
+def _failed_anywhere(chunks: Sequence[Chunk], failed: Sequence[str]) -> list[str]:
+    """Requests of a step that this rank, or another one with the same layers, cannot edit.
+
+    All tensor-parallel ranks call it in the same step. One pipeline stage alone tells the scheduler
+    what failed, the last; on another one nothing is left but to stop, or the answer would be wrong.
+    """
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    ranks = get_tp_group()
+    if ranks.world_size > 1:
+        flags = torch.tensor([chunk.request_id in failed for chunk in chunks], dtype=torch.int32)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, ranks.cpu_group)
+        failed = [chunk.request_id for chunk, flag in zip(chunks, flags, strict=True) if flag]
+    if failed and not get_pp_group().is_last_rank:
+        raise AdapterNotFound(f"adapters of the running requests {failed} are lost, see above")
+    return list(failed)
 
 
 def armed(runner: Any) -> Armed:
