@@ -99,6 +99,7 @@ class VllmEngine(Host[Running]):
         self._counters = Counters()
         self._num_edits_applied = 0
         self._held: dict[str, _Held] = {}
+        self._unloading: set[asyncio.Future[None]] = set()
         self._inbox: deque[Running] = deque()
         self._started = False
         self._vllm_config = arguments.vllm_config(args)
@@ -389,7 +390,9 @@ class VllmEngine(Host[Running]):
     def _unload(self, file_digest: str) -> None:
         """Tell the workers; nobody waits for their answer."""
         if not self._llm.errored:
-            self._unloading = asyncio.ensure_future(unload_adapter_async(self._llm, file_digest))
+            task = asyncio.ensure_future(unload_adapter_async(self._llm, file_digest))
+            self._unloading.add(task)  # the loop itself keeps no task alive
+            task.add_done_callback(self._unloading.discard)
 
     async def _shut_down(self) -> None:
         """End every request, then vLLM."""
