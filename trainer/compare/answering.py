@@ -99,17 +99,21 @@ def score_answers(
 
 @contextmanager
 def serving_base(
-    loaded: LoadedModel, adapters: Iterable[Adapter], max_tokens: int, **options: Any
+    loaded: LoadedModel,
+    adapters: Iterable[Adapter],
+    max_tokens: int,
+    *,
+    prefix_cache_bytes: int = EngineConfig.prefix_cache_bytes,
 ) -> Iterator[EmbeddedEngine]:
     """An engine on the base, with ``adapters`` loaded, for requests of ``max_tokens`` at most.
-
-    ``options`` are those of :class:`EngineConfig`.
 
     An engine switches its model's attention for good; afterwards the model has its own again.
     """
     implementation = loaded.model.config._attn_implementation
     try:
-        engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=max_tokens, **options))
+        engine = EmbeddedEngine(
+            loaded, EngineConfig(max_model_len=max_tokens, prefix_cache_bytes=prefix_cache_bytes)
+        )
         engine.start()
         try:
             for adapter in adapters:
