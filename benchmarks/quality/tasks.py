@@ -200,7 +200,7 @@ def _encoder_task(
         "encoder",
         folder,
         parts,
-        _ENCODING | settings,
+        {**_ENCODING, **settings},
         base=ENCODER,
     )
 
