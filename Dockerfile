@@ -1,8 +1,10 @@
 # syntax=docker/dockerfile:1
-# The server as an image. Targets: `cpu` (the default) and `cuda`. docs/operations.md has the commands.
+# The server as an image. Targets: `cpu` (the default), `cuda`, and `vllm` for the engine of several
+# GPUs. docs/operations.md has the commands, docs/scaling.md says when to take which.
 #
 #   docker build --build-arg TORCH_INDEX_URL=<PyTorch's CPU index> --tag reft-serve .
 #   docker build --target cuda --tag reft-serve:cuda .
+#   docker build --target vllm --tag reft-serve:vllm .
 #
 # deploy/docker/rehearse performs these steps without Docker; it knows the instructions used here.
 
@@ -62,6 +64,15 @@ RUN touch README.md \
     && /opt/build/bin/pip --python /opt/reft/bin/python install --constraint constraints.txt ".[$EXTRAS]" \
     && /opt/build/bin/pip --python /opt/reft/bin/python uninstall --yes reft-serve
 
+# vLLM chooses PyTorch, and the versions of much else: the constraints are not for it.
+FROM build AS dependencies-vllm
+ARG EXTRAS=vllm,postgres,s3,otel
+# Ray is what joins the GPUs of several machines; empty for those of one.
+ARG RAY="ray[cgraph]>=2.48"
+RUN touch README.md \
+    && /opt/build/bin/pip --python /opt/reft/bin/python install ".[$EXTRAS]" ${RAY:+"$RAY"} \
+    && /opt/build/bin/pip --python /opt/reft/bin/python uninstall --yes reft-serve
+
 # Our own code, apart from the environment, so that a change of it is a layer of a few megabytes.
 FROM build AS source
 COPY README.md ./
@@ -109,7 +120,7 @@ LABEL org.opencontainers.image.title="reft-serve" \
       org.opencontainers.image.revision="$REVISION" \
       org.opencontainers.image.created="$CREATED"
 
-FROM runtime AS cuda
+FROM runtime AS gpu
 USER 0:0
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -118,6 +129,13 @@ RUN apt-get update \
 USER 10001:10001
 # Read by the container runtime of NVIDIA; the CUDA libraries come with PyTorch.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+FROM gpu AS vllm
+COPY --from=dependencies-vllm /opt/reft /opt/reft
+COPY --from=source /opt/app /opt/app
+ENV REFT_ENGINE=vllm VLLM_NO_USAGE_STATS=1
+
+FROM gpu AS cuda
 COPY --from=dependencies-cuda /opt/reft /opt/reft
 COPY --from=source /opt/app /opt/app
 

@@ -11,9 +11,9 @@ TEST_PROCESSES ?= 2
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_FLAGS := -n $(TEST_PROCESSES) --dist worksteal
 
-.PHONY: help demo demo-train test lint format check test-oldest bench bench-quick bench-tax \
-	bench-kernel bench-gpu bench-residency bench-fanout bench-train soak fuzz load chaos lm-eval transcript \
-	docs lint-deploy rehearse clean
+.PHONY: help demo demo-train test lint format check test-oldest test-vllm bench bench-quick bench-tax \
+	bench-kernel bench-gpu bench-residency bench-fanout bench-train bench-vllm soak fuzz load chaos \
+	lm-eval transcript docs lint-deploy rehearse clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -50,6 +50,9 @@ test-oldest:  ## the core tests on the oldest transformers we promise
 	@$(PYTEST_ENV) .venv-oldest/bin/python -m pytest $(PYTEST_FLAGS) tests/reft_core \
 		--ignore=tests/reft_core/adapter_files --ignore=tests/reft_core/native
 
+test-vllm:  ## the adapters inside vLLM, in an environment of its own (.venv-vllm; six minutes once installed)
+	@.ci/vllm
+
 bench:  ## the engine against vLLM, llama.cpp and transformers, its roofline, its adapters (about 45 minutes)
 	@scripts/install demo
 	@$(BIN)/python -m benchmarks.engine
@@ -83,6 +86,11 @@ bench-residency:  ## thousands of registered adapters against ten, and the time 
 bench-train:  ## a training step against pyreft and PEFT's LoRA, in time and memory (REFT_DATA=folder with sst2)
 	@scripts/install demo train
 	@$(BIN)/python -m benchmarks.training
+
+bench-vllm:  ## adapters inside vLLM: what they cost beside its LoRA, what they share, prefill and decode apart
+	@scripts/install demo
+	@$(BIN)/python -m benchmarks.vllm_disaggregation
+	@$(BIN)/python -m benchmarks.vllm_tax
 
 lint-deploy:  ## Dockerfile, Compose file, Helm chart, systemd unit, by the tools that read them
 	@scripts/install test
@@ -123,4 +131,4 @@ docs:  ## write the pages that come from the code: the API, the settings, the me
 	@$(BIN)/reft methods --markdown > docs/methods.md
 
 clean:  ## remove the environments and caches
-	rm -rf .venv .venv-oldest .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .venv-vllm .venv-bench-* .pytest_cache .mypy_cache .ruff_cache build *.egg-info

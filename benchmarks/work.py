@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -68,11 +69,34 @@ def random_adapter(
     model: ModelDescription, rank: int, seed: int, rule: str = "f7+l7", first_layer: int = 0
 ) -> Adapter:
     """A LoReFT adapter in all layers from one on, whose edits are small but not zero."""
+    return decode_adapter(_random_adapter_bytes(model, rank, seed, rule, first_layer, noise=0.01))
+
+
+def write_random_adapters(
+    folder: Path,
+    model: ModelDescription,
+    rank: int,
+    count: int,
+    rule: str = "f7+l7",
+    first: int = 0,
+) -> None:
+    """So many random adapters as ``0.safetensors``, ``1.safetensors``, … in ``folder``, or from
+    ``first`` on. Their edits are large enough to change answers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(first, first + count):
+        data = _random_adapter_bytes(model, rank, seed, rule, first_layer=0, noise=1.0)
+        (folder / f"{seed}.safetensors").write_bytes(data)
+
+
+def _random_adapter_bytes(
+    model: ModelDescription, rank: int, seed: int, rule: str, first_layer: int, noise: float
+) -> bytes:
     torch.manual_seed(seed)
     layers = range(first_layer, model.num_layers)
     positions = PositionSpec(rule=rule)
     spec, modules = fresh_adapter(model, "loreft", positions, layers=layers, rank=rank)
     for module in modules.values():
         for parameter in module.parameters():
-            parameter.data.add_(0.01 * torch.randn_like(parameter) / model.hidden_size**0.5)
-    return decode_adapter(encode_adapter(spec, {k: m.to_edit() for k, m in modules.items()}))
+            parameter.data.add_(noise * torch.randn_like(parameter) / model.hidden_size**0.5)
+    return encode_adapter(spec, {k: m.to_edit() for k, m in modules.items()})

@@ -250,17 +250,22 @@ def write_durably(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def check_fits(spec: AdapterSpec, model: ModelDescription) -> None:
-    """Raise :class:`AdapterMismatch` unless ``spec`` was made for ``model``'s shape."""
+def check_same_shape(base: BaseModelSpec, model: ModelDescription) -> None:
+    """Raise :class:`AdapterMismatch` unless ``base`` has ``model``'s shape; names do not count."""
     for field in BaseModelSpec.model_fields:
         if field == "name":
             continue
-        declared, loaded = getattr(spec.base, field), getattr(model, field)
+        declared, loaded = getattr(base, field), getattr(model, field)
         if declared != loaded:
             raise AdapterMismatch(
                 explain(f"base.{field}", declared, f"{loaded!r}, as in the loaded {model.name}"),
                 field=f"base.{field}",
             )
+
+
+def check_fits(spec: AdapterSpec, model: ModelDescription) -> None:
+    """Raise :class:`AdapterMismatch` unless ``spec`` was made for ``model``'s shape."""
+    check_same_shape(spec.base, model)
     for name, site in spec.sites.items():
         declared_sizes, sizes = site.sizes(spec.base.hidden_size), model.sites.get(name)
         if sizes is None:

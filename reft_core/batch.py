@@ -131,7 +131,7 @@ class PromptEdits:
 
     def units_behind_kv(self, place: int) -> set[int]:
         """Units of the ``place``-th adapter that change keys or values, at any layer."""
-        edits = self.uses[place].edits
+        edits = self.uses[place].adapter.edits
         return {key.unit for key in edits if not self._only_for_logits(place, key)}
 
     def _only_for_logits(self, place: int, key: EditKey) -> bool:

@@ -1,14 +1,33 @@
-"""Whether a model can be had from a hub at all, decided in seconds."""
+"""What is on a hub: whether a model can be had from it at all, and adapters' files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from reft_core.errors import AdapterTooLarge, InvalidRequest, explain
+
+ADAPTER_FILE = "adapter.safetensors"
+"""An adapter's file in its repository."""
 
 _NO_CONNECTION = ("ConnectError", "ConnectTimeout")
 """Errors of httpx, or of httpx2 in later releases of the hub's client, which exports neither."""
+_SUFFIX = ".safetensors"
+_MAIN = "main"
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether there was no connection."""
+    return type(error).__name__ in _NO_CONNECTION
 
 
 def why_unreachable(name: str) -> str | None:
@@ -25,6 +44,50 @@ def why_unreachable(name: str) -> str | None:
     except HFValidationError:
         return None  # a path, and no id that a hub could know
     except Exception as error:
-        if type(error).__name__ in _NO_CONNECTION:
+        if is_unreachable(error):
             return f"no such folder, not in the hub's cache, and no {constants.ENDPOINT}: {error}"
     return None
+
+
+def fetch_adapter(name: str, max_bytes: int, *, field: str = "adapters") -> Path:
+    """Where the adapter file of a hub's repository is on this machine, fetched if need be.
+
+    ``name`` is ``owner/name`` or ``owner/name@revision``. The file is
+    :data:`ADAPTER_FILE`, or else the only ``.safetensors`` file at the top. Without a connection
+    it is the one that was fetched last. Raises, about ``field``, :class:`InvalidRequest` and
+    :class:`AdapterTooLarge`.
+    """
+    repo, _, revision = name.partition("@")
+    revision = revision or _MAIN
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+        file = _adapter_in(sizes, name, field)
+        if sizes[file] > max_bytes:
+            size = f"{name}, {sizes[file]} bytes"
+            raise AdapterTooLarge(explain(field, size, f"at most {max_bytes} bytes"), field=field)
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except HfHubHTTPError as error:
+        reason = f"the hub answers with status {error.response.status_code}"
+    except OfflineModeIsEnabled:
+        reason = "HF_HUB_OFFLINE is set"
+    except Exception as error:
+        if not is_unreachable(error):
+            raise
+        reason = f"no connection to {constants.ENDPOINT}: {error}"
+    cached = try_to_load_from_cache(repo, ADAPTER_FILE, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    expected = f"an adapter file, a folder with some directly in it, or a hub's id ({reason})"
+    raise InvalidRequest.because(field, name, expected)
+
+
+def _adapter_in(files: dict[str, int], name: str, field: str) -> str:
+    """The adapter among the files of a repository."""
+    at_top = [file for file in files if file.endswith(_SUFFIX) and "/" not in file]
+    if ADAPTER_FILE in at_top:
+        return ADAPTER_FILE
+    if len(at_top) == 1:
+        return at_top[0]
+    expected = f"a repository with {ADAPTER_FILE}, or one {_SUFFIX} file, and not {len(at_top)}"
+    raise InvalidRequest.because(field, name, expected)

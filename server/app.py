@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -16,15 +17,11 @@ from reft_core.classification import EncoderEngine, classifier_on
 from reft_core.engine.interface import AdapterHost, Engine
 from reft_core.errors import AdapterError, InvalidRequest
 from reft_core.grammar import GrammarCompiler
+from reft_core.hub import fetch_adapter
 from reft_core.loading import (
-    DEFAULT_CACHE,
-    DEMO_MODEL,
     LoadedModel,
-    load_encoder,
-    load_model,
-    model_kind,
-    read_config,
 )
+from reft_core.names import HUB_PATTERN
 from server.adapters.pins import Pins
 from server.adapters.residency import Residency
 from server.adapters.upkeep import Upkeep
@@ -32,6 +29,7 @@ from server.answering.generator import Generator
 from server.answering.grammars import Grammars
 from server.answering.inline import InlineReader
 from server.answering.labelling import Labeller
+from server.engines import build_engine, load_base_model
 from server.http.errors import install_handlers
 from server.http.lifecycle import Lifecycle
 from server.http.middleware import RequestContext
@@ -106,27 +104,6 @@ def create_app(
         app.include_router(module.router)
     document(app, settings)
     return app
-
-
-def load_base_model(settings: Settings) -> LoadedModel:
-    """The base model that the settings name: a causal model, or an encoder without its head.
-
-    Raises :class:`UnsupportedModel`.
-    """
-    name = settings.model
-    device, dtype = settings.resolve_device()
-    if name != DEMO_MODEL and model_kind(read_config(name, field="model")) == "encoder":
-        return load_encoder(name, dtype=dtype, device=device)
-    return load_model(name, dtype=dtype, device=device, cache=settings.cache_dir or DEFAULT_CACHE)
-
-
-def build_engine(settings: Settings, loaded: LoadedModel) -> AdapterHost:
-    """The engine over a loaded model, not started."""
-    from reft_core.engine.engine import EmbeddedEngine
-
-    if model_kind(loaded.model.config) == "encoder":
-        return EncoderEngine(loaded, settings.engine_config())
-    return EmbeddedEngine(loaded, settings.engine_config())
 
 
 def _build_services(
@@ -210,16 +187,19 @@ def _build_services(
 def adapter_files(paths: Iterable[Path], max_bytes: int) -> dict[Path, str]:
     """The adapter files at ``paths``, each with the name in its spec.
 
-    A folder means every ``.safetensors`` file directly in it. All of each is checked, but for
-    what depends on the base model. Raises :class:`InvalidRequest` for a path without any, and
+    A folder means every ``.safetensors`` file directly in it, and what is no path but has the form
+    of a hub's id the adapter there. All of each is checked, but for what depends on the base
+    model. Raises :class:`InvalidRequest` for a path without any, and
     what reading an adapter raises, with the file's name.
     """
     found: dict[Path, str] = {}
     for path in paths:
+        if not path.exists() and re.fullmatch(HUB_PATTERN, str(path)):
+            path = fetch_adapter(str(path), max_bytes)
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
             raise InvalidRequest.because(
-                "adapters", str(path), "an adapter file, or a folder with some directly in it"
+                "adapters", str(path), "an adapter file, a folder with some, or a hub's id"
             )
         for file in files:
             with _about(file):

@@ -79,6 +79,10 @@ class CausalTask:
         """Shuffled."""
         return shuffled(len(self.rows["train"]), self.config.seed)(epoch)
 
+    def prompt_of(self, row: TokenisedExample) -> Sequence[int]:
+        """All before the completion."""
+        return row.prompt
+
     def measure(self, model: ReftModel, rows: Sequence[TokenisedExample]) -> Measured:
         """Mean loss over the rows' completion tokens."""
         return Measured(mean_loss(model, rows, self.config, self.collator))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from reft_core.card import PAGE, metric_rows
 from reft_core.errors import ReftError, TrainingError, explain
 from trainer.checkpoints import last_checkpoint
 from trainer.config import TrainConfig
@@ -19,31 +21,45 @@ from trainer.config.file import read_config
 from trainer.presets import PRESETS
 from trainer.processes import world
 from trainer.progress import BarProgress, Progress, SilentProgress
-from trainer.report import metric_rows
+from trainer.runs import Clock, Run, add_run, finished_run, unfinished_run
 from trainer.train import TrainResult, train
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 
-def train_command(target: Path | str, arguments: Sequence[str]) -> None:
+def train_command(
+    target: Path | str,
+    arguments: Sequence[str],
+    check: Callable[[TrainConfig], None] = lambda config: None,
+) -> TrainResult:
     """Train the adapter that the config ``target`` describes, or one on the data called so.
 
-    ``arguments`` are settings, ``key=value`` or ``--key value``. Ends the process with 1 on an
+    ``arguments`` are settings, ``key=value`` or ``--key value``. ``check`` may refuse the config,
+    by a :class:`ReftError`, before anything is done. Ends the process with 1 on an
     error in config, data or training, and with 130 on Ctrl-C; no adapter has been written then.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     console = Console(stderr=True)
     command = shlex.join(["reft", "train", str(target), *arguments])
     config: TrainConfig | None = None
+    clock = Clock()
     try:
-        config = read_config(str(target), settings_of(arguments))
+        asked = read_config(str(target), settings_of(arguments))
+        check(asked)
+        config = asked
         result = train(config, command=command, progress=_progress(console))
     except ReftError as error:
-        console.print(f"error: {error.message}", style="red", markup=False)
+        if config is not None:
+            _record(config, unfinished_run(config, command, clock, "failed", error.message))
+        console.print(
+            f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
         kept = config and last_checkpoint(config.checkpoint_dir)
+        if config is not None:
+            _record(config, unfinished_run(config, command, clock, "interrupted"))
         console.print(
             f"interrupted; add --resume to go on from {kept}"
             if kept
@@ -52,7 +68,35 @@ def train_command(target: Path | str, arguments: Sequence[str]) -> None:
             soft_wrap=True,
         )
         raise SystemExit(EXIT_INTERRUPTED) from None
+    _record(config, finished_run(result, clock))
     print_summary(result, Console())
+    if result.warning:
+        console.print(f"warning: {result.warning}", style="red", markup=False, soft_wrap=True)
+    return result
+
+
+def _record(config: TrainConfig, run: Run) -> None:
+    """Add the run to its table, in the first of several processes."""
+    if config.runs_file is not None and world()[0] == 0:
+        add_run(config.runs_file, run)
+
+
+@contextmanager
+def ending_told(console: Console, kept: str) -> Iterator[None]:
+    """End the process with 1 and one message on an error of the user's, with 130 on Ctrl-C.
+
+    ``kept`` says then what is left of the work.
+    """
+    try:
+        yield
+    except ReftError as error:
+        console.print(
+            f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise SystemExit(EXIT_ERROR) from None
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {kept}", markup=False, soft_wrap=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def settings_of(arguments: Sequence[str]) -> list[str]:
@@ -105,7 +149,7 @@ def print_summary(result: TrainResult, console: Console) -> None:
     for name, value in (
         ("adapter", f"{result.config.output} ({result.adapter.num_bytes:,} bytes)"),
         ("digest", result.adapter.digest),
-        ("report", str(result.config.report_dir / "report.md")),
+        ("report", str(result.config.report_dir / PAGE)),
         ("parameters", f"{result.num_trainable:,} ({share:.4f} % of the base)"),
         ("training", f"{result.fit.num_steps} steps in {result.fit.seconds:.0f} s"),
     ):

@@ -38,8 +38,6 @@ class Batch(TypedDict):
     """(B, U, K) int64: columns each unit edits; 0 where invalid."""
     edit_valid: Tensor
     """(B, U, K) bool: whether the cell of ``edit_columns`` is meant."""
-    split: int
-    """Columns before it are edited in no row and predict nothing."""
 
 
 class Collator:
@@ -70,7 +68,6 @@ class Collator:
             units = self.rule.resolve(len(row.prompt))
             columns.append([[start + position for position in unit] for unit in units])
         edit_columns, edit_valid = _pad_columns(columns)
-        edited = [column for units in columns for unit in units for column in unit]
         return Batch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -78,7 +75,6 @@ class Collator:
             labels=labels,
             edit_columns=edit_columns,
             edit_valid=edit_valid,
-            split=min([*edited, num_prompt - 1]),
         )
 
 

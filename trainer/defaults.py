@@ -75,19 +75,32 @@ def _choose_labels(chooser: Chooser, splits: Splits) -> None:
         labels = tuple(f"{label_lead(template)}{name.strip()}" for name in names)
         if len(labels) < 2:
             raise TrainingError(f"{splits.train.path}: every row has the label {labels[0]!r}")
+        _check_known(splits, names)
         if chooser.config.labels is not None:
             chooser.config = chooser.config.choosing(labels=labels)
         chooser.choose("labels", labels, f"the {len(labels)} labels of the data", ", ".join(names))
         return
     answers = {example.completion for example in train}
-    if 2 <= len(answers) <= _MOST_LABELS_GUESSED and len(train) >= 4 * len(answers):
-        held_out = [e for d in splits.datasets.values() for e in d.examples]
-        if all(example.completion in answers for example in held_out):
-            chooser.choose(
-                "labels",
-                tuple(sorted(answers)),
-                f"all {len(train)} completions are one of these {len(answers)}",
-                ", ".join(sorted(answer.strip() for answer in answers)),
+    every = [example for dataset in splits.datasets.values() for example in dataset.examples]
+    recur = 2 <= len(answers) <= _MOST_LABELS_GUESSED and len(every) >= 4 * len(answers)
+    if recur and all(example.completion in answers for example in every):
+        chooser.choose(
+            "labels",
+            tuple(sorted(answers)),
+            f"all {len(every)} completions are one of these {len(answers)}",
+            ", ".join(sorted(answer.strip() for answer in answers)),
+        )
+
+
+def _check_known(splits: Splits, names: Sequence[str]) -> None:
+    """Raise :class:`TrainingError` for a row that is evaluated by a label that is not learnt."""
+    known = {name.strip() for name in names}
+    for example in (e for dataset in splits.datasets.values() for e in dataset.examples):
+        if example.kind == "label" and str(example.label) not in known:
+            raise TrainingError(
+                f"{example.where}: label {example.label!r} has no training row; the labels are "
+                f"{', '.join(names)}",
+                field="label",
             )
 
 

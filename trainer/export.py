@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 import transformers
@@ -43,6 +44,8 @@ def build_spec(
         data[f"{split}_rows"] = len(dataset.examples)
         if split != "train" and config.eval_rows and config.eval_rows < len(dataset.examples):
             data[f"{split}_rows_answered"] = config.eval_rows
+    if config.data is not None and not Path(config.data).exists():
+        data["dataset"] = config.data.partition(":")[0][:_MAX_TEXT]  # a hub's
     return AdapterSpec(
         name=config.name,
         description=config.description,

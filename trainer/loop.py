@@ -224,6 +224,7 @@ def _arguments(config: TrainConfig, num_visits: int, scratch: str) -> TrainingAr
         run_name=config.name,
         disable_tqdm=True,
         remove_unused_columns=False,  # rows are ours, not columns of a data set
+        ddp_find_unused_parameters=False,  # with_unused sees to it that there are none
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:

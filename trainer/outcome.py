@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,10 +36,41 @@ class FitResult:
     cpu_seconds: float
     """Of this process's threads together in those steps: neither a pause nor what else the
     machine does adds to them. What an accelerator computes does not count."""
+    train_losses: tuple[tuple[int, float], ...] = ()
+    """Step, and the mean training loss up to it since the one before: every step's in a run that
+    is not long."""
+
+
+_HARM = 1.1
+"""A training loss so many times the first validation's is not the noise of its last rows."""
+
+
+def check_learnt(result: FitResult) -> str | None:
+    """A warning about a training after which no validation was better than the one before it.
+
+    Raises :class:`TrainingError` where the training loss ended above that one too: no parameters
+    are worth keeping then, although they are finite.
+    """
+    start, *later = result.epochs
+    lowest, last = min(later, key=lambda epoch: epoch.valid_loss), later[-1]
+    scores = result.best.valid_metrics.items()
+    better = any(score > start.valid_metrics.get(name, math.inf) for name, score in scores)
+    if better or not lowest.valid_loss >= start.valid_loss:
+        return None
+    found = (
+        f"the validation loss was {start.valid_loss:.4g} before training and never lower after it "
+        f"(at best {lowest.valid_loss:.4g}, at step {lowest.step})"
+    )
+    if last.train_loss is not None and last.train_loss > _HARM * start.valid_loss:
+        raise diverged(f"{found}, and the training loss ended at {last.train_loss:.4g}")
+    return (
+        f"{found}; by that measure the adapter is no better than the base. A lower "
+        "learning_rate, or more rows, usually helps"
+    )
 
 
 def diverged(what: str) -> TrainingError:
-    """The error for a training that no longer has finite numbers."""
+    """The error for a training that led nowhere."""
     return TrainingError(
         f"training: {what}; nothing was written. A lower learning_rate usually helps",
         field="learning_rate",

@@ -120,7 +120,6 @@ class ReftModel(FrozenBase):
         labels: Tensor,
         edit_columns: Tensor,
         edit_valid: Tensor,
-        split: int,
     ) -> LossAndLogits:
         """Loss and logits of a :class:`trainer.collate.Batch`."""
         virtual = self.virtual if self._edits else None

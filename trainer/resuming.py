@@ -21,6 +21,7 @@ _MAY_DIFFER = {
     "prefix_cache_mb",
     "output",
     "report_dir",
+    "runs_file",
     "description",
     "licence",
 }

@@ -122,6 +122,9 @@ class Task(Protocol):
     def order(self, epoch: int) -> Sequence[int]:
         """The training rows in the order of one epoch, drawn from the seed."""
 
+    def prompt_of(self, row: Any) -> Sequence[int]:
+        """The tokens of a row that positions count."""
+
     def measure(self, model: Any, rows: Sequence[Any]) -> Measured:
         """Loss and metrics of ``model`` as it is, over all of ``rows``."""
 

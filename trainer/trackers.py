@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
+from transformers import TrainerCallback
+from typing_extensions import override
+
 from reft_core.errors import TrainingError, explain
-from trainer.config import TrainConfig
+from trainer.config import PATH_FIELDS, TrainConfig
 
 
 def check_tracker(config: TrainConfig) -> None:
@@ -28,4 +32,18 @@ def tracker_callbacks(config: TrainConfig) -> list[Any]:
         from torch.utils.tensorboard import SummaryWriter
 
         return [TensorBoardCallback(SummaryWriter(str(config.report_dir / "tensorboard")))]
-    return [{"wandb": WandbCallback, "trackio": TrackioCallback}[config.report_to]()]
+    callback = {"wandb": WandbCallback, "trackio": TrackioCallback}[config.report_to]
+    return [callback(), Settings(config)]
+
+
+class Settings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Tells wandb or trackio the run's settings, paths aside; transformers tells its own."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._tracker: Any = importlib.import_module(config.report_to)
+        self._settings = config.model_dump(mode="json", exclude=set(PATH_FIELDS))
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:  # and the tracker's own callback has begun the run
+            self._tracker.config.update({"reft": self._settings}, allow_val_change=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from reft_core.adapter import Adapter, decode_adapter, encode_adapter, write_durably
+from reft_core.environment import environment
 from reft_core.errors import TrainingError, explain
-from reft_core.loading import LoadedModel
+from reft_core.loading import LoadedModel, ModelKind
 from trainer.config import TrainConfig
 from trainer.data import Dataset
 from trainer.defaults import Choice
@@ -20,10 +21,12 @@ from trainer.evaluation.splits import Evaluation
 from trainer.export import build_spec, check_finite
 from trainer.fit import FitResult, fit
 from trainer.order import spread
+from trainer.outcome import check_learnt
 from trainer.preparing import prepare
 from trainer.processes import leave
 from trainer.progress import Progress, SilentProgress
 from trainer.report import write_report
+from trainer.report.prompt import drawn_prompt
 from trainer.trackers import check_tracker
 
 
@@ -36,6 +39,8 @@ class TrainResult:
     choices: tuple[Choice, ...]
     remarks: tuple[str, ...]
     """What a person should know of how the data were read."""
+    warning: str | None
+    """What speaks against using the adapter."""
     command: str
     adapter: Adapter
     """Read back from the file at ``config.output``."""
@@ -45,11 +50,27 @@ class TrainResult:
     """By split: valid, and test if there is one."""
     num_trainable: int
     num_base_parameters: int
+    kind: ModelKind
+    """Of the base."""
+    prompt: Mapping[str, object]
+    """A held-out prompt with its edited tokens; see :func:`trainer.report.prompt.drawn_prompt`."""
+    environment: Mapping[str, str | int]
+    """See :func:`reft_core.environment.environment`."""
 
     @property
     def metrics(self) -> dict[str, float]:
         """The numbers stored in the adapter file, by name."""
         return dict(self.adapter.spec.training.metrics)
+
+    @property
+    def last_split(self) -> str:
+        """The split whose figures count: test, or valid where there is no test."""
+        return list(self.evaluations)[-1]
+
+    @property
+    def sample_metric(self) -> str:
+        """The first metric of the answers, which judges single ones too."""
+        return next(iter(self.evaluations[self.last_split].metrics))
 
 
 def train(
@@ -88,6 +109,7 @@ def train(
     )
     if not leave():
         raise SystemExit(0)  # what follows is the main process's
+    warning = check_learnt(result)
     parts = task.parts(model)
     check_finite(parts.edits, parts.prefix, parts.head)
 
@@ -104,6 +126,8 @@ def train(
     if "test" in held_out:
         metrics["test_loss"] = task.measure(model, held_out["test"][1]).loss
     metrics |= task.probe(model, held_out, progress)
+    sample = task.prompt_of(list(held_out.values())[-1][1][0])
+    prompt = drawn_prompt(sample, loaded.tokenizer, config.rule if parts.sites else None)
     evaluations = task.evaluate(decode_adapter(as_file(metrics)), held_out, progress)
     for split, evaluation in evaluations.items():
         metrics |= {f"{split}_{name}": value for name, value in evaluation.metrics.items()}
@@ -113,12 +137,16 @@ def train(
         command=command,
         choices=prepared.choices,
         remarks=prepared.remarks,
+        warning=warning,
         adapter=decode_adapter(data),
         fit=result,
         datasets=datasets,
         evaluations=evaluations,
         num_trainable=sum(p.numel() for p in model.trainable()),
         num_base_parameters=loaded.description.num_parameters,
+        kind=task.kind,
+        prompt=prompt,
+        environment=environment(),
     )
     write_durably(config.output, data)
     write_report(finished)

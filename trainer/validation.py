@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from trainer.config import TrainConfig
+from trainer.curve import Curve
 from trainer.order import steps_between_validations
 from trainer.outcome import Epoch, FitResult, diverged
 from trainer.processes import summed, world
@@ -42,6 +43,8 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self._best_parameters: list[dict[str, Tensor]] = []
         self._losses: list[float] = []
         """Of this process's steps since the last validation."""
+        self._curve = Curve()
+        """Of all steps before it."""
 
     def note(self, loss: float) -> None:
         """Take this process's share of a step's loss."""
@@ -55,6 +58,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
             "best_parameters": self._best_parameters,
             "best_rank": self._best_rank,
             "losses": self._losses,
+            "curve": self._curve.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -64,12 +68,14 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         self._best_parameters = state["best_parameters"]
         self._best_rank = tuple(state["best_rank"])
         self._losses = state["losses"]
+        self._curve = Curve(**state["curve"])
 
     def finish(self, steps: int, seconds: float, cpu_seconds: float) -> FitResult:
         """Give the model its best parameters back, and say how it went."""
         assert self._best is not None
         self._model.load_trained_state(self._best_parameters)
-        return FitResult(tuple(self._epochs), self._best, steps, seconds, cpu_seconds)
+        losses = self._curve.steps()
+        return FitResult(tuple(self._epochs), self._best, steps, seconds, cpu_seconds, losses)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -89,14 +95,15 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         every = steps_between_validations(self._config, self.num_rows)
         if step % every and step != state.max_steps:
             return
-        count = len(self._losses) * world()[1]
-        train_loss = summed([sum(self._losses)])[0] / count
+        losses = [loss / world()[1] for loss in summed(self._losses)]
+        train_loss = sum(losses) / len(losses)
         found = self._measure()
         metrics = dict(found.metrics)
         epoch = Epoch(len(self._epochs), train_loss, found.loss, step, metrics)
         if not math.isfinite(epoch.valid_loss):
             raise diverged(f"the validation loss became {epoch.valid_loss}")
         self._losses = []
+        self._curve.extend(losses)
         self._note(epoch, control)
         if self._best is None or found.rank > self._best_rank:
             self._best, self._best_rank = epoch, found.rank

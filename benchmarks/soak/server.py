@@ -53,9 +53,9 @@ class ServerProcess:
         """Of the process."""
         return self._process.pid
 
-    def wait_ready(self) -> str:
+    def wait_ready(self, timeout_s: float = _START_TIMEOUT_S) -> str:
         """Its address, once it answers there."""
-        give_up_at = time.monotonic() + _START_TIMEOUT_S
+        give_up_at = time.monotonic() + timeout_s
         while time.monotonic() < give_up_at and self._process.poll() is None:
             if found := re.search(r"http://127\.0\.0\.1:\d+", self._log.read_text()):
                 return found[0]

@@ -98,7 +98,7 @@ def main() -> None:
         "results": results,
     }
     figures = summary(results)
-    print("saved to", save(f"training-steps{'-quick' * options.quick}", {**document, **figures}))
+    print("saved to", save(f"train-steps{'-quick' * options.quick}", {**document, **figures}))
     print(json.dumps(figures))
 
 

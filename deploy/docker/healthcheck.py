@@ -1,4 +1,4 @@
-"""Exit status 0 if the server in this container answers ``/healthz`` with 200."""
+"""Exits with 0 if this container's server answers ``/healthz``, or the path given, by 200."""
 
 import http.client
 import os
@@ -8,7 +8,7 @@ try:
     connection = http.client.HTTPConnection(
         "127.0.0.1", int(os.environ.get("REFT_PORT", "8000")), timeout=4
     )
-    connection.request("GET", "/healthz")
+    connection.request("GET", sys.argv[1] if len(sys.argv) > 1 else "/healthz")
     status = connection.getresponse().status
 except OSError as error:
     sys.exit(f"no answer: {error}")

@@ -17,6 +17,7 @@ from reft_core.classification.interface import (
     TextTicket,
     classify,
 )
+from reft_core.classification.labels import answer_tokens, counted, label_tokens
 from reft_core.classification.likelihood import LikelihoodClassifier
 from reft_core.engine.interface import AdapterHost, Engine
 
@@ -38,6 +39,9 @@ __all__ = [
     "LikelihoodClassifier",
     "TextRequest",
     "TextTicket",
+    "answer_tokens",
     "classifier_on",
     "classify",
+    "counted",
+    "label_tokens",
 ]

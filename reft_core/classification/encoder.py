@@ -12,6 +12,7 @@ from reft_core.classification.interface import (
     TextRequest,
     TextTicket,
 )
+from reft_core.classification.labels import as_shown, as_written
 from reft_core.engine.admission import check_length
 from reft_core.errors import InvalidRequest, ReftError
 from reft_core.spec import TaskSpec
@@ -36,10 +37,11 @@ class EncoderClassifier:
             check_length("input", len(tokens), request.max_tokens)
         task = self._task(request)
         known = task.labels or ()
-        labels = request.labels or known
+        labels = request.labels or as_shown(known)
+        written = as_written(labels, known)
         if request.labels and task.kind == "regression":
             raise InvalidRequest.because("labels", labels, "none: the head says a number")
-        for label in labels:
+        for label in written:
             if known and label not in known:
                 allowed = f"some of {', '.join(known)}, which the head was trained on"
                 raise InvalidRequest.because("labels", label, allowed)
@@ -52,7 +54,7 @@ class EncoderClassifier:
                 sink(Classification((), (), value=outcome.item()))
                 return
             logprobs = dict(zip(known, outcome.double().log_softmax(-1).tolist(), strict=True))
-            sink(Classification(labels, tuple(logprobs[label] for label in labels)))
+            sink(Classification(labels, tuple(logprobs[label] for label in written)))
 
         ticket = self.engine.submit(
             request.request_id, tokens, request.adapters, finish, request.deadline_s, segments

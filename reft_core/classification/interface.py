@@ -21,8 +21,9 @@ class TextRequest:
     adapters: tuple[AdapterChoice, ...] = ()
     """Applied in order."""
     labels: tuple[str, ...] | None = None
-    """Labels to choose from; None: those that an adapter brings. A trained head knows its own
-    labels alone, so with one they must be some of these."""
+    """Labels to choose from; None: those that an adapter brings, without the space that its
+    answers may begin with. One that it brings may be written either way. A trained head knows its
+    own labels alone, so with one they must be some of these."""
     base_template: bool = False
     """Have a causal model read the text in its own chat template, whatever the first adapter
     brings. Encoders have no templates."""
@@ -41,9 +42,11 @@ class Classification:
     """How likely each label is, or the number that stands in place of labels."""
 
     labels: tuple[str, ...]
+    """As the request writes them, or where it does not as people read them."""
     logprobs: tuple[float, ...]
     """Natural log of each label's probability: of a trained head, among all of its labels; of a
-    causal model, that the label is its whole answer, so that these need not add up to 1."""
+    causal model, that its answer begins with the label, or is the label where one begins another,
+    so that these need not add up to 1."""
     num_cached_tokens: int = 0
     """Tokens of the text that were not computed for it; see :class:`engine.interface.Output`."""
     value: float | None = None

@@ -1,4 +1,4 @@
-"""Classification by a causal model: which label it finds the likeliest as its whole answer.
+"""Classification by a causal model: which label it finds the likeliest as its answer.
 
 Each label is a request of its own whose completion is given. They share the prompt, which the
 engine computes once.
@@ -18,6 +18,7 @@ from reft_core.classification.interface import (
     TextRequest,
     TextTicket,
 )
+from reft_core.classification.labels import as_shown, as_written, label_tokens
 from reft_core.engine.admission import check_length
 from reft_core.engine.interface import AdapterChoice, Engine, Output, Request, SamplingParams
 from reft_core.errors import EngineUnavailable, InvalidRequest, ReftError
@@ -43,14 +44,12 @@ class LikelihoodClassifier:
         if request.text_pair is not None:
             expected = "none: a causal model reads one message"
             raise InvalidRequest.because("text_pair", request.text_pair, expected)
-        labels = request.labels or _labels_of(self.engine, request.adapters)
-        end = self._tokenizer.eos_token_id
-        if end is None:
-            raise InvalidRequest("model: its tokenizer has no end-of-text token", field="model")
-        answers = [
-            (*self._tokenizer(label, add_special_tokens=False)["input_ids"], end)
-            for label in labels
-        ]
+        own = _labels_of(self.engine, request.adapters)
+        labels = request.labels or as_shown(own)
+        if not labels:
+            expected = "at least one, since no adapter brings any"
+            raise InvalidRequest.because("labels", None, expected)
+        answers = label_tokens(self._tokenizer, as_written(labels, own))
         prompt = self._prompt(request)
         if request.max_tokens is not None:
             check_length("input", len(prompt), request.max_tokens)
@@ -168,8 +167,8 @@ class _Scoring:
 
 
 def _labels_of(engine: Engine, adapters: tuple[AdapterChoice, ...]) -> tuple[str, ...]:
-    """Labels of the first adapter that has any."""
+    """Labels of the first adapter that has any, as it writes them."""
     for choice in adapters:
         if labels := engine.adapter_spec(choice.digest).task.labels:
             return labels
-    raise InvalidRequest.because("labels", None, "at least one, since no adapter brings any")
+    return ()

@@ -21,10 +21,9 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from reft_core.errors import UnsupportedModel, explain
-from reft_core.loading import DEMO_MODEL, ModelKind, model_kind, read_config
+from reft_core.loading import DEMO_MODEL, DEMO_NAME, ModelKind, model_kind, read_config
 from reft_core.sites import ModelDescription, describe_model, describe_seq2seq, find_layers
 
-_DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_CONFIG = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -82,7 +81,7 @@ def _rotary(model: PreTrainedModel, head_dim: int) -> tuple[float, ...]:
 def base_from_folder(model: str, name: str | None = None) -> ModelDescription:
     """The base model at a hub id or in a folder, or ``demo``, from its config alone."""
     if model == DEMO_MODEL:
-        return describe_config(LlamaConfig(**_DEMO_CONFIG), name or _DEMO_NAME)
+        return describe_config(LlamaConfig(**_DEMO_CONFIG), name or DEMO_NAME)
     config = read_config(model)
     return describe_config(config, name or (Path(model).name if Path(model).is_dir() else model))
 

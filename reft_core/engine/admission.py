@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sized
+from dataclasses import replace
 
-from reft_core.errors import InvalidRequest, PromptTooLong, explain
+from reft_core.engine.interface import Request, SamplingParams
+from reft_core.errors import AdapterMismatch, InvalidRequest, PromptTooLong, explain
+from reft_core.spec import AdapterSpec
 
 
 def check_not_empty(field: str, tokens: Sized) -> None:
@@ -38,3 +41,40 @@ def check_fits_context(num_prompt: int, max_tokens: int, num_virtual: int, most:
             f"{prefix} make {wanted})"
         )
         raise PromptTooLong(explain("prompt", wanted, allowed), field="prompt")
+
+
+def check_tokens(request: Request, vocab_size: int) -> None:
+    """Refuse a request whose numbers do not fit the model."""
+    check_not_empty("prompt", request.prompt)
+    params = request.params
+    groups = {
+        "prompt": request.prompt,
+        "completion": request.completion,
+        "source": [token for choice in request.adapters for token in choice.source],
+        "logit_bias": params.logit_bias,
+        "stop_token_ids": params.stop_token_ids,
+    }
+    for field, tokens in groups.items():
+        check_known(field, tokens, vocab_size)
+
+
+def check_generates(spec: AdapterSpec) -> None:
+    """Raise :class:`AdapterMismatch` for an adapter with a head, which no causal model takes."""
+    if spec.head is not None:
+        raise AdapterMismatch(
+            explain("task.kind", spec.task.kind, "'generation' on a causal model"),
+            field="task.kind",
+        )
+
+
+def as_scored(request: Request) -> Request:
+    """A request whose completion is given, with the parameters that follow from that."""
+    if not request.completion:
+        return request
+    params = SamplingParams(
+        max_tokens=len(request.completion),
+        temperature=0,
+        logprobs=request.params.logprobs or 0,
+        prompt_logprobs=request.params.prompt_logprobs,
+    )
+    return replace(request, params=params)

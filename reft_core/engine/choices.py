@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from reft_core.adapter import Adapter
-from reft_core.batch import AdapterUse
-from reft_core.engine.interface import AdapterChoice
+from reft_core.batch import AdapterUse, PromptEdits
+from reft_core.engine.admission import check_length
+from reft_core.engine.interface import AdapterChoice, Request
 from reft_core.errors import InvalidRequest
 
 MAX_STRENGTH = 100.0
@@ -48,3 +50,44 @@ def as_use(choice: AdapterChoice, adapters: Mapping[str, Adapter]) -> AdapterUse
             )
     subspaces = tuple(sorted(choice.subspaces.items()))
     return AdapterUse(adapter, strength, subspaces, choice.source)
+
+
+def resolve_edits(
+    request: Request, adapters: Mapping[str, Adapter], max_model_len: int
+) -> PromptEdits | None:
+    """The request's adapters, resolved against its prompt; None where only the base acts.
+
+    At strength 0 an adapter is left out with all that it is made of, virtual tokens too.
+    """
+    uses = [as_use(choice, adapters) for choice in request.adapters]
+    for use in uses:
+        if use.source:
+            _check_source(use, len(request.prompt), max_model_len)
+    uses = [use for use in uses if use.strength != 0]
+    with_prefix = [u.adapter.spec.name for u in uses if u.adapter.num_virtual_tokens]
+    if len(with_prefix) > 1:
+        raise InvalidRequest.because("adapters", with_prefix, "at most one with a prefix")
+    if not uses:
+        return None
+    reads: Literal["last", "all"] = "last" if request.params.prompt_logprobs is None else "all"
+    return PromptEdits(tuple(uses), len(request.prompt), reads)
+
+
+def _check_source(use: AdapterUse, prompt_len: int, max_model_len: int) -> None:
+    """Refuse a source prompt that nothing takes, or whose positions do not pair up."""
+    spec, length = use.adapter.spec, len(use.source)
+    if not use.interchanges:
+        raise InvalidRequest.because(
+            "source", f"{length} tokens", f"none, since {spec.name!r} interchanges nothing"
+        )
+    check_length("source", length, max_model_len)
+    in_source, in_prompt = (
+        [len(unit) for unit in use.adapter.rule.resolve(n)] for n in (length, prompt_len)
+    )
+    if in_source != in_prompt:
+        raise InvalidRequest.because(
+            "source",
+            f"{length} tokens",
+            f"a prompt in which {spec.positions.rule} draws as many positions as in the "
+            f"request's own: {in_prompt} a unit, not {in_source}",
+        )

@@ -5,22 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Literal
 
 import torch
 
 from reft_core.adapter import Adapter, check_fits
-from reft_core.batch import AdapterUse, PromptEdits
-from reft_core.engine.admission import (
-    check_fits_context,
-    check_known,
-    check_length,
-    check_not_empty,
-)
-from reft_core.engine.choices import as_use
+from reft_core.engine.admission import as_scored, check_fits_context, check_generates, check_tokens
+from reft_core.engine.choices import resolve_edits
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.cuda_graphs import recorder_for
 from reft_core.engine.deadlines import Deadlines
@@ -31,7 +21,6 @@ from reft_core.engine.interface import (
     Output,
     OutputSink,
     Request,
-    SamplingParams,
     Ticket,
     Token,
 )
@@ -45,14 +34,7 @@ from reft_core.engine.scheduler import Scheduler
 from reft_core.engine.sequence import Sequence
 from reft_core.engine.sharing import Chunk
 from reft_core.engine.uploads import Uploads
-from reft_core.errors import (
-    AdapterMismatch,
-    DeadlineExceeded,
-    InvalidRequest,
-    ReftError,
-    RequestFailed,
-    explain,
-)
+from reft_core.errors import DeadlineExceeded, ReftError, RequestFailed
 from reft_core.loading import LoadedModel
 from reft_core.sites import ModelDescription
 from reft_core.threads import run_in_own_thread
@@ -115,24 +97,14 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
 
     def submit(self, request: Request, sink: OutputSink) -> Ticket:
         """Accept a request; see :meth:`interface.Engine.submit`."""
-        self._check_tokens(request)
-        request = _as_scored(request)
+        check_tokens(request, self.model.vocab_size)
+        request = as_scored(request)
         with self._changed:
             sequence = self._new_sequence(request, sink)
             self._admit(request.request_id, sequence, len(request.prompt))
             self._inbox.append(sequence)
         num_edits = sequence.edits.num_edits if sequence.edits else 0
         return Ticket(request.request_id, len(request.prompt), num_edits)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """See :meth:`interface.Engine.together`."""
-        with self._changed:  # re-entrant; a step takes arrivals in under the same lock
-            outer, self._waiting_before = self._waiting_before, self._num_waiting_tokens
-            try:
-                yield
-            finally:
-                self._waiting_before = outer
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step with reason ``cancelled``; no-op if it has ended."""
@@ -144,11 +116,7 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
     def load_adapter(self, adapter: Adapter) -> None:
         """Make an adapter usable by its digest; see :meth:`interface.Engine.load_adapter`."""
         check_fits(adapter.spec, self.model)
-        if adapter.head is not None:
-            raise AdapterMismatch(
-                explain("task.kind", adapter.spec.task.kind, "'generation' on a causal model"),
-                field="task.kind",
-            )
+        check_generates(adapter.spec)
         if self.has_adapter(adapter.digest):
             return
         resident, arrival = self._uploads.start(adapter)
@@ -193,61 +161,11 @@ class EmbeddedEngine(ThreadedHost[Sequence]):
             block_tokens=BLOCK_TOKENS,
         )
 
-    def _check_tokens(self, request: Request) -> None:
-        """Refuse a request whose numbers do not fit the model."""
-        check_not_empty("prompt", request.prompt)
-        params = request.params
-        groups = {
-            "prompt": request.prompt,
-            "completion": request.completion,
-            "source": [token for choice in request.adapters for token in choice.source],
-            "logit_bias": params.logit_bias,
-            "stop_token_ids": params.stop_token_ids,
-        }
-        for field, tokens in groups.items():
-            check_known(field, tokens, self.model.vocab_size)
-
-    def _resolve_edits(self, request: Request) -> PromptEdits | None:
-        """The request's adapters, resolved against its prompt; None where only the base acts.
-
-        At strength 0 an adapter is left out with all that it is made of, virtual tokens too.
-        """
-        uses = [as_use(choice, self._adapters) for choice in request.adapters]
-        for use in uses:
-            self._uploads.wait(use.adapter.digest)
-            if use.source:
-                self._check_source(use, len(request.prompt))
-        uses = [use for use in uses if use.strength != 0]
-        with_prefix = [u.adapter.spec.name for u in uses if u.adapter.num_virtual_tokens]
-        if len(with_prefix) > 1:
-            raise InvalidRequest.because("adapters", with_prefix, "at most one with a prefix")
-        if not uses:
-            return None
-        reads: Literal["last", "all"] = "last" if request.params.prompt_logprobs is None else "all"
-        return PromptEdits(tuple(uses), len(request.prompt), reads)
-
-    def _check_source(self, use: AdapterUse, prompt_len: int) -> None:
-        """Refuse a source prompt that nothing takes, or whose positions do not pair up."""
-        spec, length = use.adapter.spec, len(use.source)
-        if not use.interchanges:
-            raise InvalidRequest.because(
-                "source", f"{length} tokens", f"none, since {spec.name!r} interchanges nothing"
-            )
-        check_length("source", length, self._max_model_len)
-        in_source, in_prompt = (
-            [len(unit) for unit in use.adapter.rule.resolve(n)] for n in (length, prompt_len)
-        )
-        if in_source != in_prompt:
-            raise InvalidRequest.because(
-                "source",
-                f"{length} tokens",
-                f"a prompt in which {spec.positions.rule} draws as many positions as in the "
-                f"request's own: {in_prompt} a unit, not {in_source}",
-            )
-
     def _new_sequence(self, request: Request, sink: OutputSink) -> Sequence:
         """The request with its edits resolved against its prompt, if it fits into a slot."""
-        edits = self._resolve_edits(request)
+        for choice in request.adapters:
+            self._uploads.wait(choice.digest)
+        edits = resolve_edits(request, self._adapters, self._max_model_len)
         num_virtual, params = edits.num_virtual if edits else 0, request.params
         check_fits_context(len(request.prompt), params.max_tokens, num_virtual, self._max_model_len)
         stop_ids = params.stop_token_ids
@@ -502,16 +420,3 @@ def _output(
         and token.token_id not in sequence.stop_ids,
         prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and was_answered else (),
     )
-
-
-def _as_scored(request: Request) -> Request:
-    """A request whose completion is given, with the parameters that follow from that."""
-    if not request.completion:
-        return request
-    params = SamplingParams(
-        max_tokens=len(request.completion),
-        temperature=0,
-        logprobs=request.params.logprobs or 0,
-        prompt_logprobs=request.params.prompt_logprobs,
-    )
-    return replace(request, params=params)

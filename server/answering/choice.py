@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from reft_core.engine.interface import Token
+from reft_core.vocabulary import Vocabulary
 from server.answering.text import Detokenizer, StopMatcher
-from server.answering.vocabulary import Vocabulary
 
 _LEAST_LOGPROB = -9999.0
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from reft_core.engine.interface import Token
+from reft_core.vocabulary import Vocabulary
 from server.answering.choice import TokenText, describe_token
 from server.answering.text import Detokenizer
-from server.answering.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from reft_core.engine.interface import Engine, Output, Request, SamplingParams
 from reft_core.errors import ReftError
 from reft_core.grammar import Grammar
+from reft_core.vocabulary import Vocabulary
 from server.adapters.residency import Residency
 from server.answering.choice import ChoiceText, TokenText
 from server.answering.echo import Echo, ScoredPrompt
@@ -23,7 +24,6 @@ from server.answering.job import Job
 from server.answering.named import Resolved
 from server.answering.outbox import Outbox
 from server.answering.running import AnswerEnd, Delta, RunningChoice
-from server.answering.vocabulary import Vocabulary
 from server.observability.adapter_usage import Key, keys_of
 from server.observability.metrics import Metrics
 from server.observability.record import current_record

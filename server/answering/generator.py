@@ -11,6 +11,7 @@ from reft_core.engine.admission import check_length
 from reft_core.engine.interface import Engine
 from reft_core.errors import InvalidRequest
 from reft_core.spec import TemplateSpec
+from reft_core.vocabulary import Vocabulary
 from server.adapters.residency import Residency
 from server.answering.echo import Echo, echo_of
 from server.answering.generation import AnsweringModel, Backend, Generation
@@ -19,7 +20,6 @@ from server.answering.inline import InlineReader
 from server.answering.job import Job
 from server.answering.named import resolve_all
 from server.answering.outbox import Outbox
-from server.answering.vocabulary import Vocabulary
 from server.observability.metrics import Metrics
 from server.observability.record import current_record
 from server.registry import Registry

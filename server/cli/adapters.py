@@ -8,7 +8,8 @@ from server.cli.convert import convert, export
 from server.cli.diff import diff
 from server.cli.inspect import describe, inspect
 from server.cli.mix import mix
-from server.cli.remote import list_, pin, promote, pull, push, rm, rollback, show, unpin
+from server.cli.push import push
+from server.cli.remote import list_, pin, promote, pull, rm, rollback, show, unpin
 from server.cli.steer import steer
 
 adapters_app = typer.Typer(

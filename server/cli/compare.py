@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from server.cli.errors import one_line_errors
+from server.cli.options import (
+    Overrides,
+    Steps,
+    TrainConfigFile,
+    TrainRows,
+    ValidRows,
+    command_line,
+    given,
+)
 
 
 def compare(
-    config: Annotated[Path, typer.Argument(help="YAML file of a training")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the file's")
-    ] = None,
+    config: TrainConfigFile,
+    overrides: Overrides = None,
     methods: Annotated[
         str | None, typer.Option(help="such as zero_shot,peft_lora,loreft; absent: all usual ones")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="of the tested runs; absent: 0,1,2")] = None,
-    steps: Annotated[int | None, typer.Option(help="of every training")] = None,
+    steps: Steps = None,
     search: Annotated[
         int | None, typer.Option(help="settings tried for each method on the validation rows")
     ] = None,
-    train_rows: Annotated[int | None, typer.Option(help="drawn of the training file")] = None,
-    valid_rows: Annotated[int | None, typer.Option(help="drawn of the validation file")] = None,
+    train_rows: TrainRows = None,
+    valid_rows: ValidRows = None,
     test_rows: Annotated[int | None, typer.Option(help="drawn of the test file")] = None,
     reference: Annotated[
         str | None, typer.Option(help="method that the others' differences are from")
+    ] = None,
+    measure_serving: Annotated[
+        int | None, typer.Option(help="requests to time with each adapter and without; absent: 0")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder; absent: runs/compare")] = None,
 ) -> None:
@@ -40,16 +48,16 @@ def compare(
     with one_line_errors():
         from trainer.compare.cli import compare_command
 
-        flags = {
-            "methods": methods,
-            "seeds": seeds,
-            "steps": steps,
-            "search": search,
-            "train_rows": train_rows,
-            "valid_rows": valid_rows,
-            "test_rows": test_rows,
-            "reference": reference,
-            "out": out,
-        }
-        given = {name: value for name, value in flags.items() if value is not None}
-        compare_command(config, overrides or [], given, shlex.join(["reft", *sys.argv[1:]]))
+        flags = given(
+            methods=methods,
+            seeds=seeds,
+            steps=steps,
+            search=search,
+            train_rows=train_rows,
+            valid_rows=valid_rows,
+            test_rows=test_rows,
+            reference=reference,
+            measure_serving=measure_serving,
+            out=out,
+        )
+        compare_command(config, overrides or [], flags, command_line())

@@ -12,7 +12,10 @@ from server.cli.options import Key
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help="JSONL file, or a folder with a test.jsonl")],
+    data: Annotated[str, typer.Option(help="File, folder of splits, or a data set's hub name")],
+    split: Annotated[
+        str, typer.Option(help="Of a folder or a data set: test, valid or train")
+    ] = "test",
     model: Annotated[str, typer.Option(help="Hub id, folder or 'demo'; a name at --url")] = "demo",
     adapter: Annotated[
         list[str] | None,
@@ -68,6 +71,7 @@ def evaluate(
         eval_command(
             Asked(
                 data=data,
+                split=split,
                 model=model,
                 adapters=tuple(adapter or ()),
                 url=url,

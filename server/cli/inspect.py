@@ -107,7 +107,7 @@ def _facts(adapter: Adapter, model: ModelDescription | None) -> Table:
         "positions": positions if spec.sites else "",
         "prefix": "" if prefix is None else f"{prefix.length} virtual tokens, {prefix.kind}",
         "head": "" if spec.head is None else _head(spec.head),
-        "labels": ", ".join(spec.task.labels or ()),
+        "labels": ", ".join(label.strip() for label in spec.task.labels or ()),
         "subspaces": ", ".join(f"{k}: {ranges(v)}" for k, v in (spec.subspaces or {}).items()),
         "strength": str(spec.strength),
         "template": "its own" if spec.template else "the base model's",

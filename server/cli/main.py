@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from server.cli.adapters import adapters_app
@@ -11,13 +9,15 @@ from server.cli.bench import bench
 from server.cli.chat import chat
 from server.cli.compare import compare
 from server.cli.config import config_app
-from server.cli.errors import OneLineGroup, one_line_errors
+from server.cli.errors import OneLineGroup
 from server.cli.eval import evaluate
 from server.cli.keys import keys_app
 from server.cli.methods import methods
 from server.cli.registry import registry_app
+from server.cli.runs import runs_app
 from server.cli.serve import demo, serve
 from server.cli.sweep import sweep
+from server.cli.train import train
 
 app = typer.Typer(
     name="reft",
@@ -35,7 +35,11 @@ app.add_typer(adapters_app, name="adapter")
 app.add_typer(keys_app, name="key")
 app.add_typer(registry_app, name="registry")
 app.add_typer(config_app, name="config")
+app.add_typer(runs_app, name="runs")
 app.command()(methods)
+app.command(
+    epilog="Settings: reft train --help-settings", context_settings={"ignore_unknown_options": True}
+)(train)
 app.command()(compare)
 app.command()(sweep)
 
@@ -43,32 +47,6 @@ app.command()(sweep)
 def main() -> None:
     """Run the command line."""
     app()
-
-
-@app.command(
-    epilog="Settings: reft train --help-settings", context_settings={"ignore_unknown_options": True}
-)
-def train(
-    target: Annotated[
-        str, typer.Argument(help="YAML file; or data: a file, a folder or a hub's data set")
-    ] = "",
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="key=value, or --key value; they win over the file's")
-    ] = None,
-    help_settings: Annotated[
-        bool, typer.Option("--help-settings", help="List all settings and presets")
-    ] = False,
-) -> None:
-    """Train an adapter."""
-    with one_line_errors():
-        from trainer.cli import list_settings, train_command
-
-        if help_settings:
-            list_settings()
-        elif not target:
-            raise typer.BadParameter("a YAML file, or data", param_hint="target")
-        else:
-            train_command(target, settings or [])
 
 
 @app.command()

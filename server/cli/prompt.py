@@ -31,7 +31,7 @@ def encode(
 
 def texts(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Text of each token."""
-    from server.answering.vocabulary import Vocabulary
+    from reft_core.vocabulary import Vocabulary
 
     vocabulary = Vocabulary(tokenizer)
     return [vocabulary.describe(token_id)[0] for token_id in ids]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from server.cli.errors import one_line_errors
 from server.cli.files import check_free
 from server.cli.options import AdminKey, AsJson, Tenant, Url
 from server.cli.text import print_json, print_table
-from server.cli.transfer import shown_progress
 from server.client.address import DEFAULT_URL, adapter_path
 
 if TYPE_CHECKING:
@@ -26,31 +24,6 @@ if TYPE_CHECKING:
 Name = Annotated[str, typer.Argument(help="The adapter")]
 Reference = Annotated[str, typer.Argument(help="name, name@3 or name@sha256:…")]
 _PAGE = 200
-
-
-def push(
-    file: Annotated[Path, typer.Argument(help="An adapter file")],
-    key: AdminKey,
-    name: Annotated[str | None, typer.Option(help="Served under; default: its own name")] = None,
-    signature: Annotated[
-        Path | None, typer.Option(help="Its signature file by OpenSSF model-signing")
-    ] = None,
-    url: Url = DEFAULT_URL,
-    tenant: Tenant = "",
-) -> None:
-    """Upload an adapter; it replaces what its name meant."""
-    with one_line_errors():
-        from reft_core.adapter import read_adapter
-
-        adapter = read_adapter(file)
-        headers = {"X-Expected-SHA256": adapter.digest}
-        if signature is not None:
-            headers["X-Model-Signature"] = base64.b64encode(signature.read_bytes()).decode()
-        path = adapter_path(name or adapter.spec.name)
-        with shown_progress(file) as on_sent:
-            answer = _client(url, key, tenant).upload(path, file, headers, on_sent)
-        state = "uploaded" if answer["created"] else "was there already"
-        typer.echo(f"{answer['name']} version {answer['version']} {state} ({answer['digest']})")
 
 
 def list_(

@@ -91,13 +91,8 @@ def load_app(settings: Settings) -> tuple[FastAPI, str, list[str]]:
         check_exposure(settings, store)
     is_json = settings.log_format == "json"  # then nothing but records is written
     with nullcontext() if is_json else console.status(f"Loading {settings.model} …"):
-        from server.app import (
-            adapter_files,
-            build_engine,
-            create_app,
-            load_base_model,
-            register_files,
-        )
+        from server.app import adapter_files, create_app, register_files
+        from server.engines import build_engine, load_base_model
         from server.observability.logs import adopt_library_loggers, hide_progress_bars
         from server.registry import open_registry
 

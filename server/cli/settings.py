@@ -24,6 +24,7 @@ Config = Annotated[
 _SHOWN_FIRST = frozenset(
     [
         "model",
+        "engine",
         "adapters",
         "host",
         "port",

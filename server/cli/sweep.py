@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from server.cli.errors import one_line_errors
+from server.cli.options import (
+    Overrides,
+    Steps,
+    TrainConfigFile,
+    TrainRows,
+    ValidRows,
+    command_line,
+    given,
+)
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(help="YAML file of a training")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value pairs that replace the file's")
-    ] = None,
+    config: TrainConfigFile,
+    overrides: Overrides = None,
     trials: Annotated[int | None, typer.Option(help="of the whole study; absent: 30")] = None,
     timeout: Annotated[float | None, typer.Option(help="seconds; no trial begins later")] = None,
     workers: Annotated[int | None, typer.Option(help="processes, each with its own base")] = None,
     objective: Annotated[str | None, typer.Option(help="loss, or accuracy of labels")] = None,
     pruner: Annotated[str | None, typer.Option(help="median, hyperband or none")] = None,
-    steps: Annotated[int | None, typer.Option(help="of every training")] = None,
-    train_rows: Annotated[int | None, typer.Option(help="drawn of the training file")] = None,
-    valid_rows: Annotated[int | None, typer.Option(help="drawn of the validation file")] = None,
+    steps: Steps = None,
+    train_rows: TrainRows = None,
+    valid_rows: ValidRows = None,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -46,19 +51,18 @@ def sweep(
         from trainer.sections import mapping_of
         from trainer.sweep.cli import sweep_command
 
-        flags = {
-            "trials": trials,
-            "timeout": timeout,
-            "workers": workers,
-            "objective": objective,
-            "pruner": pruner,
-            "steps": steps,
-            "train_rows": train_rows,
-            "valid_rows": valid_rows,
-            "storage": storage,
-            "name": name,
-            "space": mapping_of("space", space) if space else None,
-            "out": out,
-        }
-        given = {key: value for key, value in flags.items() if value is not None}
-        sweep_command(config, overrides or [], given, shlex.join(["reft", *sys.argv[1:]]))
+        flags = given(
+            trials=trials,
+            timeout=timeout,
+            workers=workers,
+            objective=objective,
+            pruner=pruner,
+            steps=steps,
+            train_rows=train_rows,
+            valid_rows=valid_rows,
+            storage=storage,
+            name=name,
+            space=mapping_of("space", space) if space else None,
+            out=out,
+        )
+        sweep_command(config, overrides or [], flags, command_line())

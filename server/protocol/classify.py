@@ -43,7 +43,11 @@ class ClassifyRequest(AdapterRequest):
         ),
     ] = Field(None, description="for an encoder: the second text of each input's pair")
     labels: list[_Label] | None = Field(
-        None, min_length=2, max_length=MAX_LABELS, description="default: the adapter's own"
+        None,
+        min_length=2,
+        max_length=MAX_LABELS,
+        description="default: the adapter's own; one of these may be written with or without the "
+        "space that the adapter's answers begin with",
     )
 
     @property
@@ -69,20 +73,20 @@ class ClassifyRequest(AdapterRequest):
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise InvalidRequest.because("labels", self.labels, "each label once")
 
-    def choose_labels(self, max_open: int, versions: Sequence[UsedAdapter]) -> list[str]:
-        """The labels that a causal model is to score, the adapters' own if none are given.
+    def choose_labels(self, max_open: int, versions: Sequence[UsedAdapter]) -> list[str] | None:
+        """The labels that a causal model is to score; None for those that an adapter brings.
 
         Raises :class:`InvalidRequest` if there are too few or too many, also over all texts:
         each label of each text is one of ``max_open`` requests that the engine takes in at once.
         """
-        labels = self.labels or self._labels_of(versions)
-        if (total := len(self.input) * len(labels)) > max_open:
+        num_labels = len(self.labels or self._labels_of(versions))
+        if (total := len(self.input) * num_labels) > max_open:
             raise InvalidRequest.because(
                 "input",
-                f"{len(self.input)} texts x {len(labels)} labels = {total}",
+                f"{len(self.input)} texts x {num_labels} labels = {total}",
                 f"at most {max_open} labels to score in all",
             )
-        return labels
+        return self.labels
 
     def labels_beside_head(self, versions: Sequence[UsedAdapter]) -> list[str] | None:
         """The labels that a trained head is to choose from; None for all of its own.
@@ -123,8 +127,8 @@ class LabelProbability(BaseModel):
     label: str
     prob: float
     logprob: float = Field(
-        description="natural log of the label's probability: as a causal model's whole answer, or "
-        "among all labels of a trained head"
+        description="natural log of the label's probability: that a causal model's answer begins "
+        "with it (is it, where one label begins another), or among all labels of a trained head"
     )
 
 

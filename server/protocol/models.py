@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from reft_core.sites import ModelDescription
+from reft_core.spec import BaseModelSpec
 from server.registry import Version
 
 
@@ -118,6 +119,7 @@ class AdapterList(BaseModel):
     object: Literal["list"] = "list"
     data: list[VersionCard]
     has_more: bool = Field(False, description="whether names come after these")
+    base: BaseModelSpec = Field(description="the model served, whose shape adapters must have")
 
 
 class AdapterDetail(BaseModel):

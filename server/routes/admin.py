@@ -118,7 +118,11 @@ async def list_adapters(
 
     def build() -> AdapterList:
         cards = map(VersionCard.of, versions, users)
-        return AdapterList(data=list(cards), has_more=len(found) > len(versions))
+        return AdapterList(
+            data=list(cards),
+            has_more=len(found) > len(versions),
+            base=services.engine.model.to_base_spec(),
+        )
 
     return await answer_from_thread(build)
 

@@ -20,7 +20,7 @@ router = make_router(ApiRoute, tag="inference")
 @router.post("/v1/classify", response_model=ClassifyResponse, responses=ANSWERED)
 async def classify(body: ClassifyRequest, request: Request) -> Response:
     """Choose a label for each text: by an encoder's trained head, or by how likely a causal
-    model finds each label as its whole answer. A head trained on numbers says one instead.
+    model finds each label as its answer. A head trained on numbers says one instead.
     """
     services = services_of(request)
     body.check(services.settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from reft_core.errors import InvalidRequest
+from reft_core.names import HUB_PATTERN
 from server.settings.fields import Field, all_fields
 
 _SUFFIXES = (".yaml", ".yml", ".toml")
@@ -108,13 +110,19 @@ def _from_folder(field: Field, value: Any, folder: Path) -> Any:
     if field.is_path and field.is_list:
         parts = value.split(os.pathsep) if isinstance(value, str) else value
         if isinstance(parts, list):
-            return [str(folder / part) if isinstance(part, str) else part for part in parts]
+            return [_below(folder, part) if isinstance(part, str) else part for part in parts]
         return value
     # A model is a hub id or a folder; what begins with a dot is no hub id.
     is_folder = field.name == "model" and isinstance(value, str) and value.startswith(".")
     if (field.is_path or is_folder) and isinstance(value, str):
         return str(folder / value)
     return value
+
+
+def _below(folder: Path, part: str) -> str:
+    """A relative path counted from ``folder``, unless nothing is there and a hub may have it."""
+    path = folder / part
+    return part if not path.exists() and re.fullmatch(HUB_PATTERN, part) else str(path)
 
 
 class _NoDuplicates(yaml.SafeLoader):

@@ -18,10 +18,20 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 if TYPE_CHECKING:
     from reft_core.engine.config import EngineConfig
     from reft_core.grammar import GrammarLimits
+    from reft_core.vllm.arguments import VllmOptions
 
 MIB = 1024 * 1024
 CLIENT_VARIABLES = frozenset({"REFT_URL", "REFT_CONFIG", "REFT_TENANT", "REFT_DATA"})
 """What commands and benchmarks read beside the settings."""
+_OF_VLLM = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "distributed_executor_backend",
+    "gpu_memory_utilization",
+    "vllm_args",
+)
+_OF_EMBEDDED = ("device", "forward", "num_threads", "kv_tokens")
 
 
 class Settings(BaseSettings):
@@ -39,6 +49,10 @@ class Settings(BaseSettings):
     )
 
     model: str = Field(default="demo", description="hub id, folder, or 'demo'")
+    engine: Literal["embedded", "vllm"] = Field(
+        default="embedded",
+        description="embedded: our own, on one device; vllm: vLLM, on many devices and nodes",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
     )
@@ -107,8 +121,8 @@ class Settings(BaseSettings):
     )
     adapters: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(),
-        description="adapter files, or folders of them, registered at start under the name "
-        f"in their spec; in the environment separated by '{os.pathsep}'",
+        description="adapter files, folders of them or hub ids, registered at start under the "
+        f"name in their spec; in the environment separated by '{os.pathsep}'",
     )
 
     max_model_len: int = Field(default=2048, ge=2, description="prompt and answer, in tokens")
@@ -131,6 +145,28 @@ class Settings(BaseSettings):
     pinned_adapters: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="names of adapters that stay loaded; in the environment separated by commas",
+    )
+
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="engine vllm: devices that every layer is split over"
+    )
+    pipeline_parallel_size: int = Field(
+        default=1, ge=1, description="engine vllm: stages that the layers are split over"
+    )
+    data_parallel_size: int = Field(
+        default=1, ge=1, description="engine vllm: copies of the model, each on its own devices"
+    )
+    distributed_executor_backend: Literal["mp", "ray"] | None = Field(
+        default=None,
+        description="engine vllm: mp on one node, ray on many; none: vLLM's choice",
+    )
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, description="engine vllm: share of each GPU's memory it takes"
+    )
+    vllm_args: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="engine vllm: further arguments of its engine, as name=value with a value in "
+        "JSON; in the environment one JSON object",
     )
 
     request_timeout_s: float = Field(
@@ -249,6 +285,23 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("vllm_args", mode="before")
+    @classmethod
+    def _split_arguments(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = json.loads(value) if value.lstrip().startswith("{") else value.split(",")
+        if isinstance(value, dict):
+            return tuple(f"{name}={json.dumps(each)}" for name, each in value.items())
+        return tuple(part.strip() for part in value) if isinstance(value, list | tuple) else value
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _are_named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for argument in value:
+            if not argument.partition("=")[0].isidentifier() or "=" not in argument:
+                raise ValueError("expected name=value, such as block_size=32")
+        return value
+
     @field_validator("blob_options")
     @classmethod
     def _is_object(cls, value: SecretStr) -> SecretStr:
@@ -269,6 +322,7 @@ class Settings(BaseSettings):
             )
         if self.allow_inline_adapters:
             self._check_inline()
+        self._check_engine()
         return self
 
     @property
@@ -288,6 +342,17 @@ class Settings(BaseSettings):
                 f"{most}, as max_body_bytes ({self.max_body_bytes}, in base64) and "
                 f"max_adapter_bytes ({self.max_adapter_bytes}) allow"
             )
+
+    def _check_engine(self) -> None:
+        """Refuse settings that the chosen engine has no use for."""
+        of_other = _OF_VLLM if self.engine == "embedded" else _OF_EMBEDDED
+        for name in of_other:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}: got {value!r}, expected nothing with engine {self.engine!r}, which "
+                    "has no use for it"
+                )
 
     def resolve_device(self) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
         """Device and dtype with ``auto`` decided. Asks torch what there is."""
@@ -319,6 +384,19 @@ class Settings(BaseSettings):
         """Most choices and labels that the engine takes in at once, of all requests together."""
         return self.engine_config().max_open
 
+    def vllm_options(self) -> VllmOptions:
+        """The part of the settings that the vLLM engine needs beside :meth:`engine_config`."""
+        from reft_core.vllm.arguments import VllmOptions
+
+        return VllmOptions(
+            tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            distributed_executor_backend=self.distributed_executor_backend,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            extra=dict(_argument(text) for text in self.vllm_args),
+        )
+
     def grammar_limits(self) -> GrammarLimits:
         """The bounds of a grammar that a request brings."""
         from reft_core.grammar import GrammarLimits
@@ -349,6 +427,15 @@ def environment() -> tuple[dict[str, Any], list[str]]:
     known = {f"{prefix}{name}".upper() for name in Settings.model_fields} | CLIENT_VARIABLES
     strange = [name for name in os.environ if name.upper().startswith(prefix)]
     return EnvSettingsSource(Settings)(), sorted(n for n in strange if n.upper() not in known)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Name and value of ``name=value``; what is no JSON is a text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def is_loopback(host: str) -> bool:

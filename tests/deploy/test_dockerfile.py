@@ -27,7 +27,7 @@ def test_hadolint_has_no_complaint(run_tool: Run) -> None:
     assert passed(run_tool("hadolint", "--failure-threshold", "style", "Dockerfile")) == ""
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("target", ["cpu", "cuda", "vllm"])
 def test_the_image_runs_unprivileged_and_says_how_it_is(
     dockerfile: Dockerfile, target: str
 ) -> None:
@@ -47,7 +47,7 @@ def test_the_default_target_is_for_a_cpu(dockerfile: Dockerfile) -> None:
 
 
 def test_neither_pip_nor_a_build_stage_is_below_the_image(dockerfile: Dockerfile) -> None:
-    for target in ("cpu", "cuda"):
+    for target in ("cpu", "cuda", "vllm"):
         assert [stage.name for stage in dockerfile.lineage(target)][:2] == ["base", "runtime"]
 
 

@@ -114,6 +114,24 @@ def test_secrets_come_by_reference_and_settings_exist(
             assert "secretKeyRef" in entry["valueFrom"], name
 
 
+def test_settings_are_what_the_server_reads(run_tool: Run, tmp_path: Path) -> None:
+    path = tmp_path / "values.yaml"  # where Helm takes whole numbers for floating ones
+    path.write_text(yaml.safe_dump({"settings": {"max_waiting_tokens": 3000000, "drop": 0.25}}))
+    env = _env(_objects(run_tool, "single", "-f", str(path)))
+    assert env["REFT_MAX_WAITING_TOKENS"]["value"] == "3000000"
+    assert env["REFT_DROP"]["value"] == "0.25"
+
+
+def test_workers_of_several_gpus_get_shared_memory(run_tool: Run) -> None:
+    pod = _pod(_objects(run_tool, "vllm"))
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+    mounts = {m["name"]: m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
+    assert mounts["shm"] == "/dev/shm"
+    names = [v["name"] for v in _pod(_objects(run_tool, "single"))["volumes"]]
+    assert "shm" not in names
+
+
 def test_what_is_selected_is_what_runs(objects: dict[str, dict[str, Any]]) -> None:
     labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
     selectors = [

@@ -48,6 +48,8 @@ from tests.reference.slow import Stack, reference_classify, reference_logits
 from tests.reft_core.test_classification import encoder, loaded
 
 LABELS = ("no", "yes", "perhaps so")
+BEGINNING = ("a", "a b", "no")
+"""Of which one begins another."""
 WORDS = ("<s>", "</s>", "ask", "answer", "no", "yes", "perhaps", "so", *"abcdefghij")
 TEMPLATE = TemplateSpec(user="ask {content} ", generation="answer")
 WAIT_S = 20
@@ -74,6 +76,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 class Kind:
     """One kind of classifier, and what is right about it."""
 
+    name: str
     loaded: Callable[[], LoadedModel]
     engine: Callable[[LoadedModel, EngineConfig], AdapterHost]
     adapter: Callable[[int], Adapter]
@@ -128,8 +131,10 @@ def expected_of_likelihood(text: str, stack: Stack, labels: tuple[str, ...]) -> 
     asked = f"ask {text} answer" if templated else text
     prompt = list(tokenizer(asked)["input_ids"])
     found = []
+    # "no" begins "no way": only then does the end behind a label count.
+    end = " </s>" * any(b.startswith(f"{a} ") for a in labels for b in labels)
     for label in labels:
-        answer = tokenizer(label + " </s>", add_special_tokens=False)["input_ids"]
+        answer = tokenizer(label + end, add_special_tokens=False)["input_ids"]
         logits = reference_logits(reference_model(), [*prompt, *answer], len(prompt), stack=stack)
         rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
         found.append(sum(float(row[token]) for row, token in zip(rows, answer, strict=True)))
@@ -142,10 +147,18 @@ def with_words(model: LoadedModel) -> LoadedModel:
 
 KINDS = {
     "encoder": Kind(
-        lambda: with_words(loaded("bert")), EncoderEngine, encoder_adapter, expected_of_head
+        "encoder",
+        lambda: with_words(loaded("bert")),
+        EncoderEngine,
+        encoder_adapter,
+        expected_of_head,
     ),
     "causal": Kind(
-        lambda: with_words(tiny_loaded()), EmbeddedEngine, causal_adapter, expected_of_likelihood
+        "causal",
+        lambda: with_words(tiny_loaded()),
+        EmbeddedEngine,
+        causal_adapter,
+        expected_of_likelihood,
     ),
 }
 
@@ -192,7 +205,7 @@ def test_both_answer_the_same_requests(kind: Kind, classifier: Classifier) -> No
         (text, stack, labels)
         for place, stack in enumerate(stacks)
         for text in TEXTS[place % 3 :: 3]
-        for labels in (None, ("yes", "no"))
+        for labels in (None, ("yes", "no"), *(() if kind.name == "encoder" else [BEGINNING]))
     ]
     classifier.engine.start()
     found = classify(
@@ -222,8 +235,8 @@ def test_a_ticket_counts(kind: Kind, classifier: Classifier) -> None:
     if isinstance(classifier, EncoderClassifier):
         assert (ticket.num_label_tokens, ticket.num_edits) == (0, 2 * layers)
     else:
-        # Two labels of one token and an end; the last layer edits what the logits read.
-        assert (ticket.num_label_tokens, ticket.num_edits) == (4, 2 * (3 * layers - 2))
+        # Two labels of one token; the last layer edits what the logits read.
+        assert (ticket.num_label_tokens, ticket.num_edits) == (2, 2 * (3 * layers - 2))
 
 
 @pytest.mark.parametrize(

@@ -181,3 +181,23 @@ def test_a_saved_model_loads_with_the_same_description(tmp_path: Any) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "tiny-t5")
     again = load_seq2seq(str(tmp_path / "tiny-t5"))
     assert again.description == loaded("t5").description
+
+
+@pytest.mark.parametrize("max_batch_tokens", [8192, 25])
+@pytest.mark.parametrize("kind", KINDS)
+def test_given_answers_are_scored_as_each_alone(kind: str, max_batch_tokens: int) -> None:
+    model: Any = loaded(kind).model
+    pairs = mixed(kind)[:8]
+    given = [[[7, 1], [5, 9, 4, 1], [3]][: place % 4] for place in range(len(pairs))]
+    generator = Seq2SeqGenerator(loaded(kind), max_batch_tokens=max_batch_tokens)
+    found = generator.score([request_for(*pair) for pair in pairs], given)
+    for (stack, tokens), answers, scores in zip(pairs, given, found, strict=True):
+        encoded = reference_encode(model.get_encoder(), tokens, stack, NUM_LAYERS)
+        expected = []
+        for answer in answers:
+            read = torch.tensor([[model.config.decoder_start_token_id, *answer[:-1]]])
+            logits = model(encoder_outputs=encoded, decoder_input_ids=read).logits[0]
+            logprobs = logits.double().log_softmax(-1)
+            expected.append(float(logprobs[range(len(answer)), answer].sum()))
+        assert scores == pytest.approx(expected, abs=1e-4)
+    assert generator.score([request_for([], [5])], [[]]) == [[]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -14,9 +16,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from reft_core.adapter import Adapter, decode_adapter, encode_adapter
 from reft_core.loading import LoadedModel
 from reft_core.sites import describe_model
+from reft_core.spec import AdapterSpec
+from trainer.classify.task import ClassifyTask
 from trainer.config import TrainConfig
+from trainer.fit import FitResult, fit
+from trainer.progress import SilentProgress
+from trainer.seq2seq.task import Seq2SeqTask
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
@@ -87,3 +95,35 @@ def make_config(folder: Path, **fields: object) -> TrainConfig:
         "output": folder / "out" / "tiny.safetensors",
     }
     return TrainConfig.model_validate(values | fields)
+
+
+def trained(task: ClassifyTask | Seq2SeqTask) -> tuple[Any, FitResult]:
+    """A task's model after its training, and how that went."""
+    model = task.new_model()
+    result = fit(
+        model,
+        task.rows["train"],
+        task.rows["valid"],
+        task.config,
+        task.collator,
+        SilentProgress(),
+        measure=partial(task.measure, model),
+        order=task.order,
+    )
+    return model, result
+
+
+def exported(task: ClassifyTask | Seq2SeqTask, model: Any) -> Adapter:
+    """The model's file, read back."""
+    parts = task.parts(model)
+    spec = AdapterSpec(
+        name="tiny",
+        base=task.loaded.description.to_base_spec(),
+        method=task.config.method,
+        positions=task.config.position_spec,
+        sites=parts.sites,
+        task=parts.task,
+        template=parts.template,
+        head=parts.head_spec,
+    )
+    return decode_adapter(encode_adapter(spec, parts.edits, head=parts.head))

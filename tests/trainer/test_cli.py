@@ -9,12 +9,14 @@ from reft_core.adapter import read_adapter
 from reft_core.errors import TrainingError
 from tests.trainer.factories import byte_model, make_config
 from trainer import causal, cli, preparing
+from trainer.checkpoints import last_checkpoint
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config file of a run that takes a second."""
     monkeypatch.setattr(preparing, "load_any", lambda *_, **__: byte_model())
+    monkeypatch.chdir(tmp_path)
     document = make_config(tmp_path, epochs=1).model_dump(mode="json", exclude_defaults=True)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -115,3 +117,5 @@ def test_ctrl_c_says_how_to_go_on(
     err = capsys.readouterr().err
     assert "add --resume to go on from" in err
     assert "checkpoint-4" in err
+    assert last_checkpoint(tmp_path / "out" / "checkpoints") is not None
+    assert not list((tmp_path / "out").glob("*.safetensors"))

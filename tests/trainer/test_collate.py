@@ -16,24 +16,23 @@ def test_prompts_end_and_completions_begin_in_one_column() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0], [0, 0, 0, 1, 2]]
     assert batch["labels"].tolist() == [[21, 22, IGNORED], [23, 24, 25]]
     assert batch["edit_columns"].tolist() == [[[2]], [[2]]]
-    assert batch["split"] == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "tied", "expected", "split"),
+    ("text", "tied", "expected"),
     [
-        ("l2", True, [[[1, 2]], [[2]]], 1),
-        ("f1+l1", False, [[[0], [2]], [[], []]], 0),
-        ("f1+l1", True, [[[0, 2]], [[]]], 0),
-        ("prompt", True, [[[0, 1, 2]], [[2]]], 0),
-        ("f1", True, [[[0]], [[2]]], 0),
-        ("2", True, [[[2]], [[]]], 2),
-        ("-2", True, [[[1]], [[]]], 1),
-        ("40", True, [[[]], [[]]], 2),
+        ("l2", True, [[[1, 2]], [[2]]]),
+        ("f1+l1", False, [[[0], [2]], [[], []]]),
+        ("f1+l1", True, [[[0, 2]], [[]]]),
+        ("prompt", True, [[[0, 1, 2]], [[2]]]),
+        ("f1", True, [[[0]], [[2]]]),
+        ("2", True, [[[2]], [[]]]),
+        ("-2", True, [[[1]], [[]]]),
+        ("40", True, [[[]], [[]]]),
     ],
 )
 def test_edited_columns_follow_the_rule_on_each_unpadded_prompt(
-    text: str, tied: bool, expected: list[list[list[int]]], split: int
+    text: str, tied: bool, expected: list[list[list[int]]]
 ) -> None:
     batch = Collator(PositionRule.parse(text, tied=tied))(ROWS)
     columns, valid = batch["edit_columns"], batch["edit_valid"]
@@ -42,4 +41,3 @@ def test_edited_columns_follow_the_rule_on_each_unpadded_prompt(
         for row in range(len(ROWS))
     ]
     assert found == expected
-    assert batch["split"] == split

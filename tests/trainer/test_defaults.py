@@ -58,6 +58,17 @@ def test_what_is_given_is_not_chosen(tmp_path: Path) -> None:
     assert {choice.setting for choice in chooser.choices} == {"template", "learning_rate"}
 
 
+def test_a_label_that_is_only_evaluated_is_named(tmp_path: Path) -> None:
+    write_rows(
+        tmp_path / "train.jsonl", [{"text": f"t{n}", "label": "ab"[n % 2]} for n in range(8)]
+    )
+    write_rows(tmp_path / "test.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "c"}])
+    config = TrainConfig(data=str(tmp_path))
+    message = r"test\.jsonl:2: label 'c' has no training row; the labels are a, b"
+    with pytest.raises(TrainingError, match=message):
+        choose_from_data(config, load_splits(config))
+
+
 def test_scores_and_a_single_label_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="a causal model gives no scores"):
         chosen(tmp_path, [{"text": f"t{n}", "label": n / 8} for n in range(20)])
@@ -115,6 +126,6 @@ def test_data_alone_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert spec.template is not None
     assert spec.template.generation == "Label:"
     assert spec.task.labels == (" a", " b")
-    report = (tmp_path / "runs/mood/report.md").read_text()
+    report = (tmp_path / "runs/mood/report.html").read_text()
     assert "rows have a text and a label" in report
     assert "training rows are kept apart" in report

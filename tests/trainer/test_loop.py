@@ -6,8 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from itertools import islice
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +151,61 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     expected = [epoch.valid_loss for epoch in result.fit.epochs]
     assert [event.value for event in valid] == pytest.approx(expected, rel=1e-5)
     assert events.Scalars("train/learning_rate")[-1].value < 2e-2
+
+
+class FakeTracker(ModuleType):
+    """What transformers' callbacks and ours ask of wandb and of trackio, noted down."""
+
+    class Config(dict[str, Any]):
+        def update(self, values: dict[str, Any], allow_val_change: bool) -> None:
+            assert allow_val_change
+            super().update(values)
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+        self.__version__ = "1.0"
+        self.config = self.Config()
+        self.run: SimpleNamespace | None = None
+        self.logged: list[dict[str, float]] = []
+        self.begun: list[str] = []
+        self.num_finished = 0
+        self.context_vars = SimpleNamespace(current_space_id=SimpleNamespace(get=lambda: None))
+
+    def init(self, *, project: str, name: str, **options: object) -> None:
+        self.begun.append(name)
+        self.run = SimpleNamespace(summary={}, id="1", name=name, _label=lambda code: None)
+
+    def define_metric(self, name: str, **options: object) -> None:
+        """Only wandb's."""
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.num_finished += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_trackers_get_the_curves_and_the_settings(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeTracker(name)
+    monkeypatch.setitem(sys.modules, name, fake)
+    errors = ModuleType("config_util")
+    errors.ConfigError = ValueError  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb.sdk.lib.config_util", errors)
+    result = run(tmp_path, "told", report_to=name)
+    assert fake.begun == [result.config.name]
+    losses = [each["train/loss"] for each in fake.logged if "train/loss" in each]
+    assert len(losses) == 10
+    assert sum(losses[:5]) / 5 == pytest.approx(result.fit.epochs[1].train_loss, rel=1e-5)
+    valid = [each for each in fake.logged if "eval/loss" in each]
+    assert [each["train/global_step"] for each in valid] == [0, 5, 10]
+    assert [each["eval/loss"] for each in valid] == [e.valid_loss for e in result.fit.epochs]
+    assert fake.config["reft"]["rank"] == result.config.rank
+    assert not {"output", "train"} & set(fake.config["reft"])
+    assert fake.num_finished == (name == "trackio")  # wandb ends with the process
 
 
 def test_a_tracker_that_is_not_installed_is_named(

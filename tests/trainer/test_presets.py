@@ -32,7 +32,25 @@ def test_the_papers_settings() -> None:
     assert (instruct.layers, instruct.batch_size, instruct.epochs) == ((3, 9, 18, 24), 128, 9)
     assert instruct.template is not None
     assert instruct.template.generation == "### Response:\n"
-    assert (found["glue"].positions, found["glue"].rank) == ("f3", 1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [  # position, rate, warm-up and epochs of table 9
+        ("glue", ("f3", 6e-4, 0.1, 40)),
+        ("glue-mnli", ("f1", 6e-4, 0.06, 40)),
+        ("glue-mrpc", ("f3", 3e-4, 0.0, 40)),
+        ("glue-cola", ("f3", 4e-4, 0.005, 60)),
+        ("glue-qnli", ("f11", 9e-4, 0.1, 20)),
+        ("glue-qqp", ("f11", 6e-4, 0.0, 40)),
+        ("glue-rte", ("f3", 9e-4, 0.0, 60)),
+        ("glue-stsb", ("f3", 6e-4, 0.03, 60)),
+    ],
+)
+def test_the_papers_settings_of_each_glue_task(preset: str, expected: tuple[object, ...]) -> None:
+    found = TrainConfig(data="x", preset=preset)
+    assert (found.positions, found.learning_rate, found.warmup_ratio, found.epochs) == expected
+    assert (found.rank, found.batch_size, found.layers) == (1, 32, "all")
 
 
 def test_what_is_given_wins_line_by_line(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_data_that_is_nowhere_is_refused(name: str) -> None:
 
 
 def test_a_folder_without_training_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"expected a folder with a train\.jsonl"):
+    with pytest.raises(TrainingError, match=r"a split 'train' \(a file train\.jsonl or the like\)"):
         splits(tmp_path)
 
 
@@ -148,6 +148,15 @@ def test_columns_are_left_out_only_when_told(tmp_path: Path, ignored: object) ->
     with pytest.raises(TrainingError, match=r"ignore_columns=\[agent\] leaves it out"):
         splits(path)
     assert len(all_rows(splits(path, ignore_columns=ignored))) == 20
+
+
+def test_others_names_are_read_where_all_else_is_left_out(tmp_path: Path) -> None:
+    rows = [{"sentence": f"s{n}", "intent": "ab"[n % 2], "agent": "x"} for n in range(8)]
+    found = splits(write_rows(tmp_path / "rows.jsonl", rows), ignore_columns="all")
+    assert {row.label for row in all_rows(found)} == {"a", "b"}
+    whole = [{**row, "prompt": "y", "category": "z"} for row in TEXTS]
+    found = splits(write_rows(tmp_path / "whole.jsonl", whole), ignore_columns="all")
+    assert {row.kind for row in all_rows(found)} == {"label"}
 
 
 def test_columns_for_evaluation_are_kept(tmp_path: Path) -> None:
@@ -215,6 +224,18 @@ def test_leaks_are_dropped_when_told(tmp_path: Path) -> None:
     found = splits(tmp_path, leaks="drop")
     assert [len(part.examples) for part in found.datasets.values()] == [8, 4]
     assert any("2 rows that are in valid too are dropped" in r for r in found.remarks)
+
+
+def test_a_test_row_in_training_is_a_leak_in_any_case_and_spacing(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [*TEXTS, {"text": "Is  THIS one", "label": "a"}])
+    write_rows(tmp_path / "test.jsonl", [{"text": "is this one", "label": "b"}])
+    with pytest.raises(
+        TrainingError, match=r"test\.jsonl:1: the same prompt is at .*train\.jsonl:21"
+    ):
+        splits(tmp_path)
+    found = splits(tmp_path, leaks="drop", valid_share=0.2)
+    assert "train: 1 rows that are in test too are dropped" in found.remarks
+    assert "THIS" not in {word for row in found.train.examples for word in row.question.split()}
 
 
 def test_labels_that_training_lacks_are_told(tmp_path: Path) -> None:

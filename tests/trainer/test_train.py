@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -14,14 +15,17 @@ from reft_core.errors import AdapterError, TrainingError
 from tests.reference.slow import reference_logits
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
 from trainer import fit as fit_module
+from trainer import outcome
 from trainer.causal import CausalTask
 from trainer.collate import Collator
 from trainer.config import TrainConfig
 from trainer.data import load_dataset, tokenise
 from trainer.export import check_finite
 from trainer.fit import fit
+from trainer.outcome import Epoch, FitResult, check_learnt
 from trainer.progress import SilentProgress
 from trainer.reft_model import ReftModel
+from trainer.task import Measured
 from trainer.train import TrainResult, train
 
 
@@ -60,17 +64,18 @@ def test_a_labeller_learns_and_its_file_and_report_say_how(tmp_path: Path) -> No
     assert metrics["label_choice"] > 0.8
     assert metrics["base_label_choice"] == 0.5
 
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert adapter.digest in report
-    assert "reft train tiny.yaml" in report
-    assert "| **y** |" in report
+    for name in ("report.html", "model_card.md"):
+        told = (tmp_path / "out" / name).read_text()
+        assert adapter.digest in told
+        assert "reft train tiny.yaml" in told
     document = json.loads((tmp_path / "out" / "report.json").read_text())
     assert document["metrics"] == metrics
     assert len(document["samples"]["test"]) == 6
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "tiny.safetensors",
-        "report.md",
+        "report.html",
         "report.json",
+        "model_card.md",
     }
 
 
@@ -143,6 +148,47 @@ def test_divergence_ends_the_run_and_leaves_the_old_file(tmp_path: Path) -> None
         train(config, loaded=loaded)
     assert config.output.read_bytes() == b"the one before"
     assert [path.name for path in config.output.parent.iterdir()] == ["tiny.safetensors"]
+
+
+def test_a_finite_divergence_ends_the_run_and_leaves_the_old_file(tmp_path: Path) -> None:
+    config = make_config(tmp_path, learning_rate=1e3, epochs=2)
+    config.output.parent.mkdir()
+    config.output.write_bytes(b"the one before")
+    message = r"the validation loss was .* never lower .* training loss ended .*nothing was written"
+    with pytest.raises(TrainingError, match=message) as caught:
+        train(config, loaded=byte_model())
+    assert caught.value.field == "learning_rate"
+    assert config.output.read_bytes() == b"the one before"
+
+
+def test_an_adapter_that_is_no_better_than_the_base_is_written_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([2.0, 2.5, 2.25])  # before training, and after each epoch
+
+    def measure(task: CausalTask, model: ReftModel, rows: object) -> Measured:
+        return Measured(next(losses, 2.5))
+
+    monkeypatch.setattr(CausalTask, "measure", measure)
+    monkeypatch.setattr(outcome, "_HARM", 100)
+    config = make_config(tmp_path, epochs=2)
+    result = train(config, loaded=byte_model())
+    assert result.warning is not None
+    assert "was 2 before training and never lower after it (at best 2.25, at step 10)" in (
+        result.warning
+    )
+    assert config.output.is_file()
+    assert html.escape(result.warning) in (config.report_dir / "report.html").read_text()
+    assert json.loads((config.report_dir / "report.json").read_text())["warning"] == result.warning
+
+
+@pytest.mark.parametrize(("score", "warned"), [(0.5, True), (0.6, False)])
+def test_a_better_score_is_no_reason_to_warn(score: float, warned: bool) -> None:
+    epochs = tuple(
+        Epoch(number, 0.1, loss, number, {"accuracy": found})
+        for number, loss, found in ((0, 1.0, 0.5), (1, 1.2, score))
+    )
+    assert (check_learnt(FitResult(epochs, epochs[1], 1, 0.0, 0.0)) is not None) == warned
 
 
 def test_tensors_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:

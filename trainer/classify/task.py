@@ -115,6 +115,10 @@ class ClassifyTask:
         lengths = [len(row.tokens) for row in self.rows["train"]]
         return order_by_length(lengths, self.config.batch_size, self.config.seed + epoch)
 
+    def prompt_of(self, row: TextRow) -> Sequence[int]:
+        """The text, or both of a pair."""
+        return row.tokens
+
     @torch.no_grad()
     def measure(self, model: ClassifierModel, rows: Sequence[TextRow]) -> Measured:
         """Mean loss and metrics, the first of which chooses what training keeps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ def answer_by_engine(
     num_virtual = adapter.num_virtual_tokens if adapter else 0
     room = _room(task, split, num_virtual)
     longest = max(len(row.prompt) for row in split.rows) + num_virtual
-    with serving_base(task.loaded, adapter, longest + room) as engine:
+    with serving_base(task.loaded, [adapter] if adapter else [], longest + room) as engine:
         if metric.needs == "text":
             digest = adapter.digest if adapter else None
             prompts = [row.prompt for row in split.rows]
@@ -99,18 +99,24 @@ def score_answers(
 
 @contextmanager
 def serving_base(
-    loaded: LoadedModel, adapter: Adapter | None, max_tokens: int
+    loaded: LoadedModel,
+    adapters: Iterable[Adapter],
+    max_tokens: int,
+    *,
+    prefix_cache_bytes: int = EngineConfig.prefix_cache_bytes,
 ) -> Iterator[EmbeddedEngine]:
-    """An engine on the base, with ``adapter`` loaded, for requests of ``max_tokens`` at most.
+    """An engine on the base, with ``adapters`` loaded, for requests of ``max_tokens`` at most.
 
     An engine switches its model's attention for good; afterwards the model has its own again.
     """
     implementation = loaded.model.config._attn_implementation
     try:
-        engine = EmbeddedEngine(loaded, EngineConfig(max_model_len=max_tokens))
+        engine = EmbeddedEngine(
+            loaded, EngineConfig(max_model_len=max_tokens, prefix_cache_bytes=prefix_cache_bytes)
+        )
         engine.start()
         try:
-            if adapter is not None:
+            for adapter in adapters:
                 engine.load_adapter(adapter)
             yield engine
         finally:

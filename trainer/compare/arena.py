@@ -37,9 +37,9 @@ class Arena(ABC):
     def why_not(self, contender: Contender) -> str | None:
         """Why a method has no place here, for people; None if it has."""
 
-    @abstractmethod
     def check(self, config: TrainConfig) -> None:
         """Raise :class:`TrainingError` for settings that make no sense on the base."""
+        config.placement(self.task.loaded.description)
 
     @abstractmethod
     def validated(self, model: Any, config: TrainConfig, result: FitResult) -> dict[str, float]:

@@ -62,11 +62,8 @@ class BaselineModel(FrozenBase):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        position_ids: Tensor,
         labels: Tensor,
-        edit_columns: Tensor | None = None,
-        edit_valid: Tensor | None = None,
-        split: int = 0,
+        **_edited: Tensor,
     ) -> LossAndLogits:
         """Loss and logits of a :class:`trainer.collate.Batch`; nothing is edited."""
         tokens, mask, rows, columns = to_left_edge(input_ids, attention_mask, labels)

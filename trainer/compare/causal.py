@@ -40,10 +40,6 @@ class CausalArena(Arena):
         return None
 
     @override
-    def check(self, config: TrainConfig) -> None:
-        config.placement(self.task.loaded.description)
-
-    @override
     def validated(self, model: Any, config: TrainConfig, result: FitResult) -> dict[str, float]:
         loss = result.best.valid_loss
         if self.metric.needs != "choice":

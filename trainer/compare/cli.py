@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from reft_core.errors import ReftError
-from trainer.cli import EXIT_ERROR, EXIT_INTERRUPTED
+from trainer.cli import ending_told
 from trainer.compare.config import CompareConfig
 from trainer.compare.render import seconds, shown
 from trainer.compare.report import write_report
@@ -32,18 +31,12 @@ def compare_command(
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     console = Console(stderr=True)
-    try:
+    with ending_told(console, "the same command goes on from what is done"):
         config = read_config(str(path), overrides)
         comparison = read_section(path, "compare", CompareConfig, given)
         found = compare(config, comparison, command=command, progress=BarProgress(console))
         rows = table_rows(found)
         write_report(found, rows, command)
-    except ReftError as error:
-        console.print(f"error: {error.message}", style="red", markup=False)
-        raise SystemExit(EXIT_ERROR) from None
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from what is done")
-        raise SystemExit(EXIT_INTERRUPTED) from None
     print_table(found, rows, Console())
 
 

@@ -53,6 +53,13 @@ class CompareConfig(BaseModel):
     reference: str | None = Field(
         default=None, description="method that the others' differences are from; absent: none"
     )
+    measure_serving: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="requests by which the time to the first token and the tokens a second of "
+        "each adapter are measured beside the base's, on a causal model; 0: none",
+    )
     out: Path = Field(default=Path("runs", "compare"), description="folder of results and report")
 
     @field_validator("methods")

@@ -52,10 +52,6 @@ class EncoderArena(Arena):
         return None
 
     @override
-    def check(self, config: TrainConfig) -> None:
-        config.placement(self.task.loaded.description)
-
-    @override
     def validated(self, model: Any, config: TrainConfig, result: FitResult) -> dict[str, float]:
         name = self.metric.name
         return {"loss": result.best.valid_loss, name: result.best.valid_metrics[name]}

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,8 +38,16 @@ class Saved:
 
     num_bytes: int
     """Of its tensors' file."""
-    adapter: Adapter | None
-    """As we serve it; None for what is no adapter (a causal model's head, a whole model)."""
+    file: bytes | None = None
+    """The adapter file that we serve; None for what is no adapter (a causal model's head, a whole
+    model)."""
+    num_by_side: tuple[int, int] | None = None
+    """Parameters in an encoder-decoder's encoder and in its decoder, of what is in both."""
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """What the file holds."""
+        return None if self.file is None else decode_adapter(self.file)
 
 
 class Learner(Protocol):
@@ -91,7 +100,7 @@ class _Ours:
             parts,
         )
         data = encode_adapter(spec, parts.edits, parts.prefix, parts.head)
-        return Saved(len(data), decode_adapter(data))
+        return Saved(len(data), data)
 
 
 @contextmanager
@@ -113,23 +122,29 @@ class _Peft:
             self.wrapped.save_pretrained(scratch)
             num_bytes = (Path(scratch) / "adapter_model.safetensors").stat().st_size
             if self.task.kind == "seq2seq":
-                return Saved(num_bytes, None)  # it adapts the decoder too
+                return Saved(num_bytes, num_by_side=self._num_by_side())
             options = ConvertOptions(
                 base=self.task.loaded.description,
                 name=self.config.name,
                 template=self.config.template or BASE_TEMPLATE,
             )
-            adapter = decode_adapter(convert(Path(scratch), "peft", options))
+            file = convert(Path(scratch), "peft", options)
         if self.task.kind == "encoder":
-            adapter = self._with_head(adapter)
-        return Saved(num_bytes + _head_bytes(self.model), adapter)
+            file = self._with_head(decode_adapter(file))
+        return Saved(num_bytes + _head_bytes(self.model), file)
 
-    def _with_head(self, adapter: Adapter) -> Adapter:
-        """The converted adapter with the head that was trained beside it."""
+    def _num_by_side(self) -> tuple[int, int]:
+        """How much of it is in an encoder-decoder's encoder, and in its decoder."""
+        trained = {n: p.numel() for n, p in self.wrapped.named_parameters() if p.requires_grad}
+        decoder = sum(count for name, count in trained.items() if ".decoder." in name)
+        return sum(trained.values()) - decoder, decoder
+
+    def _with_head(self, adapter: Adapter) -> bytes:
+        """The file of the converted adapter with the head that was trained beside it."""
         parts = self.task.under(self.config).parts(self.model)
         described = {"task": parts.task, "head": parts.head_spec, "template": None}
         spec = AdapterSpec.model_validate(adapter.spec.model_dump() | described)
-        return decode_adapter(encode_adapter(spec, adapter.edits, head=parts.head))
+        return encode_adapter(spec, adapter.edits, head=parts.head)
 
 
 @contextmanager
@@ -150,7 +165,7 @@ class _Full:
     num_base_bytes: int
 
     def save(self, fit: FitResult) -> Saved:
-        return Saved(self.num_base_bytes + _head_bytes(self.model), None)
+        return Saved(self.num_base_bytes + _head_bytes(self.model))
 
 
 @contextmanager
@@ -192,10 +207,10 @@ class _Probe:
 
     def save(self, fit: FitResult) -> Saved:
         tensors = {name: t.contiguous() for name, t in self.model.head.state_dict().items()}
-        return Saved(len(save(tensors)), None)
+        return Saved(len(save(tensors)))
 
 
 @contextmanager
 def _open_probe(_contender: Contender, config: TrainConfig, task: Task) -> Iterator[Learner]:
     set_seed(config.seed)
-    yield _Probe(ProbeModel(task.loaded.model, task.label_answers))
+    yield _Probe(ProbeModel(task.loaded.model, task.label_completions))

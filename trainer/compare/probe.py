@@ -48,11 +48,8 @@ class ProbeModel(FrozenBase):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        position_ids: Tensor,
         labels: Tensor,
-        edit_columns: Tensor | None = None,
-        edit_valid: Tensor | None = None,
-        split: int = 0,
+        **_edited: Tensor,
     ) -> LossAndLogits:
         """Mean loss over the rows of a :class:`trainer.collate.Batch`, and logits (B, L)."""
         logits = self._logits(input_ids, attention_mask, labels)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.run import Comparison
 from trainer.compare.serving import SCOPES
-from trainer.compare.table import Row
+from trainer.compare.table import Row, Spread
 from trainer.evaluation.scoring import Estimate
 
 _NONE = "–"
@@ -20,6 +20,7 @@ def to_markdown(comparison: Comparison, rows: Sequence[Row], command: str) -> st
     header = ["method", "setting", "parameters", "% of base", f"{comparison.metric.name} (95 %)"]
     header += [f"vs {comparison.config.reference}"] if comparison.config.reference else []
     header += [f"training, {comparison.clock} s", "file, bytes", "serving"]
+    header += ["first token, × base", "tokens/s, × base"] if comparison.latency else []
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for row in rows:
         lines.append(f"| {' | '.join(_cells(comparison, row))} |")
@@ -40,9 +41,9 @@ def to_markdown(comparison: Comparison, rows: Sequence[Row], command: str) -> st
 
 def _about(comparison: Comparison) -> str:
     config, task = comparison.config, comparison.task
-    budget = (
-        f"{config.steps} steps" if config.steps else f"{task['config']['epochs']} epochs"
-    ) + f" of {task['config']['batch_size']} rows"
+    shared = task["config"]  # its steps are the comparison's, if that has any
+    length = f"{shared['steps']} steps" if shared["steps"] else f"{shared['epochs']} epochs"
+    budget = f"{length} of {shared['batch_size']} rows"
     seeds = ", ".join(map(str, config.seeds))
     return (
         f"{task['train_rows']} training rows, {task['valid_rows']} validation rows, "
@@ -79,8 +80,18 @@ def _legend(comparison: Comparison, rows: Sequence[Row]) -> str:
         f"Parameters are those trained{_head_too(comparison)}, bytes those of the saved tensors' "
         f"file. Training times are {_CLOCKS[comparison.clock]}. Serving names the forwards a "
         "method takes part in, and the operations it adds to a mean request, counted and not "
-        "measured:\n\n"
-        f"{scopes}"
+        f"measured:\n\n{scopes}{_latency_told(comparison)}"
+    )
+
+
+def _latency_told(comparison: Comparison) -> str:
+    if not comparison.latency:
+        return ""
+    return (
+        f"\n\nMeasured: {comparison.latency['requests']} prompts, each asked of the base and of "
+        "every method's adapter of the first seed in turn, one request at a time, on our engine; "
+        f"time to the first token and tokens a second of {comparison.latency['tokens']} tokens, "
+        "over the base's for the same prompt: median (quartiles)."
     )
 
 
@@ -91,7 +102,7 @@ def _head_too(comparison: Comparison) -> str:
 def _cells(comparison: Comparison, row: Row) -> list[str]:
     with_reference = comparison.config.reference is not None
     if row.quality is None:
-        return [row.label, *[_NONE] * (8 if with_reference else 7)]
+        return [row.label, *[_NONE] * (7 + with_reference + 2 * bool(comparison.latency))]
     factor = 100 if comparison.metric.percent else 1
     cells = [
         row.label,
@@ -107,7 +118,15 @@ def _cells(comparison: Comparison, row: Row) -> list[str]:
         f"{seconds(comparison, row):.0f}",
         f"{row.file_bytes:,}",
         f"{row.serving_scope}, {row.serving_extra_percent:+.3g} %",
+        *([_ratio(row, row.first_token), _ratio(row, row.speed)] if comparison.latency else []),
     ]
+
+
+def _ratio(row: Row, spread: Spread) -> str:
+    """``1.02 (0.99–1.05)``: the median and the quartiles."""
+    if not spread:
+        return row.serving_scope if row.serving_scope in ("none", "own weights") else _NONE
+    return f"{spread['median']:.2f} ({spread['low']:.2f}–{spread['high']:.2f})"
 
 
 def shown(estimate: Estimate, factor: float, *, signed: bool = False) -> str:
@@ -118,6 +137,7 @@ def shown(estimate: Estimate, factor: float, *, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.{digits}f} ± {half:.{digits}f}"
 
 
+_QUARTILES = ("median", "low", "high")
 _CSV = (
     "method",
     "setting",
@@ -136,6 +156,12 @@ _CSV = (
     "file_bytes",
     "serving_scope",
     "serving_extra_percent",
+    "first_token",
+    "first_token_low",
+    "first_token_high",
+    "speed",
+    "speed_low",
+    "speed_high",
     "error",
 )
 
@@ -162,6 +188,7 @@ def to_csv(rows: Sequence[Row]) -> str:
                 row.file_bytes,
                 row.serving_scope,
                 row.serving_extra_percent,
+                *(s.get(n, "") for s in (row.first_token, row.speed) for n in _QUARTILES),
                 row.error,
             ]
         )

@@ -5,22 +5,29 @@ No test row is looked at before every method's setting is chosen; :func:`compare
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from reft_core.errors import TrainingError
+from reft_core.adapter import decode_adapter
+from reft_core.errors import TrainingError, explain
 from reft_core.loading import LoadedModel, ModelKind
 from trainer.compare.arena import arena_for
 from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import Setting, get_contenders
 from trainer.compare.jobs import search_jobs, search_settings, tested_seeds
+from trainer.compare.latency import measure
 from trainer.compare.runner import Runner
 from trainer.compare.settings import check_settings, longest_prefix, training_config
 from trainer.compare.store import Job, Record, Store
-from trainer.compare.task import check_has_test, load_task, load_test
+from trainer.compare.task import Split, check_has_test, load_task, load_test
 from trainer.config import TrainConfig
 from trainer.evaluation.scoring import Metric
 from trainer.progress import Progress, SilentProgress
+
+logger = logging.getLogger(__name__)
 
 Clock = Literal["CPU", "wall"]
 
@@ -45,6 +52,8 @@ class Comparison:
     """By method; None where every setting of the search failed."""
     finals: dict[str, list[Record]]
     """By method, its tested runs in the order of the seeds."""
+    latency: Record = field(default_factory=dict)
+    """Times of requests with each method's adapter over the base's, if they were measured."""
 
 
 def compare(
@@ -73,6 +82,9 @@ def compare(
         spare_tokens=spare,
     )
     arena = arena_for(task)
+    if comparison.measure_serving and task.kind != "causal":
+        allowed = "0: requests are timed on a causal model's engine alone"
+        raise TrainingError(explain("measure_serving", comparison.measure_serving, allowed))
     contenders, left_out = arena.sort(contender.on(task.kind) for contender in contenders)
     if not contenders:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
@@ -88,7 +100,7 @@ def compare(
     }
     store = Store(comparison.out, facts)
     runner = Runner(arena, comparison, store, command, progress or SilentProgress())
-    runner.do(search_jobs(task, contenders, comparison))
+    runner.do(search_jobs(task, contenders, comparison), runner.run)
     chosen = {contender.name: runner.best(contender) for contender in contenders}
     test = load_test(task, test_rows=comparison.test_rows, spare_tokens=spare)
     store.agree("test.json", {"test_sha256": test.dataset.sha256})
@@ -97,7 +109,7 @@ def compare(
         for name, setting in chosen.items()
         if setting is not None
     }
-    runner.do([job for jobs in finals.values() for job in jobs], test)
+    runner.do([job for jobs in finals.values() for job in jobs], partial(runner.run, test=test))
     return Comparison(
         config=comparison,
         task=facts,
@@ -110,4 +122,23 @@ def compare(
         left_out=left_out,
         chosen=chosen,
         finals={name: [runner.read(job) for job in jobs] for name, jobs in finals.items()},
+        latency=_latency(runner, finals, test) if comparison.measure_serving else {},
     )
+
+
+def _latency(runner: Runner, finals: Mapping[str, Sequence[Job]], test: Split) -> Record:
+    """What :func:`trainer.compare.latency.measure` finds of each method's first adapter."""
+    paths = {name: runner.store.adapter_path(jobs[0]) for name, jobs in finals.items()}
+    adapters = {n: decode_adapter(path.read_bytes()) for n, path in paths.items() if path.exists()}
+    if not adapters:
+        return {}
+    count = runner.comparison.measure_serving
+    about = {"requests": count} | {name: a.digest[:12] for name, a in adapters.items()}
+    job = Job.of("serving", "all", about, runner.comparison.seeds[0])
+    loaded = runner.arena.task.loaded
+    runner.do([job], lambda _: measure(loaded, adapters, test.rows, count))
+    record = runner.read(job)
+    if record["status"] == "failed":
+        logger.warning("requests could not be timed: %s", record["error"])
+        return {}
+    return record

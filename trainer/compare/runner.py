@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import cast
@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 
+from reft_core.adapter import write_durably
 from reft_core.errors import ReftError
 from trainer.compare.answers import Answers
 from trainer.compare.arena import Arena
@@ -40,15 +41,15 @@ class Runner:
     command: str
     progress: Progress
 
-    def do(self, jobs: Sequence[Job], test: Split | None = None) -> None:
-        """Return once every job has a result, by this process or another."""
+    def do(self, jobs: Sequence[Job], work: Callable[[Job], Record]) -> None:
+        """Return once every job has a result of ``work``, by this process or another."""
         while waiting := [job for job in jobs if self.store.read(job) is None]:
             busy = True
             for job in waiting:
                 with self.store.claim(job) as mine:
                     if mine:
                         busy = False
-                        self.store.write(job, self._record(job, test))
+                        self.store.write(job, self._record(job, work))
             if busy:
                 time.sleep(_POLL_S)
 
@@ -67,11 +68,11 @@ class Runner:
         best = max(found, key=_quality, default=None)
         return None if best is None else best["setting"]
 
-    def _record(self, job: Job, test: Split | None) -> Record:
+    def _record(self, job: Job, work: Callable[[Job], Record]) -> Record:
         with self.progress.stage(f"{job.phase} {job.method} {job.name}"):
             start = time.perf_counter()
             try:
-                found = {"status": "done", **self._measure(job, test)}
+                found = {"status": "done", **work(job)}
             except (ReftError, SafetensorError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 found = {"status": "failed", "error": str(error)}
         return found | {
@@ -85,14 +86,15 @@ class Runner:
             },
         }
 
-    def _measure(self, job: Job, test: Split | None) -> Record:
+    def run(self, job: Job, test: Split | None = None) -> Record:
+        """Train, or prompt, as a job says; without ``test`` on the validation rows."""
         contender = CONTENDERS[job.method]
         if contender.kind == "prompting":
             return self._prompted(job, test)
         config = training_config(
             self.arena, contender, dict(job.setting), job.seed, self.comparison
         )
-        return self._trained(contender, config, test)
+        return self._trained(job, config, test)
 
     def _prompted(self, job: Job, test: Split | None) -> Record:
         """The base with nothing, or with examples, before the question."""
@@ -109,12 +111,14 @@ class Runner:
         answers, cost = self.arena.prompted(shots, job.seed, test)
         return record | {"serving": asdict(cost)} | self._test(answers, test)
 
-    def _trained(self, contender: Contender, config: TrainConfig, test: Split | None) -> Record:
-        arena, task = self.arena, self.arena.task
+    def _trained(self, job: Job, config: TrainConfig, test: Split | None) -> Record:
+        arena, task, contender = self.arena, self.arena.task, CONTENDERS[job.method]
         with open_learner(contender, config, task) as learner:
             model = learner.model
             result = fit_on(task, config, model)
             saved = learner.save(result)
+            if job.phase == "final" and saved.file is not None:
+                write_durably(self.store.adapter_path(job), saved.file)
             record: Record = {
                 "num_trainable": sum(p.numel() for p in model.trainable()),
                 "file_bytes": saved.num_bytes,

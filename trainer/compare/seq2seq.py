@@ -13,7 +13,7 @@ from trainer.compare.answers import Answers
 from trainer.compare.arena import Arena
 from trainer.compare.contenders import Contender
 from trainer.compare.learners import Saved
-from trainer.compare.serving import Serving, Workload
+from trainer.compare.serving import Seq2SeqWorkload, Serving, Workload
 from trainer.compare.task import Split
 from trainer.config import TrainConfig
 from trainer.evaluation.scoring import METRICS, Metric
@@ -64,13 +64,12 @@ class Seq2SeqArena(Arena):
 
     @override
     def cost(self, contender: Contender, saved: Saved, num_trained: int, test: Split) -> Serving:
-        if saved.adapter is None:
-            return serving.own_weights()
-        return serving.of_adapter(self._work(test), saved.adapter)
-
-    @override
-    def prompted_validated(self, shots: int, seed: int) -> dict[str, float]:
-        raise AssertionError("there is nothing to choose for a prompt alone")
+        work = self._work(test)
+        if saved.adapter is not None:
+            return serving.of_adapter(work, saved.adapter)
+        if saved.num_by_side is not None:
+            return serving.of_both_sides(work, *saved.num_by_side)
+        return serving.own_weights()
 
     @override
     def prompted(self, shots: int, seed: int, test: Split) -> tuple[Answers, Serving]:
@@ -82,4 +81,4 @@ class Seq2SeqArena(Arena):
         return Answers(texts=tuple(shared.answers(test.rows, adapter)))
 
     def _work(self, test: Split) -> Workload:
-        return Workload.of(self.task.loaded.description, test.rows)
+        return Seq2SeqWorkload.on(self.task.loaded, test.rows)

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
+
+from typing_extensions import override
 
 from reft_core.adapter import Adapter
+from reft_core.loading import LoadedModel
 from reft_core.sites import ModelDescription
 from trainer.data import TokenisedExample
 
@@ -85,6 +88,34 @@ class Workload:
         return 4 * self.model.num_layers * self.model.hidden_size * pairs
 
 
+@dataclass(frozen=True)
+class Seq2SeqWorkload(Workload):
+    """A mean request on an encoder-decoder."""
+
+    num_encoder: int = 0
+    """Parameters that multiply every prompt token."""
+    num_decoder: int = 0
+    """Parameters that multiply every token of the answer, but for the output layer's."""
+
+    @classmethod
+    def on(cls, loaded: LoadedModel, rows: Sequence[TokenisedExample]) -> Seq2SeqWorkload:
+        """The mean of ``rows``."""
+        work = Workload.of(loaded.description, rows)
+        model: Any = loaded.model
+        layers = (model.get_encoder(), model.get_decoder())
+        embedding = model.get_input_embeddings().weight.numel()
+        encoder, decoder = (sum(p.numel() for p in m.parameters()) - embedding for m in layers)
+        return cls(work.model, work.prompt_lengths, work.answer, encoder, decoder)
+
+    @override
+    def base_flops(self, extra: float = 0.0, *, generates: bool = True) -> float:
+        prompt, answer = self.prompt + extra, self.answer if generates else 0.0
+        head = self.model.vocab_size * self.model.hidden_size
+        attended = prompt * prompt + answer * ((answer + 1) / 2 + prompt)
+        read = self.num_encoder * prompt + (self.num_decoder + head) * answer
+        return 2 * read + self._attention(attended)
+
+
 def none() -> Serving:
     """The base's own."""
     return Serving("none", 0.0)
@@ -99,6 +130,12 @@ def head(work: Workload, num_parameters: int) -> Serving:
     """Of a head instead of an answer: less than the base's where answers are long."""
     flops = work.base_flops(generates=False) + 2 * num_parameters
     return _share("head", work, flops - work.base_flops())
+
+
+def of_both_sides(work: Workload, num_encoder: int, num_decoder: int) -> Serving:
+    """Of so many parameters beside those of an encoder-decoder's encoder and its decoder."""
+    flops = 2 * (num_encoder * work.prompt + num_decoder * work.answer)
+    return _share("every token", work, flops)
 
 
 def own_weights() -> Serving:

@@ -38,7 +38,17 @@ _OF_A_METHOD = (
 that edits chosen prompt tokens; the rest is the method's own and left to it."""
 
 _HEAD = "head."
-_QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "c_attn")
+_QUERY_AND_VALUE = (
+    "q_proj",
+    "v_proj",
+    "q",
+    "v",
+    "query",
+    "value",
+    "query_proj",
+    "value_proj",
+    "c_attn",
+)
 
 
 def training_config(

@@ -20,7 +20,7 @@ from reft_core.adapter import write_durably
 from reft_core.errors import TrainingError, explain
 from trainer.compare.contenders import Setting
 
-Phase = Literal["search", "final"]
+Phase = Literal["search", "final", "serving"]
 Record = dict[str, Any]
 
 _LONGEST_NAME = 150
@@ -102,6 +102,10 @@ class Store:
             **record,
         }
         write_durably(self._path(job), json.dumps(document, indent=1, ensure_ascii=False).encode())
+
+    def adapter_path(self, job: Job) -> Path:
+        """Where the adapter file that a job trained is kept, if it is one."""
+        return self._path(job).with_suffix(".safetensors")
 
     @contextmanager
     def claim(self, job: Job) -> Iterator[bool]:

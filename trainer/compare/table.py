@@ -8,7 +8,7 @@ drawn seeds of the metric on the drawn rows. With one seed it covers the rows al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
@@ -19,6 +19,9 @@ from trainer.compare.run import Comparison
 from trainer.compare.store import Record, as_text
 from trainer.evaluation.scoring import Estimate, Resampling, Statistic
 from trainer.evaluation.scoring.base import Counts, Values
+
+Spread = dict[str, float]
+"""``median``, ``low`` and ``high``: the quartiles; empty if there are none."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Row:
     file_bytes: int = 0
     serving_scope: str = ""
     serving_extra_percent: float = 0.0
+    first_token: Spread = field(default_factory=dict)
+    """Time to a request's first token over the base's, if it was measured."""
+    speed: Spread = field(default_factory=dict)
+    """Tokens a second after that over the base's."""
 
 
 def table_rows(comparison: Comparison) -> list[Row]:
@@ -86,6 +93,7 @@ def table_rows(comparison: Comparison) -> list[Row]:
                 file_bytes=records[0]["file_bytes"],
                 serving_scope=records[0]["serving"]["scope"],
                 serving_extra_percent=fmean(r["serving"]["extra_percent"] for r in records),
+                **comparison.latency.get("ratios", {}).get(name, {}),
             )
         )
     return rows

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import trainer.task
+from reft_core.classification import answer_tokens, label_tokens
 from reft_core.errors import TrainingError
 from reft_core.loading import LoadedModel, ModelKind, model_kind
 from trainer.causal import CausalTask
@@ -82,15 +83,15 @@ class Task:
 
     @property
     def label_answers(self) -> dict[str, tuple[int, ...]]:
-        """Each label's tokens as a whole answer, its end included; none for a free task."""
+        """Each label's tokens that count for its likelihood; none for a free task."""
+        labels = self.config.labels or ()
+        return dict(zip(labels, label_tokens(self.loaded.tokenizer, labels), strict=True))
+
+    @property
+    def label_completions(self) -> dict[str, tuple[int, ...]]:
+        """Each label's tokens as a row's whole completion; none for a free task."""
         tokenizer = self.loaded.tokenizer
-        return {
-            label: (
-                *tokenizer(label, add_special_tokens=False)["input_ids"],
-                tokenizer.eos_token_id,
-            )
-            for label in self.config.labels or ()
-        }
+        return {label: answer_tokens(tokenizer, label) for label in self.config.labels or ()}
 
 
 def load_task(

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from reft_core.errors import InvalidRequest
 
-PATH_FIELDS = ("train", "valid", "test", "output", "report_dir")
+PATH_FIELDS = ("train", "valid", "test", "output", "report_dir", "runs_file")
 """Relative ones count from the YAML file's folder; in an override, from the current folder."""
 
 SOURCE_FIELDS = ("model", "data")

@@ -15,6 +15,7 @@ from trainer.config.method import MethodSettings
 from trainer.data.sources import SUFFIXES
 from trainer.nearest import nearest
 from trainer.presets import PRESETS, with_preset
+from trainer.runs import RUNS_FILE
 
 
 def _own_name(values: dict[str, Any]) -> str:
@@ -48,6 +49,9 @@ class TrainConfig(LoopSettings, MethodSettings, DataSettings):
     report_dir: Path = Field(
         default_factory=lambda data: data["output"].parent,
         description="absent: the folder of the adapter file",
+    )
+    runs_file: Path | None = Field(
+        default=RUNS_FILE, description="table to which the run adds a line; null: to none"
     )
 
     @model_validator(mode="before")

@@ -91,15 +91,22 @@ class ColumnNames:
         for ours, theirs in self.given.items():
             if name == theirs:
                 return ours
-        if self._ignores(name):
+        if self.ignored != "all" and name in self.ignored:
             return None
         if name in COLUMNS:
             return None if name in self.given else name
+        if self.ignored == "all" and _is_whole(row):
+            return None
         alias = _ALIASES.get(name)
         return None if alias is None or alias in row or alias in self.given else alias
 
     def _ignores(self, name: str) -> bool:
-        return (self.ignored == "all" and name not in COLUMNS) or name in self.ignored
+        return self.ignored == "all" or name in self.ignored
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    """Whether a row has all it needs under our names, so that no other column is one of them."""
+    return any(set(required) <= set(row) for required, _ in KINDS.values())
 
 
 def kind_of(row: Mapping[str, Any]) -> RowKind:

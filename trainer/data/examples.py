@@ -76,11 +76,14 @@ class TokenisedExample:
 
 
 def check_no_leak(earlier: Dataset, held_out: Dataset) -> None:
-    """Raise :class:`TrainingError` if a prompt of ``held_out`` also occurs in ``earlier``."""
-    seen = {example.turns: example.where for example in earlier.examples}
+    """Raise :class:`TrainingError` if a prompt of ``held_out`` also occurs in ``earlier``.
+
+    Prompts that are the same to people count, see :attr:`Example.prompt_key`.
+    """
+    seen = {example.prompt_key: example.where for example in earlier.examples}
     for example in held_out.examples:
-        if example.turns in seen:
+        if example.prompt_key in seen:
             raise TrainingError(
-                f"{example.where}: the same prompt is at {seen[example.turns]}; a row that is "
+                f"{example.where}: the same prompt is at {seen[example.prompt_key]}; a row that is "
                 "evaluated must not be trained on. leaks=drop leaves the earlier one out"
             )

@@ -67,8 +67,8 @@ def carve(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
 
 def without_leaks(earlier: Dataset, held_out: Dataset) -> Dataset:
     """``earlier`` without the rows whose prompt recurs in ``held_out``."""
-    prompts = {example.turns for example in held_out.examples}
-    return _of(earlier, [e for e in earlier.examples if e.turns not in prompts])
+    prompts = {example.prompt_key for example in held_out.examples}
+    return _of(earlier, [e for e in earlier.examples if e.prompt_key not in prompts])
 
 
 def _class(example: Example) -> str | None:

@@ -11,10 +11,10 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from reft_core.errors import TrainingError, explain
 
@@ -26,6 +26,7 @@ _SPLIT_NAMES = {
     "valid": ("valid", "validation", "dev", "val"),
     "test": ("test",),
 }
+SPLITS = tuple(_SPLIT_NAMES)
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?", re.ASCII)
 _HIDDEN = -1  # what hubs put where a test label is kept back
 
@@ -48,15 +49,46 @@ def find_splits(data: str) -> dict[str, Source]:
     """The splits of ``data``: a file (train alone), a folder, ``hub_name`` or
     ``hub_name:config``.
 
-    Raises :class:`TrainingError` when there is nothing of the sort.
+    Raises :class:`TrainingError` when there is nothing of the sort, or no training rows.
     """
     path = Path(data)
     if path.is_file():
         return {"train": read_file(path)}
+    found = _read_folder(path) if path.is_dir() else _named_on_hub(data)
+    return found if "train" in found else _refuse_without(data, "train", found)
+
+
+def find_split(data: str, split: str, labels: tuple[str, ...] = ()) -> Source:
+    """The rows of one of the splits (train, valid, test) of ``data``; of a file all of them.
+
+    ``labels`` are the names of the classes; absent: those in the file of labels beside it, or
+    the source's own. Raises :class:`TrainingError` when there is nothing of the sort.
+    """
+    path = Path(data)
+    if path.is_file():
+        return read_file(path, labels or _labels_beside(path))
     if path.is_dir():
-        return _read_folder(path)
+        files = _split_files(path)
+        if split not in files:
+            _refuse_without(data, split, files)
+        return read_file(files[split], labels or _labels_beside(files[split]))
+    found = _named_on_hub(data)
+    if split not in found:
+        _refuse_without(data, split, found)
+    return replace(found[split], labels=labels or found[split].labels)
+
+
+def _refuse_without(data: str, split: str, found: Iterable[str]) -> NoReturn:
+    there = ", ".join(found) or "none of train, valid and test"
+    files = f" (a file {split}.jsonl or the like)" if Path(data).is_dir() else ""
+    raise TrainingError(
+        explain("data", data, f"one with a split '{split}'{files}; it has {there}"), field="data"
+    )
+
+
+def _named_on_hub(data: str) -> dict[str, Source]:
     name = _HUB_NAME.fullmatch(data)
-    if name is None or path.suffix in SUFFIXES:
+    if name is None or Path(data).suffix in SUFFIXES:
         raise TrainingError(
             explain("data", data, "a file, a folder with a train file, or a data set's hub name"),
             field="data",
@@ -93,10 +125,18 @@ def read_file(path: Path, labels: tuple[str, ...] = ()) -> Source:
 
 def _read_folder(folder: Path) -> dict[str, Source]:
     """The splits in ``folder``, by the names of its files."""
-    labels: tuple[str, ...] = ()
-    if (folder / LABELS_FILE).is_file():
-        labels = read_labels(folder / LABELS_FILE)
-    found: dict[str, Source] = {}
+    labels = _labels_beside(folder / "train")
+    return {split: read_file(file, labels) for split, file in _split_files(folder).items()}
+
+
+def _labels_beside(file: Path) -> tuple[str, ...]:
+    beside = file.parent / LABELS_FILE
+    return read_labels(beside) if beside.is_file() else ()
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """The file of each split in ``folder``."""
+    found: dict[str, Path] = {}
     for split, stems in _SPLIT_NAMES.items():
         files = [
             f for stem in stems for end in SUFFIXES if (f := folder / f"{stem}{end}").is_file()
@@ -104,9 +144,7 @@ def _read_folder(folder: Path) -> dict[str, Source]:
         if len(files) > 1:
             raise TrainingError(f"{folder}: {' and '.join(f.name for f in files)} are both {split}")
         if files:
-            found[split] = read_file(files[0], labels)
-    if "train" not in found:
-        raise TrainingError(explain("data", str(folder), "a folder with a train.jsonl or the like"))
+            found[split] = files[0]
     return found
 
 
@@ -185,8 +223,6 @@ def _from_hub(name: str, config: str | None) -> dict[str, Source]:
         text = "\n".join(json.dumps(row, sort_keys=True, default=str) for _, row in rows)
         digest = hashlib.sha256(text.encode()).hexdigest()
         found[split] = Source(Path(f"{whole}/{there}"), rows, digest, labels)
-    if "train" not in found:
-        raise TrainingError(explain("data", whole, f"a split 'train', not {', '.join(loaded)}"))
     return found
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from reft_core.errors import InvalidRequest
 from reft_core.loading import Dtype
 from reft_core.spec import TemplateSpec
+from trainer.data.sources import SPLITS
 from trainer.data.templates import PLAIN_TEMPLATE, label_lead
 from trainer.evaluation.asking.interface import Asker, Contender
 from trainer.evaluation.asking.ledger import Ledger
@@ -38,7 +39,9 @@ _OVERLAP = frozenset({"bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"})
 class Asked:
     """The command's options; see ``reft eval --help``."""
 
-    data: Path
+    data: str
+    """A file, a folder, or a hub's data set."""
+    split: str = "test"
     model: str = "demo"
     adapters: tuple[str, ...] = ()
     """Paths, or names at a server."""
@@ -100,15 +103,16 @@ def eval_command(asked: Asked) -> None:
 
 def run(asked: Asked, console: Console) -> EvaluationReport:
     """The evaluation that was asked for."""
-    rows = sample(
-        read_rows(asked.data, labels=asked.labels, system=asked.system), asked.limit, asked.seed
-    )
+    if asked.split not in SPLITS:
+        raise InvalidRequest.because("split", asked.split, f"one of {', '.join(SPLITS)}")
+    rows = read_rows(asked.data, split=asked.split, labels=asked.labels, system=asked.system)
+    rows = sample(rows, asked.limit, asked.seed)
     options = Options(asked.metrics, asked.extract, asked.max_tokens, asked.database, asked.seed)
     ledger = Ledger(None if asked.out is None else asked.out / ANSWERS_FILE)
     with _opened(asked, are_labels=bool(rows.labels)) as opened:
         rows = _written(rows, opened, asked.labels)
         options, _ = settled(options, rows)
-        if not asked.metrics:
+        if not asked.metrics and rows.rows[0].turns:
             names = [n for n in options.metrics if METRICS[n].needs not in opened.unmeasured]
             options = replace(options, metrics=tuple(names))
         if _OVERLAP & set(options.metrics) and not rows.labels:

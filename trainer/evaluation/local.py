@@ -12,22 +12,14 @@ from reft_core.adapter import Adapter, check_fits, read_adapter
 from reft_core.classification import EncoderEngine
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
-from reft_core.errors import InvalidRequest, ReftError, UnsupportedModel
-from reft_core.loading import (
-    DEMO_MODEL,
-    Dtype,
-    LoadedModel,
-    ModelKind,
-    load_encoder,
-    load_model,
-    model_kind,
-    read_config,
-)
+from reft_core.errors import InvalidRequest, ReftError
+from reft_core.loading import Dtype, LoadedModel, kind_of, load_any
 from reft_core.spec import TemplateSpec
 from trainer.data.templates import LABEL_TEMPLATE, PLAIN_TEMPLATE
 from trainer.evaluation.asking.engine import Encoding, EngineAsker
 from trainer.evaluation.asking.heads import HeadAsker
 from trainer.evaluation.asking.interface import Asker, Contender, Question, Reply
+from trainer.evaluation.asking.seq2seq import Seq2SeqAsker
 
 BATCH = 32
 """Requests that run at once."""
@@ -93,23 +85,20 @@ def open_local(
     reading and loading do.
     """
     read = [adapter for path in adapters for adapter in read_adapters(path)]
-    kind: ModelKind = "causal" if model == DEMO_MODEL else model_kind(read_config(model))
-    if kind == "seq2seq":
-        expected = "a causal language model or an encoder"
-        raise UnsupportedModel(f"model: got {model!r}, an encoder-decoder, expected {expected}")
-    load = load_encoder if kind == "encoder" else load_model
-    loaded = load(model, dtype=dtype, device=device)
+    kind = kind_of(model, field="model")
+    loaded = load_any(model, dtype=dtype, device=device)
     for adapter in read:
         check_fits(adapter.spec, loaded.description)
     labels = next((a.spec.task.labels for a in read if a.spec.task.labels), ())
     # An encoder says nothing without a head, and heads are the adapters'.
-    alone = (None,) if with_base and kind == "causal" else ()
+    alone = (None,) if with_base and kind != "encoder" else ()
     contenders = contenders_of(loaded, [*alone, *read], dtype, template, are_labels=are_labels)
     if not contenders:
         expected = "at least one, with a trained head" if kind == "encoder" else "at least one"
         raise InvalidRequest.because("adapter", [str(path) for path in adapters], expected)
-    if kind == "causal":
-        yield Local(LocalAsker(loaded, batch), contenders, labels or (), is_encoder=False)
+    if kind != "encoder":
+        asker = LocalAsker(loaded, batch) if kind == "causal" else Seq2SeqAsker(loaded, batch)
+        yield Local(asker, contenders, labels or (), is_encoder=False)
         return
     engine = EncoderEngine(loaded)
     engine.start()

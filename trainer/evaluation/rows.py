@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from reft_core.errors import TrainingError, explain
 from trainer.data import Example, RowFormat, Turn
-from trainer.data.columns import ColumnNames
+from trainer.data.columns import KINDS, ColumnNames
 from trainer.data.reading import read_source
-from trainer.data.sources import LABELS_FILE, SUFFIXES, read_file, read_labels
+from trainer.data.sources import find_split
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Row:
     where: str
     """``file:line``, for messages to people."""
     turns: tuple[Turn, ...]
-    """The conversation to answer."""
+    """The conversation to answer; empty of a text that is only to be read."""
     references: tuple[str, ...]
     """Right answers in full; training would have the first."""
     answer: str = ""
@@ -44,8 +45,8 @@ class Row:
 
     @property
     def question(self) -> str:
-        """The last message, for people."""
-        return self.turns[-1][1]
+        """The last message, for people; empty of a text that is only to be read."""
+        return self.turns[-1][1] if self.turns else ""
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,23 @@ class RowSet:
     num_in_file: int
 
 
-def read_rows(path: Path, *, labels: Sequence[str] = (), system: str | None = None) -> RowSet:
-    """Every row of the file at ``path``, or of the test file in the folder there.
+def read_rows(
+    data: Path | str,
+    *,
+    split: str = "test",
+    labels: Sequence[str] = (),
+    system: str | None = None,
+) -> RowSet:
+    """Every row of a file, or of one split of a folder or of a data set on a hub.
 
-    ``labels`` are the names of the classes; absent: those in a ``labels.json`` beside the file,
-    else those that its rows have. Raises :class:`TrainingError` naming file and line.
+    ``labels`` are the names of the classes; absent: those in a ``labels.json`` beside the file or
+    those of the hub, else those that its rows have. Raises :class:`TrainingError` naming file and
+    line.
     """
-    file = _test_file(path)
-    beside = file.parent / LABELS_FILE
-    names = tuple(labels) or (read_labels(beside) if beside.is_file() else ())
-    source = read_file(file, names)
+    source = find_split(str(data), split, tuple(labels))
+    if source.rows and all(_is_text_alone(row) for _, row in source.rows):
+        rows = tuple(_text_row(dict(row), where) for where, row in source.rows)
+        return RowSet(source.path, rows, (), source.sha256, len(rows))
     # With labels that stand beside it, a file may still hold other rows than these choose among.
     is_labelled = any(isinstance(row, dict) and "label" in row for _, row in source.rows[:1])
     names = source.labels if is_labelled else ()
@@ -79,7 +87,7 @@ def read_rows(path: Path, *, labels: Sequence[str] = (), system: str | None = No
     )
     names = names or _labels_in(dataset.examples)
     rows = tuple(row_of(example, names) for example in dataset.examples)
-    return RowSet(file, rows, names, dataset.sha256, len(rows))
+    return RowSet(source.path, rows, names, dataset.sha256, len(rows))
 
 
 def row_of(example: Example, labels: Sequence[str] = ()) -> Row:
@@ -145,14 +153,18 @@ def with_labels(rows: RowSet, labels: Sequence[str]) -> RowSet:
     return replace(rows, rows=tuple(changed), labels=names)
 
 
-def _test_file(path: Path) -> Path:
-    """The file to read at a path."""
-    if not path.is_dir():
-        return path
-    for suffix in SUFFIXES:
-        if (file := path / f"test{suffix}").is_file():
-            return file
-    raise TrainingError(explain("data", str(path), "a file, or a folder with a test.jsonl"))
+def _is_text_alone(row: object) -> bool:
+    """Whether a row has a text and nothing that would be asked or answered."""
+    asked = {"label", "text_pair", *KINDS["instruction"][0], *KINDS["messages"][0]}
+    return isinstance(row, Mapping) and "text" in row and not asked & set(row)
+
+
+def _text_row(row: Mapping[str, Any], where: str) -> Row:
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise TrainingError(explain(f"{where}: text", text, "text"))
+    row_id = str(row.get("id", where.rpartition(":")[2]))
+    return Row(row_id, where, (), (text,), texts=(text,))
 
 
 def _labels_in(examples: Sequence[Example]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
+from reft_core.classification import label_tokens
 from reft_core.engine.generate import generate as run_requests
 from reft_core.engine.interface import AdapterChoice, Engine, Request, SamplingParams
 from trainer.batches import batches
@@ -120,12 +121,9 @@ def likeliest_labels(
 
     A base model seldom answers with a bare label, so its generated answers are nearly all
     wrong; what it would choose among the labels is the fairer comparison. With ``edited``
-    false the base is asked. An answer's probability includes the end token's.
+    false the base is asked. See :func:`reft_core.classification.labels.counted`.
     """
-    answers = [
-        (*tokenizer(label, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
-        for label in labels
-    ]
+    answers = label_tokens(tokenizer, labels)
     candidates = [TokenisedExample(row.prompt, answer) for row in rows for answer in answers]
     scores = []
     for batch in batches(candidates, batch_size, collator, model.device):

@@ -12,7 +12,9 @@ from trainer.evaluation.scoring import METRICS, Metric
 from trainer.evaluation.scoring.correlation import number
 from trainer.evaluation.scoring.extraction import EXTRACTORS, TRIGGER, Extractor
 
-Kind = Literal["labels", "scores", "commonsense", "letters", "choices", "numbers", "sql", "text"]
+Kind = Literal[
+    "labels", "scores", "commonsense", "letters", "choices", "numbers", "sql", "text", "read"
+]
 
 MANY_LABELS = 40
 """With more, likelihoods are measured only if a metric that needs them is named: they cost a short
@@ -59,6 +61,7 @@ def task_of(rows: Sequence[Row]) -> Task:
         "numbers": (("last_number", "loss"), "last_number", 512),
         "sql": (("exact_match", "loss"), "sql", min(short, 512)),
         "text": ((*overlap, "rouge_l", "loss", "perplexity"), "whole", min(short, 512)),
+        "read": (("loss", "perplexity"), "whole", 1),
     }
     metrics, extractor, max_tokens = tasks[kind]
     if labels > MANY_LABELS:
@@ -73,6 +76,8 @@ def chosen_metrics(names: Sequence[str], rows: Sequence[Row]) -> tuple[Metric, .
     for name in names:
         if name not in METRICS:
             raise InvalidRequest.because("metrics", name, f"some of {', '.join(METRICS)}")
+        if METRICS[name].needs != "loss":
+            _refuse(name, "question", [row for row in rows if not row.turns])
         if METRICS[name].needs == "choice":
             _refuse(name, "labels or choices", [row for row in rows if not row.candidates])
         if name in _NEED_ANSWERS:
@@ -97,6 +102,8 @@ def _refuse(name: str, needed: str, without: Sequence[Row]) -> None:
 
 
 def _kind_of(row: Row) -> Kind:
+    if not row.turns:
+        return "read"
     if row.is_number:
         return "scores"
     if row.choices and TRIGGER in row.references[0]:

@@ -50,7 +50,7 @@ def tokenise_seq2seq(
     rows = []
     for example in examples:
         prompt = encode_text(tokenizer, render_text(template, example.messages))
-        answer = list(tokenizer(text_target=example.completion)["input_ids"])
+        answer = encode_answer(tokenizer, example.completion)
         for name, tokens in (("prompt", prompt), ("completion", answer)):
             if len(tokens) > max_length:
                 raise TrainingError(
@@ -60,6 +60,11 @@ def tokenise_seq2seq(
         check_edited(example.where, rule, len(prompt))
         rows.append(TokenisedExample(tuple(prompt), tuple(answer)))
     return rows
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of an answer, with the special tokens the tokenizer adds by itself."""
+    return list(tokenizer(text_target=text)["input_ids"])
 
 
 class Seq2SeqCollator:

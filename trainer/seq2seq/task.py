@@ -83,6 +83,10 @@ class Seq2SeqTask:
         """Shuffled."""
         return shuffled(len(self.rows["train"]), self.config.seed)(epoch)
 
+    def prompt_of(self, row: TokenisedExample) -> Sequence[int]:
+        """What the encoder reads."""
+        return row.prompt
+
     def measure(self, model: Seq2SeqModel, rows: Sequence[TokenisedExample]) -> Measured:
         """Mean loss over the rows' target tokens."""
         return Measured(mean_loss(model, rows, self.config, self.collator))

@@ -10,8 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 from rich.console import Console
 
-from reft_core.errors import ReftError
-from trainer.cli import EXIT_ERROR, EXIT_INTERRUPTED
+from trainer.cli import EXIT_ERROR, ending_told
 from trainer.config.file import read_config
 from trainer.sections import read_section
 from trainer.sweep.config import SweepConfig
@@ -38,18 +37,12 @@ def sweep_command(
         line = f"trial {trial.number}: {trial.state.name.lower()} {value} {drawn} {error}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    try:
+    with ending_told(console, "the same command goes on from the trials that are done"):
         config = read_config(str(path), overrides)
         settings = read_section(path, "sweep", SweepConfig, given)
         study = sweep(config, settings, on_trial=on_trial)
         num_layers = study.user_attrs[FACTS]["num_layers"]
         found = write_report(study, config, settings, num_layers, command)
-    except ReftError as error:
-        console.print(f"error: {error.message}", style="red", markup=False)
-        raise SystemExit(EXIT_ERROR) from None
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the trials that are done")
-        raise SystemExit(EXIT_INTERRUPTED) from None
     best = best_trial(study)
     if best is None:
         console.print("error: no trial was completed; see the report", style="red")

@@ -7,17 +7,24 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import optuna
+import torch
+from optuna.trial import TrialState
 
 from reft_core.errors import ReftError, TrainingError, explain
 from reft_core.loading import LoadedModel
-from trainer.compare.task import Task, load_task, run_config
+from trainer.compare.arena import Arena, arena_for
+from trainer.compare.task import load_task, run_config
 from trainer.config import TrainConfig
 from trainer.sweep.config import SweepConfig
-from trainer.sweep.study import existing_study, num_begun, open_study, taking_part
+from trainer.sweep.study import ended, existing_study, next_trial, open_study, taking_part
 from trainer.sweep.trial import Pruned, run_trial
+
+_FOLLOW_S = 1.0
+"""Between looks at what the workers have done."""
 
 OnTrial = Callable[[optuna.trial.FrozenTrial], None]
 
@@ -31,20 +38,20 @@ def sweep(
 ) -> optuna.Study:
     """Run the trials that are missing and return the study.
 
-    With several workers each loads its own base; ``loaded`` and ``on_trial`` are this process's
-    only. Ends early at the timeout. Raises :class:`TrainingError` when the data or the settings
-    cannot be used, before any trial.
+    With several workers each loads its own base, and ``loaded`` is not used. Ends early at
+    the timeout. Raises :class:`TrainingError` when the data or the settings cannot be used,
+    before any trial.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     shared = without_test(config)
     stop = None if settings.timeout is None else time.time() + settings.timeout
     with taking_part(settings):
         if settings.workers > 1:
-            _spawn(shared, settings, stop)
+            _spawn(shared, settings, stop, on_trial)
         else:
-            task = _load(shared, settings, loaded)
-            study = open_study(settings, facts_of(task, settings))
-            _work(task, settings, study, stop, on_trial)
+            arena = _load(shared, settings, loaded)
+            study = open_study(settings, facts_of(arena, settings))
+            _work(arena, settings, study, stop, on_trial)
     found = existing_study(settings)
     assert found is not None, "a worker makes the study before its first trial"
     return found
@@ -55,15 +62,15 @@ def without_test(config: TrainConfig) -> TrainConfig:
     return run_config(config, {"test": None})
 
 
-def facts_of(task: Task, settings: SweepConfig) -> dict[str, Any]:
+def facts_of(arena: Arena, settings: SweepConfig) -> dict[str, Any]:
     """All that every trial depends on, as JSON values."""
-    return task.facts | {
+    return arena.task.facts | {
         "objective": settings.objective,
-        "num_layers": task.loaded.description.num_layers,
+        "num_layers": arena.task.loaded.description.num_layers,
     }
 
 
-def _load(config: TrainConfig, settings: SweepConfig, loaded: LoadedModel | None = None) -> Task:
+def _load(config: TrainConfig, settings: SweepConfig, loaded: LoadedModel | None = None) -> Arena:
     assert config.test is None, "a sweep has no test rows"
     task = load_task(
         config,
@@ -72,39 +79,41 @@ def _load(config: TrainConfig, settings: SweepConfig, loaded: LoadedModel | None
         valid_rows=settings.valid_rows,
         steps=settings.steps,
     )
-    if settings.objective == "accuracy" and not task.config.labels:
+    arena = arena_for(task)
+    if settings.objective == "accuracy" and (task.kind == "seq2seq" or not arena.labels):
         raise TrainingError(explain("objective", "accuracy", "'loss', or labels in the config"))
-    return task
+    return arena
 
 
 def _work(
-    task: Task,
+    arena: Arena,
     settings: SweepConfig,
     study: optuna.Study,
     stop: float | None,
     on_trial: OnTrial = lambda trial: None,
 ) -> None:
     """Run trials until the study has enough or the time is over."""
-
-    def objective(trial: optuna.Trial) -> float:
+    while stop is None or time.time() < stop:
+        trial = next_trial(study, settings)
+        if trial is None:
+            return
         try:
-            return run_trial(task, settings.space, settings.objective, trial)
-        except Pruned as error:
-            raise optuna.TrialPruned(str(error)) from None
-        except TrainingError as error:
-            trial.set_user_attr("error", error.message)
-            raise
-
-    while num_begun(study) < settings.trials and (stop is None or time.time() < stop):
-        study.optimize(
-            objective,
-            n_trials=1,
-            catch=(TrainingError,),
-            callbacks=[lambda _, trial: on_trial(trial)],
-        )
+            value = run_trial(arena, settings.space, settings.objective, trial)
+        except Pruned:
+            finished = study.tell(trial, state=TrialState.PRUNED)
+        except BaseException as error:
+            trial.set_user_attr("error", getattr(error, "message", repr(error)))
+            finished = study.tell(trial, state=TrialState.FAIL)
+            if not isinstance(error, TrainingError):
+                raise
+        else:
+            finished = study.tell(trial, value)
+        on_trial(finished)
 
 
-def _spawn(config: TrainConfig, settings: SweepConfig, stop: float | None) -> None:
+def _spawn(
+    config: TrainConfig, settings: SweepConfig, stop: float | None, on_trial: OnTrial
+) -> None:
     """Run the workers to their end. They are stopped when this process is interrupted."""
     given = {name: getattr(config, name) for name in config.model_fields_set}
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -114,11 +123,18 @@ def _spawn(config: TrainConfig, settings: SweepConfig, stop: float | None) -> No
         )
         for index in range(settings.workers)
     ]
+    known = existing_study(settings)
+    told = set() if known is None else {trial.number for trial in ended(known)}
     try:
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join()
+        while any(worker.is_alive() for worker in workers):
+            wait([worker.sentinel for worker in workers if worker.is_alive()], _FOLLOW_S)
+            study = existing_study(settings)
+            for trial in [] if study is None else ended(study):
+                if trial.number not in told:
+                    told.add(trial.number)
+                    on_trial(trial)
     finally:
         for worker in workers:
             worker.terminate()
@@ -128,16 +144,19 @@ def _spawn(config: TrainConfig, settings: SweepConfig, stop: float | None) -> No
 
 
 def _worker(given: dict[str, Any], settings_json: str, index: int, stop: float | None) -> None:
-    """One process of several. Its base is loaded once."""
+    """One process of several. Its base is loaded once, and it takes its share of the threads."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings = SweepConfig.model_validate_json(settings_json)
     try:
-        task = _load(TrainConfig.model_validate(given), settings)
-        study = open_study(settings, facts_of(task, settings), worker=index)
+        arena = _load(TrainConfig.model_validate(given), settings)
+        study = open_study(settings, facts_of(arena, settings), worker=index)
+        torch.set_num_threads(max(1, torch.get_num_threads() // settings.workers))
+        _work(arena, settings, study, stop)
     except ReftError as error:
         print(f"error: worker {index}: {error.message}", file=sys.stderr)
         raise SystemExit(1) from None
-    _work(task, settings, study, stop)
+    except KeyboardInterrupt:  # of all processes at once; the first one says so
+        raise SystemExit(1) from None
 
 
 def to_json(study: optuna.Study) -> list[dict[str, Any]]:

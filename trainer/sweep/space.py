@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Protocol, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from reft_core.errors import TrainingError, explain
 from reft_core.methods import METHODS
+from reft_core.positions import PositionRule
+from trainer.config.base import as_value_error
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[int, ...]
@@ -81,6 +84,9 @@ class Space(BaseModel):
     tied: Annotated[tuple[bool, ...], BeforeValidator(_as_choices)] = (True, False)
     rank: _Whole = (1, 2, 4, 8)
     learning_rate: _Numbers = Range(low=5e-4, high=1.2e-2, log=True)
+    positions: Annotated[tuple[str, ...], BeforeValidator(_as_choices)] = Field(
+        default=(), description="rules instead of first and last, such as prompt"
+    )
     method: Annotated[tuple[str, ...], BeforeValidator(_as_choices)] = Field(
         default=(), description="absent: the config's"
     )
@@ -95,6 +101,8 @@ class Space(BaseModel):
             if name not in METHODS or METHODS[name].interchanges:
                 known = ", ".join(n for n in METHODS if not METHODS[n].interchanges)
                 raise ValueError(explain("method", name, f"some of {known}"))
+        for rule in self.positions:
+            as_value_error(partial(PositionRule.parse, rule))
         if not _most(self.first) and not _most(self.last):
             raise ValueError("first and last are 0 in every choice: no position is edited")
         return self
@@ -102,7 +110,7 @@ class Space(BaseModel):
     def draw(self, trial: Draws) -> dict[str, Value]:
         """One value for each name, from the trial; what has one choice is not asked for."""
         found: dict[str, Value] = {}
-        for name in type(self).model_fields:
+        for name in self._names:
             options = getattr(self, name)
             if isinstance(options, Range):
                 found[name] = _from_range(trial, name, options)
@@ -117,11 +125,17 @@ class Space(BaseModel):
         return found
 
     @property
+    def _names(self) -> list[str]:
+        """Those that a draw has; whole rules are instead of their two numbers."""
+        instead = ("first", "last") if self.positions else ()
+        return [name for name in type(self).model_fields if name not in instead]
+
+    @property
     def searched(self) -> list[str]:
         """The names with more than one value."""
         return [
             name
-            for name in type(self).model_fields
+            for name in self._names
             if isinstance(getattr(self, name), Range) or len(getattr(self, name)) > 1
         ]
 
@@ -132,12 +146,13 @@ def settings_of(drawn: Mapping[str, Value], num_layers: int) -> dict[str, Any]:
     Raises :class:`TrainingError` for a draw that edits no position.
     """
     settings = dict(drawn)
-    first, last = settings.pop("first"), settings.pop("last")
-    sides = [f"f{first}"] * bool(first) + [f"l{last}"] * bool(last)
-    if not sides:
-        raise TrainingError(explain("first and last", 0, "one of them above 0"))
-    settings["positions"] = "+".join(sides)
-    if len(sides) == 1:
+    if "positions" not in settings:
+        first, last = settings.pop("first"), settings.pop("last")
+        sides = [f"f{first}"] * bool(first) + [f"l{last}"] * bool(last)
+        if not sides:
+            raise TrainingError(explain("first and last", 0, "one of them above 0"))
+        settings["positions"] = "+".join(sides)
+    if "+" not in str(settings["positions"]):
         settings["tied"] = True  # one side is one unit
     layers = settings["layers"]
     if isinstance(layers, str) and layers in PARTS:

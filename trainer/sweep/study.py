@@ -59,9 +59,15 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
     return trials
 
 
-def num_begun(study: optuna.Study) -> int:
-    """Trials that are over or under way."""
-    return len(study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)))
+def next_trial(study: optuna.Study, sweep: SweepConfig) -> optuna.Trial | None:
+    """A trial to run; None once as many as the study is to have are over or under way.
+
+    Processes on one folder ask one after the other, so that they begin no more.
+    """
+    with (sweep.out / "ask.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        begun = study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING))
+        return study.ask() if len(begun) < sweep.trials else None
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reft_core.engine.interface import Token, TokenLogprob
+from reft_core.vocabulary import Vocabulary
 from server.answering.choice import ChoiceText
-from server.answering.vocabulary import Vocabulary
 from tests.server.fakes import make_tokenizer
 
 TOKENIZER = make_tokenizer()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 
 from reft_core.adapter import decode_adapter
+from reft_core.vocabulary import Vocabulary
 from server.answering.echo import echo_of
-from server.answering.vocabulary import Vocabulary
 from tests.factories import random_adapter_bytes
 from tests.reference.slow import reference_logits
 from tests.server.fakes import MODEL, make_tiny_model, make_tokenizer

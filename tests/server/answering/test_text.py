@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from reft_core.vocabulary import Vocabulary
 from server.answering.text import Detokenizer, StopMatcher
-from server.answering.vocabulary import Vocabulary
 from tests.server.fakes import make_tokenizer
 
 TOKENIZER = make_tokenizer()

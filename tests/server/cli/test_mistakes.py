@@ -164,7 +164,7 @@ def test_no_flag_is_cut_short_where_a_terminal_is_narrow():
     [("none", "adapters: got"), ("bad.safetensors", "body: not a"), ("folder", "body: not a")],
 )
 def test_a_bad_adapter_file_is_found_before_the_model_loads(tmp_path, monkeypatch, path, mention):
-    monkeypatch.setattr("server.app.load_base_model", lambda settings: pytest.fail("loaded"))
+    monkeypatch.setattr("server.engines.load_base_model", lambda settings: pytest.fail("loaded"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "good.safetensors").write_bytes(make_adapter(1))
     for place in ("bad.safetensors", "folder/late.safetensors"):

@@ -53,14 +53,14 @@ def test_bad_input_is_named(server, body, field):
 
 
 def test_an_answer_says_how_likely_each_label_is(server):
-    """The fake engine gives every token a log-probability of -0.5, and labels end with one."""
+    """The fake engine gives every token a log-probability of -0.5."""
     answer = classify(server, input=["hi", "you there"], labels=["no", "yes"])
     assert answer.status_code == 200
     body = answer.json()
     assert [row["label"] for row in body["data"]] == ["no", "no"]
     row = body["data"][1]
     assert (row["index"], row["num_classes"]) == (1, 2)
-    assert [label["logprob"] for label in row["labels"]] == [-1.5, -2.0]
+    assert [label["logprob"] for label in row["labels"]] == [-1.0, -1.5]
     odds = math.exp(-0.5)
     assert row["probs"] == pytest.approx([1 / (1 + odds), odds / (1 + odds)])
     assert [label["prob"] for label in row["labels"]] == row["probs"]
@@ -73,7 +73,7 @@ def test_an_answer_says_how_likely_each_label_is(server):
     }
     assert answer.headers["x-reft-adapter"] == "base"
     usage = body["usage"]
-    assert usage["completion_tokens"] == 2 * (3 + 4)
+    assert usage["completion_tokens"] == 2 * (2 + 3)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
@@ -95,6 +95,23 @@ def test_an_adapter_brings_its_labels_and_its_template(server, engine):
     assert stacked.json()["reft"]["adapter"] is None
     assert [used["digest"] for used in stacked.json()["reft"]["stack"]] == [digest]
     assert "U[hi]" not in server.services.loaded.tokenizer.decode(engine.submitted[-1].prompt)
+
+
+def test_an_adapters_labels_are_shown_without_the_space_they_begin_with(server, engine):
+    server.upload("kinds", make_adapter(1, task=TaskSpec(labels=(" one", " two"))))
+
+    def asked(**body):
+        answer = classify(server, model="kinds", **body).json()["data"][0]
+        return answer["label"], [each["label"] for each in answer["labels"]]
+
+    decode = server.services.loaded.tokenizer.decode
+    assert asked() == ("one", ["one", "two"])
+    assert asked(labels=["two", "one"]) == ("two", ["two", "one"])
+    assert asked(labels=[" one", " two"]) == (" one", [" one", " two"])
+    scored = [decode(request.completion) for request in engine.submitted]
+    assert scored == [" one", " two", " two", " one", " one", " two"]
+    assert asked(labels=["three", "one"])[1] == ["three", "one"]
+    assert decode(engine.submitted[-2].completion) == "three", "not one of the adapter's"
 
 
 def test_one_label_that_fails_fails_the_request(server, engine):

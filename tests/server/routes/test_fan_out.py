@@ -17,7 +17,7 @@ from reft_core.errors import (
     ReftError,
     RequestFailed,
 )
-from server.answering.vocabulary import Vocabulary
+from reft_core.vocabulary import Vocabulary
 from server.settings import Settings
 from tests.factories import random_adapter_bytes
 from tests.reference.slow import reference_generate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from reft_core.adapter import Adapter, decode_adapter, encode_adapter
+from reft_core.adapter import Adapter
 from reft_core.batch import AdapterUse
 from reft_core.classification import HeadedEncoder
 from reft_core.encoder import EncoderRequest
 from reft_core.errors import TrainingError
-from reft_core.spec import AdapterSpec, HeadSpec
+from reft_core.spec import HeadSpec
 from tests.reft_core.test_classification import loaded
 from tests.trainer.classify.test_model import ROWS
+from tests.trainer.factories import exported, trained
 from trainer.classify.model import ClassifierModel
 from trainer.classify.rows import order_by_length
 from trainer.classify.task import ClassifyTask
 from trainer.config import TrainConfig
 from trainer.data import Dataset, Example
-from trainer.fit import FitResult, fit
-from trainer.progress import SilentProgress
 
 WORDS = ("<s>", "</s>", *"abcdefghijklmnop")
 
@@ -93,36 +91,6 @@ def make_task(kind: str, config: TrainConfig, rows: Any = labelled) -> ClassifyT
     model = replace(loaded(kind), tokenizer=word_tokenizer())
     splits = {"train": dataset(rows(0, 128)), "valid": dataset(rows(1000, 48))}
     return ClassifyTask.of(config, model, splits)
-
-
-def trained(task: ClassifyTask) -> tuple[ClassifierModel, FitResult]:
-    model = task.new_model()
-    result = fit(
-        model,
-        task.rows["train"],
-        task.rows["valid"],
-        task.config,
-        task.collator,
-        SilentProgress(),
-        measure=partial(task.measure, model),
-        order=task.order,
-    )
-    return model, result
-
-
-def exported(task: ClassifyTask, model: ClassifierModel) -> Adapter:
-    """The model's file, read back."""
-    parts = task.parts(model)
-    spec = AdapterSpec(
-        name="tiny",
-        base=task.loaded.description.to_base_spec(),
-        method=task.config.method,
-        positions=task.config.position_spec,
-        sites=parts.sites,
-        task=parts.task,
-        head=parts.head_spec,
-    )
-    return decode_adapter(encode_adapter(spec, parts.edits, head=parts.head))
 
 
 def assert_served_as_trained(task: ClassifyTask, model: ClassifierModel) -> Adapter:

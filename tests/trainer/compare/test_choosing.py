@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reft_core.classification import label_tokens
 from reft_core.positions import PositionRule
 from tests.trainer.compare.factories import moved_model, tiny_task
 from trainer.collate import Collator
@@ -30,10 +31,7 @@ def test_the_bound_never_changes_what_is_chosen(tmp_path: Path) -> None:
     task = tiny_task(tmp_path)
     model = moved_model(task)
     rows = task.train.rows
-    answers = {
-        label: (*task.loaded.tokenizer(label)["input_ids"], task.loaded.tokenizer.eos_token_id)
-        for label in LABELS
-    }
+    answers = dict(zip(LABELS, label_tokens(task.loaded.tokenizer, LABELS), strict=True))
     wanted = likeliest_labels(
         model, task.loaded.tokenizer, rows, LABELS, COLLATOR, batch_size=8, edited=True
     )
@@ -84,6 +82,6 @@ def test_engine_and_transformers_agree_on_the_base(tmp_path: Path, metric: str) 
 def test_engine_and_transformers_write_the_same(tmp_path: Path) -> None:
     task = tiny_task(tmp_path)
     prompts = [row.prompt for row in task.train.rows[:6]]
-    with serving_base(task.loaded, None, 64) as engine:
+    with serving_base(task.loaded, [], 64) as engine:
         served = generate(engine, prompts, None, 8)
     assert by_transformers(task.loaded, prompts, 8) == served

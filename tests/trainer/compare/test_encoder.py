@@ -143,3 +143,5 @@ def test_settings_list_what_a_search_tries(tmp_path: Path) -> None:
 def test_a_comparison_of_prompts_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="zero_shot: an encoder writes no answers"):
         run(tmp_path, make_config(tmp_path), methods=("zero_shot",))
+    with pytest.raises(TrainingError, match="measure_serving: got 4, expected 0"):
+        run(tmp_path, make_config(tmp_path), methods=("head_only",), measure_serving=4)

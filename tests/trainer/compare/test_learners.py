@@ -98,7 +98,7 @@ def test_our_engine_serves_what_was_trained(tmp_path: Path, name: str) -> None:
         num_trainable = sum(p.numel() for p in model.trainable())
     assert saved.num_bytes > 4 * num_trainable
     assert saved.adapter is not None
-    with serving_base(task.loaded, saved.adapter, 64) as engine:
+    with serving_base(task.loaded, [saved.adapter], 64) as engine:
         served = score_answers(engine, rows, saved.adapter)
     torch.testing.assert_close(torch.tensor(served), -torch.tensor(losses), atol=1e-4, rtol=1e-4)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from reft_core.adapter import decode_adapter
 from reft_core.errors import TrainingError
 from tests.trainer.compare.factories import tiny_comparison
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
@@ -70,12 +71,34 @@ def test_a_comparison_of_every_kind_ends_in_a_table(tmp_path: Path) -> None:
     assert to_latex(found, []).count(r"\\") == 1
 
 
+def test_serving_is_measured_beside_the_base(tmp_path: Path) -> None:
+    config = make_config(tmp_path, **LABELS)
+    methods = ("zero_shot", "loreft", "peft_lora", "peft_prompt_tuning", "full_finetuning")
+    found = run(config, tmp_path, methods=methods, measure_serving=3)
+    rows = {row.method: row for row in table_rows(found)}
+    for name in ("loreft", "peft_lora", "peft_prompt_tuning"):
+        for spread in (rows[name].first_token, rows[name].speed):
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    assert not rows["zero_shot"].first_token
+    report = to_markdown(found, list(rows.values()), "")
+    assert "| first token, × base | tokens/s, × base |" in report
+    assert "| own weights | own weights |" in report
+    assert "Measured: 3 prompts" in report
+    kept = tmp_path / "compared" / "results" / "final" / "loreft"
+    (path,) = kept.glob("*.safetensors")
+    assert decode_adapter(path.read_bytes()).spec.method == "loreft"
+
+
 def test_a_rerun_computes_nothing_and_finds_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tmp_path, **LABELS)
     first = run(config, tmp_path, methods=("red", "zero_shot"), search=2)
-    monkeypatch.setattr(runner.Runner, "_measure", None)
+
+    def computing(*_: object, **__: object) -> None:
+        raise AssertionError("it is there already")
+
+    monkeypatch.setattr(runner.Runner, "run", computing)
     again = run(config, tmp_path, methods=("red", "zero_shot"), search=2)
     assert table_rows(first) == table_rows(again)
 

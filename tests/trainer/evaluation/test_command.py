@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from server.cli.main import app
 from tests.factories import random_adapter_bytes
+from tests.reft_core.test_seq2seq import loaded
+from tests.trainer.classify.test_task import word_tokenizer
 from tests.trainer.factories import byte_model, write_rows
 from trainer.evaluation import local
 from trainer.evaluation.asking import Question, Reply
@@ -83,12 +85,28 @@ def test_a_folder_of_adapters_beside_the_base(
     assert found["contenders"] == report["contenders"]
 
 
+def test_an_encoder_decoder_and_a_split(tmp_path: Path) -> None:
+    loaded("t5").model.save_pretrained(tmp_path / "t5")
+    word_tokenizer().save_pretrained(tmp_path / "t5")
+    for split, label in (("valid", "b"), ("test", "c")):
+        write_rows(tmp_path / f"{split}.jsonl", [{"text": "a b", "label": label}] * 3)
+    (tmp_path / "labels.json").write_text('["b", "c"]')
+    found = run("--model", tmp_path / "t5", "--data", tmp_path, "--split", "valid", "--json")
+    assert found.exit_code == 0, found.output
+    report = json.loads(found.stdout)
+    assert report["data"]["path"].endswith("valid.jsonl")
+    (base,) = report["contenders"]
+    assert base["confusions"]["choice"]["c"] == {"b": 0, "c": 0, "(other)": 0}
+    assert sum(base["confusions"]["choice"]["b"].values()) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--metrics", "blue"], ["metrics", "'blue'", "bleu"]),
         (["--template", "jinja"], ["template", "auto, chat, plain"]),
         (["--prompt", "no place"], ["prompt", "{content}"]),
+        (["--split", "dev"], ["split", "'dev'", "train, valid, test"]),
         (["--dtype", "int4"], ["dtype", "bfloat16"]),
         (["--extract", "magic"], ["extract", "last_number"]),
         (["-a", "nowhere.safetensors"], ["adapter", "nowhere.safetensors"]),

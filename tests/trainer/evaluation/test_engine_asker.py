@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ TEMPLATE = TemplateSpec(user="{content}", generation="?")
 MAX_TOKENS = 5
 
 
-def rows_in(folder: Path, count: int = 6) -> RowSet:
-    rows: list[object] = [{"text": f"is it {n}", "label": LABELS[n % 3]} for n in range(count)]
-    return read_rows(write_rows(folder / "test.jsonl", rows), labels=LABELS)
+def rows_in(folder: Path, count: int = 6, labels: tuple[str, ...] = LABELS) -> RowSet:
+    rows: list[object] = [{"text": f"is it {n}", "label": labels[n % 3]} for n in range(count)]
+    return read_rows(write_rows(folder / "test.jsonl", rows), labels=labels)
 
 
 def two_adapters(loaded: LoadedModel) -> list[Adapter]:
@@ -52,6 +53,8 @@ def slow_reply(loaded: LoadedModel, contender: Contender, row: Row) -> Reply:
         return float(of_answer[torch.arange(len(answer)), torch.tensor(answer)].sum())
 
     answers = {text: tokenizer(f"{text}<end>")["input_ids"] for text in row.candidates}
+    names = row.candidates
+    ends = any(a != b and b.startswith(a) for a in names for b in names)
     ids = reference_generate(loaded.model, tuple(prompt), MAX_TOKENS, contender.adapter)
     end = tokenizer.eos_token_id
     stopped = end in ids
@@ -60,7 +63,7 @@ def slow_reply(loaded: LoadedModel, contender: Contender, row: Row) -> Reply:
     return Reply(
         text,
         "stop" if stopped else "length",
-        tuple(logprob(answers[candidate]) for candidate in row.candidates),
+        tuple(logprob(answers[name] if ends else answers[name][:-1]) for name in names),
         -logprob(answers[right]),
         len(answers[right]),
     )
@@ -73,9 +76,12 @@ def assert_alike(found: Reply, expected: Reply) -> None:
     assert found.num_tokens == expected.num_tokens
 
 
-def test_base_and_adapters_in_one_batch_equal_each_row_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("labels", [LABELS, ("yes", "no", "so")])
+def test_base_and_adapters_in_one_batch_equal_each_row_alone(
+    labels: tuple[str, ...], tmp_path: Path
+) -> None:
     loaded = byte_model()
-    rows = rows_in(tmp_path).rows
+    rows = rows_in(tmp_path, labels=labels).rows
     contenders = contenders_of(loaded, [None, *two_adapters(loaded)], "float32")
     assert [c.name for c in contenders] == ["base", "one", "two"]
     assert [c.template for c in contenders] == [None, None, TEMPLATE]
@@ -103,6 +109,34 @@ def test_a_queue_that_is_full_is_waited_for(tmp_path: Path) -> None:
         engine.stop()
     assert len(found.results[0].replies) == 6
     assert all(len(reply.logprobs) == 3 for reply in found.results[0].replies)
+
+
+def test_a_text_alone_is_read_behind_its_first_token(tmp_path: Path) -> None:
+    loaded = byte_model()
+    texts = ["abcd", "xyzxyzxyz"]
+    file = write_rows(tmp_path / "t.jsonl", [{"id": text[0], "text": text} for text in texts])
+    adapter = random_adapter(loaded.description, seed=1, size=4, name="one", positions="l1")
+    report = evaluate_model(
+        LocalAsker(loaded), read_rows(file), contenders_of(loaded, [None, adapter], "float32")
+    )
+    base, one = report.results
+    assert set(base.metrics) == {"loss", "perplexity"}
+    for result, edit in ((base, None), (one, adapter)):
+        losses, count = 0.0, 0
+        for text, reply in zip(texts, result.replies, strict=True):
+            ids = loaded.tokenizer(text)["input_ids"]
+            logits = reference_logits(byte_model().model, ids, 1, edit)
+            logprobs = logits[:-1].double().log_softmax(-1)
+            expected = -float(logprobs[range(len(ids) - 1), ids[1:]].sum())
+            assert (reply.loss, reply.num_tokens) == (
+                pytest.approx(expected, abs=1e-3),
+                len(ids) - 1,
+            )
+            losses, count = losses + expected, count + len(ids) - 1
+        assert result.metrics["perplexity"].value == pytest.approx(
+            math.exp(losses / count), rel=1e-4
+        )
+    assert base.replies != one.replies
 
 
 def test_a_row_beyond_the_context_is_named(tmp_path: Path) -> None:

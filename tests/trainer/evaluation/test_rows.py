@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from reft_core.errors import InvalidRequest, TrainingError
@@ -43,6 +44,54 @@ def test_an_unknown_label_is_named_with_its_line(tmp_path: Path) -> None:
         rows_of(
             tmp_path, {"text": "x", "label": "a"}, {"text": "x", "label": "c"}, labels=("a", "b")
         )
+
+
+def test_rows_of_text_alone_are_read_and_not_asked(tmp_path: Path) -> None:
+    found = rows_of(tmp_path, {"id": "7", "text": "Once."}, {"text": "Twice.", "page": 3})
+    assert [(row.id, row.turns, row.references) for row in found.rows] == [
+        ("7", (), ("Once.",)),
+        ("2", (), ("Twice.",)),
+    ]
+    assert task_of(found.rows).metrics == ("loss", "perplexity")
+    with pytest.raises(InvalidRequest, match=r"metrics: got 'bleu'.*no question.*test.jsonl:1"):
+        chosen_metrics(["bleu"], found.rows)
+    with pytest.raises(TrainingError, match=r"test.jsonl:2: has no 'label'"):
+        rows_of(tmp_path, {"text": "x", "label": "a"}, {"text": "y"})
+    with pytest.raises(TrainingError, match=r"test.jsonl:1: text: got ' ', expected text"):
+        rows_of(tmp_path, {"text": " "})
+
+
+def test_a_split_of_a_folder_is_read(tmp_path: Path) -> None:
+    write_rows(tmp_path / "dev.jsonl", [{"text": "x", "label": "a"}])
+    (tmp_path / "labels.json").write_text(json.dumps(["a", "b"]))
+    found = read_rows(tmp_path, split="valid")
+    assert (found.path.name, found.labels) == ("dev.jsonl", ("a", "b"))
+    with pytest.raises(TrainingError, match=r"a split 'test' \(a file test.jsonl.*it has valid"):
+        read_rows(tmp_path)
+
+
+def test_a_hubs_data_set_is_read_as_training_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "p"])}
+    )
+    parts = {"train": [0, 1], "validation": [1, 0], "test": [-1, -1]}
+    there = datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                {"sentence": [f"{split} {n}" for n in labels], "label": labels}, features
+            )
+            for split, labels in parts.items()
+        }
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: there)
+    found = read_rows("org/glue:sst2", split="valid")
+    assert (str(found.path), found.labels) == ("org/glue:sst2/validation", ("n", "p"))
+    assert [(row.question, row.answer) for row in found.rows] == [
+        ("validation 1", "p"),
+        ("validation 0", "n"),
+    ]
+    with pytest.raises(TrainingError, match="a split 'test'; it has train, valid"):
+        read_rows("org/glue:sst2")  # whose labels are kept back
 
 
 def test_scores_have_no_labels(tmp_path: Path) -> None:

@@ -73,6 +73,19 @@ def test_likelihoods_are_those_of_the_answers_tokens_alone() -> None:
     assert (found.loss, found.num_tokens) == (3.0, 1)
 
 
+def test_a_text_alone_is_scored_behind_its_first_token() -> None:
+    row = Row("1", "f:1", (), ("one three five",), texts=("one three five",))
+    (found,) = ask(foreign, question(row, None, loss=True))
+    assert (found.loss, found.num_tokens) == (6.0 + 5.0, 2)  # " three", " five"
+
+    def edits(path: str, body: dict[str, Any]) -> httpx.Response:
+        answer = foreign(path, body).json()
+        return httpx.Response(200, json=answer | {"reft": {"num_edits": 3}})
+
+    with pytest.raises(ReftError, match=r"f:1: adapter: got 'm'.*edits no prompt"):
+        ask(edits, question(row, None, loss=True))
+
+
 def test_many_are_asked_at_a_time_and_come_back_to_their_places() -> None:
     running, most = set[int](), [0]
     both = threading.Barrier(2, timeout=20)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reft_core.adapter import decode_adapter, encode_adapter
 from reft_core.batch import AdapterUse
 from reft_core.encoder import EncoderRequest
 from reft_core.errors import TrainingError
 from reft_core.methods import METHODS
 from reft_core.seq2seq import Seq2SeqGenerator
 from reft_core.sites import find_layers
-from reft_core.spec import AdapterSpec, TemplateSpec
+from reft_core.spec import TemplateSpec
 from tests.factories import assert_close
 from tests.reft_core.test_seq2seq import KINDS, NUM_LAYERS, loaded
 from tests.trainer.classify.test_task import dataset, letters, word_tokenizer
+from tests.trainer.factories import exported, trained
 from tests.trainer.naive import edited_row_by_row, gradients, move
 from trainer.config import TrainConfig
 from trainer.data import Example
-from trainer.fit import fit
-from trainer.progress import SilentProgress
 from trainer.seq2seq.model import Seq2SeqModel
 from trainer.seq2seq.task import Seq2SeqTask
 
@@ -96,29 +93,9 @@ def test_every_method_of_the_registry_trains(method: str) -> None:
 )
 def test_the_file_answers_as_the_trained_model_does(kind: str, fields: dict[str, Any]) -> None:
     task = make_task(kind, **fields)
-    model = task.new_model()
-    result = fit(
-        model,
-        task.rows["train"],
-        task.rows["valid"],
-        task.config,
-        task.collator,
-        SilentProgress(),
-        measure=partial(task.measure, model),
-        order=task.order,
-    )
+    model, result = trained(task)
     assert result.best.valid_loss < 0.9 * result.epochs[0].valid_loss
-    parts = task.parts(model)
-    spec = AdapterSpec(
-        name="tiny",
-        base=task.loaded.description.to_base_spec(),
-        method=task.config.method,
-        positions=task.config.position_spec,
-        sites=parts.sites,
-        task=parts.task,
-        template=parts.template,
-    )
-    uses = (AdapterUse(decode_adapter(encode_adapter(spec, parts.edits)).to("cpu")),)
+    uses = (AdapterUse(exported(task, model).to("cpu")),)
     rows = task.rows["valid"]
     generator = Seq2SeqGenerator(task.loaded)
     served = generator.generate([EncoderRequest(row.prompt, uses) for row in rows], 5)

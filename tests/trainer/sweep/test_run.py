@@ -10,9 +10,12 @@ import pytest
 from optuna.trial import TrialState
 
 from reft_core.errors import TrainingError
+from tests.trainer.compare.test_encoder import encoder
+from tests.trainer.compare.test_encoder import make_config as encoder_config
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
 from trainer.config import TrainConfig
 from trainer.config.file import load_config
+from trainer.sweep import run
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.report import best_settings, best_trial, param_importances, write_report
 from trainer.sweep.run import sweep
@@ -81,6 +84,43 @@ def test_the_test_split_is_never_read(tmp_path: Path) -> None:
     study = sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
     assert study.user_attrs["task"]["config"].get("test") is None
     assert study.trials[0].state == TrialState.COMPLETE
+
+
+def test_workers_share_a_study_and_begin_no_trial_too_many(tmp_path: Path) -> None:
+    """Real processes, each with a base of its own from the disk."""
+    base = byte_model()
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    config = tiny(tmp_path, epochs=1, model=str(tmp_path / "base"))
+    seen: list[int] = []
+    study = sweep(
+        config,
+        settings(tmp_path, workers=2, trials=3),
+        on_trial=lambda trial: seen.append(trial.number),
+    )
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    assert sorted(seen) == [0, 1, 2]
+    drawn = {tuple(trial.params.items()) for trial in study.trials}
+    assert len(drawn) == 3, "workers draw differently"
+
+
+def test_a_worker_says_why_it_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = tiny(tmp_path, model=str(tmp_path / "none"), test=None).given()
+    with pytest.raises(SystemExit, match="1"):
+        run._worker(given, settings(tmp_path, workers=2).model_dump_json(), 1, None)
+    assert "error: worker 1: model: got" in capsys.readouterr().err
+
+
+def test_an_encoder_can_be_swept(tmp_path: Path) -> None:
+    space = {"positions": ["prompt", "f2"], "rank": [2, 4], "layers": "all", "tied": True}
+    given = {"space": space, "objective": "accuracy", "trials": 3}
+    config = encoder_config(tmp_path)
+    study = sweep(config, settings(tmp_path, **given), loaded=encoder())
+    assert all(trial.state != TrialState.FAIL for trial in study.trials)
+    best = best_trial(study)
+    assert best is not None
+    assert best.value > 0.5
+    assert best_settings(best, settings(tmp_path, **given), 2)["positions"] in space["positions"]
 
 
 def test_accuracy_can_be_the_objective(tmp_path: Path) -> None:

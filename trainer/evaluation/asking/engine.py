@@ -8,10 +8,11 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from transformers import PreTrainedTokenizerBase
 
+from reft_core.classification import answer_tokens, counted
 from reft_core.engine.interface import (
     AdapterChoice,
     Engine,
@@ -21,7 +22,7 @@ from reft_core.engine.interface import (
     Token,
 )
 from reft_core.errors import EngineOverloaded, EngineUnavailable, InvalidRequest
-from reft_core.templates import encode_chat
+from reft_core.templates import encode_chat, encode_text
 from trainer.evaluation.asking.interface import Contender, Question, Reply
 from trainer.evaluation.rows import Row
 
@@ -36,7 +37,8 @@ class Encoding:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._tokens_of = lru_cache(4096)(self._completion)
+        self._tokens_of = lru_cache(4096)(partial(answer_tokens, tokenizer))
+        self._num_counted = lru_cache(256)(self._count)
 
     def longest(self, questions: Sequence[Question]) -> int:
         """Tokens of the longest prompt with its answer and the virtual tokens before it."""
@@ -63,20 +65,32 @@ class Encoding:
             parts[_TEXT] = ()
         if wanted.choice:
             parts |= {str(n): self._tokens_of(text) for n, text in enumerate(row.candidates)}
-        if wanted.loss and not (wanted.choice and row.references[0] in row.candidates):
+        if wanted.loss and not row.turns:
+            parts[_LOSS] = self._read(row)[1:]
+        elif wanted.loss and not (wanted.choice and row.references[0] in row.candidates):
             parts[_LOSS] = self._tokens_of(row.references[0])
         return parts
 
-    def _completion(self, text: str) -> tuple[int, ...]:
-        """An answer's tokens, its end token included."""
-        end = self._tokenizer.eos_token_id
-        if end is None:
-            raise InvalidRequest("model: its tokenizer has no end-of-text token", field="model")
-        return (*self._tokenizer(text, add_special_tokens=False)["input_ids"], end)
+    def _read(self, row: Row) -> tuple[int, ...]:
+        """The tokens of a text that is only read: the first is its prompt, and no end follows."""
+        tokens = tuple(encode_text(self._tokenizer, row.references[0]))
+        if len(tokens) < 2:
+            got = f"{len(tokens)} tokens"
+            raise InvalidRequest.because(f"{row.where}: text", got, "at least 2, to predict one")
+        return tokens
+
+    def num_counted(self, row: Row) -> tuple[int, ...]:
+        """How many tokens of each of a row's candidates its likelihood is of."""
+        return self._num_counted(row.candidates)
+
+    def _count(self, candidates: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(map(len, counted([self._tokens_of(text) for text in candidates])))
 
     def prompt(self, question: Question) -> tuple[int, ...]:
         """The conversation as its contender is given it."""
         row = question.row
+        if not row.turns:
+            return self._read(row)[:1]
         try:
             return tuple(encode_chat(self._tokenizer, row.messages, question.contender.template))
         except InvalidRequest as error:
@@ -149,7 +163,8 @@ class EngineAsker:
         for place, question in enumerate(questions):
             contender = question.contender
             parts = self._encoding.parts(question)
-            asked = _Asked(place, question, parts)
+            num_counted = self._encoding.num_counted(question.row)
+            asked = _Asked(place, question, parts, num_counted)
             chosen = self._chosen(contender)
             prompt = self._encoding.prompt(question)
             room = self._engine.max_model_len - _num_virtual(question) - len(prompt)
@@ -190,6 +205,8 @@ class _Asked:
     place: int
     question: Question
     parts: dict[str, tuple[int, ...]]
+    num_counted: tuple[int, ...]
+    """Of each candidate the tokens that its likelihood is of."""
     tokens: dict[str, list[Token]] = field(default_factory=dict)
     finish_reason: str = ""
 
@@ -214,9 +231,9 @@ class _Asked:
         """What the requests found, once all have ended."""
         row, wanted = self.question.row, self.question.wanted
         ids = [token.token_id for token in self.tokens.get(_TEXT, ())]
-        logprobs = tuple(
-            self._logprob(str(n)) for n in range(len(row.candidates) if wanted.choice else 0)
-        )
+        logprobs: tuple[float, ...] = ()
+        if wanted.choice:
+            logprobs = tuple(self._logprob(str(n), each) for n, each in enumerate(self.num_counted))
         loss, num_tokens = 0.0, 0
         if wanted.loss:
             name = _LOSS if _LOSS in self.parts else _place_in(row)
@@ -225,8 +242,9 @@ class _Asked:
         assert isinstance(text, str)
         return Reply(text, self.finish_reason, logprobs, loss, num_tokens)
 
-    def _logprob(self, name: str) -> float:
-        return math.fsum(token.logprob or 0.0 for token in self.tokens[name])
+    def _logprob(self, name: str, count: int | None = None) -> float:
+        """Of the first ``count`` tokens of a part; of all for None."""
+        return math.fsum(token.logprob or 0.0 for token in self.tokens[name][:count])
 
 
 def _place_in(row: Row) -> str:

@@ -12,6 +12,10 @@ from reft_core.adapter import Adapter
 from reft_core.spec import TemplateSpec
 from trainer.evaluation.rows import Row
 
+LIKELIHOOD_RULE = 2
+"""Which tokens of a candidate count, as :func:`reft_core.classification.counted` says. Replies
+that were noted down under another rule are asked anew."""
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -55,6 +59,7 @@ class Question:
         """Equal for questions that have the same reply, in this run or any other."""
         row, wanted, template = self.row, self.wanted, self.contender.template
         facts = {
+            "rule": LIKELIHOOD_RULE,
             "contender": self.contender.identity,
             "strength": self.contender.strength,
             "template": None if template is None else template.model_dump(),
@@ -74,7 +79,7 @@ class Reply:
     text: str = ""
     finish_reason: str = ""
     logprobs: tuple[float, ...] = ()
-    """Natural log of each candidate's probability as the whole answer, in the row's order."""
+    """Natural log of each candidate's probability, in the row's order, of the tokens that count."""
     loss: float = 0.0
     """Nats over the first reference's tokens, its end token included."""
     num_tokens: int = 0

@@ -129,10 +129,13 @@ class UrlAsker:
     def _scored(self, question: Question, answer: str) -> tuple[float, int]:
         """The log-probability of ``answer`` behind the prompt, and of how many tokens.
 
-        Without an end token: servers take text. A token that begins in the prompt and ends in
+        Without an end token: servers take text. Where one candidate begins another, the shorter is
+        never the less likely then. A token that begins in the prompt and ends in
         the answer is the answer's.
         """
         contender, row = question.contender, question.row
+        if not row.turns:
+            return self._read(question)
         if contender.template is None:
             raise InvalidRequest.because(
                 "template",
@@ -141,24 +144,38 @@ class UrlAsker:
                 "these rows, and /completions needs the prompt as text",
             )
         prompt = render_text(contender.template, row.messages)
-        body = {
-            "model": contender.name,
-            "prompt": prompt + answer,
-            "max_tokens": 1,  # some servers refuse 0
-            "temperature": 0,
-            "echo": True,
-            "logprobs": 1,
-        }
-        found = self._post("/completions", body)
-        if (found.get("reft") or {}).get("num_edits"):
+        found = self._echoed(contender, prompt + answer)
+        if _edits(found):
             raise InvalidRequest.because(
                 "template",
                 "plain",
                 f"auto: {contender.name!r} edits a prompt's tokens, and the answer is no part of "
                 "the prompt; /classify knows where it begins",
             )
-        logprobs = _first_choice(found).get("logprobs") or {}
-        return _of_answer(logprobs, len(prompt), len(prompt + answer))
+        return _of_answer(_logprobs_of(found), len(prompt), len(prompt + answer))
+
+    def _read(self, question: Question) -> tuple[float, int]:
+        """The log-probability of a text behind its first token, and of how many tokens."""
+        contender, text = question.contender, question.row.references[0]
+        found = self._echoed(contender, text)
+        if _edits(found):
+            expected = "a model that edits no prompt: here the whole text would be one"
+            raise InvalidRequest.because("adapter", contender.name, expected)
+        logprobs = _logprobs_of(found)
+        offsets = logprobs.get("text_offset") or []
+        return _of_answer(logprobs, offsets[1] if len(offsets) > 1 else 0, len(text))
+
+    def _echoed(self, contender: Contender, text: str) -> dict[str, Any]:
+        """What the server says of a prompt's own tokens."""
+        body = {
+            "model": contender.name,
+            "prompt": text,
+            "max_tokens": 1,  # some servers refuse 0
+            "temperature": 0,
+            "echo": True,
+            "logprobs": 1,
+        }
+        return self._post("/completions", body)
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         return document(self._send(path, body))
@@ -186,6 +203,15 @@ def _first_choice(found: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise ReftError("url: the server's answer has no choices")
     return choices[0]
+
+
+def _edits(found: Mapping[str, Any]) -> bool:
+    """Whether one of our servers edited the prompt."""
+    return bool((found.get("reft") or {}).get("num_edits"))
+
+
+def _logprobs_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    return _first_choice(found).get("logprobs") or {}
 
 
 def _of_answer(logprobs: Mapping[str, Any], start: int, end: int) -> tuple[float, int]:

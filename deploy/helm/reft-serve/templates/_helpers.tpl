@@ -36,6 +36,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}
 {{- end -}}
 
+{{/* A setting as the server reads it: Helm would write 1000000 from a file as 1e+06. */}}
+{{- define "reft-serve.setting" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) -}}
+{{- int64 . -}}
+{{- else -}}
+{{- toString . -}}
+{{- end -}}
+{{- end -}}
+
 {{/* What no schema can say: one setting that rules out another. */}}
 {{- define "reft-serve.check" -}}
 {{- if not .Values.storage.shared -}}

@@ -1,4 +1,4 @@
-"""What the server knows about single tokens: their text, their bytes, which are special."""
+"""Single tokens: their text, their bytes, which are special."""
 
 from __future__ import annotations
 

@@ -1,0 +1,101 @@
+"""Adapters as model names of vLLM's OpenAI server.
+
+A request whose ``model`` is an adapter's name is one for the base model with that adapter. Answers
+carry the base model's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from reft_core.errors import AdapterNotFound
+from reft_core.vllm.admission import CATALOG
+from reft_core.vllm.request import KEY
+
+_SERVING = "vllm.entrypoints.serve.engine.serving:BaseServing"
+_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
+
+
+def arm(wrap: Callable[[str, Callable[[Any], Any]], None]) -> None:
+    """Have vLLM's server know the adapters' names."""
+    wrap(f"{_SERVING}._check_model", with_adapters)
+    wrap(f"{_SERVING}._is_model_supported", supporting_adapters)
+    wrap(f"{_MODELS}.show_available_models", listing_adapters)
+
+
+def with_adapters(check_model: Any) -> Any:
+    """``BaseServing._check_model`` that turns an adapter's name into ``vllm_xargs``."""
+
+    @wraps(check_model)
+    async def check(serving: Any, request: Any) -> Any:
+        catalog = getattr(getattr(serving.models, "input_processor", None), CATALOG, None)
+        name = getattr(request, "model", None) or ""
+        known = not serving.models.is_base_model(name) and _is_known(catalog, name)
+        if known and hasattr(request, "vllm_xargs"):
+            request.vllm_xargs = {**(request.vllm_xargs or {}), KEY: name}
+        asked = (getattr(request, "vllm_xargs", None) or {}).get(KEY)
+        if asked is not None and getattr(request, "use_beam_search", False):
+            return serving.create_error_response(
+                "use_beam_search: beams begin anew at every token, and would move the positions "
+                "that an adapter edits"
+            )
+        if known and hasattr(request, "messages") and _template_of(catalog, name) is not None:
+            return serving.create_error_response(
+                f"model: {name!r} was trained with a chat template of its own, which this server "
+                "does not know; send the prompt as text to /v1/completions"
+            )
+        return await check_model(serving, request)
+
+    return check
+
+
+def supporting_adapters(is_supported: Any) -> Any:
+    """``BaseServing._is_model_supported`` that is true of adapters' names too."""
+
+    @wraps(is_supported)
+    def supported(serving: Any, model_name: str | None) -> bool:
+        if is_supported(serving, model_name):
+            return True
+        catalog = getattr(getattr(serving.models, "input_processor", None), CATALOG, None)
+        return _is_known(catalog, model_name or "")
+
+    return supported
+
+
+def listing_adapters(show: Any) -> Any:
+    """``OpenAIServingModels.show_available_models`` with a card for each adapter."""
+
+    @wraps(show)
+    async def show_with_adapters(models: Any) -> Any:
+        from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+        found = await show(models)
+        catalog = getattr(models.input_processor, CATALOG)
+        found.data.extend(
+            ModelCard(
+                id=name,
+                root=digest,
+                parent=models.base_model_paths[0].name,
+                permission=[ModelPermission()],
+            )
+            for name, digest in catalog.names().items()
+        )
+        return found
+
+    return show_with_adapters
+
+
+def _is_known(catalog: Any, name: str) -> bool:
+    if catalog is None or not name:
+        return False
+    try:
+        catalog.resolve(name)
+    except AdapterNotFound:
+        return False
+    return True
+
+
+def _template_of(catalog: Any, name: str) -> Any:
+    return catalog.find(catalog.resolve(name)).spec.template

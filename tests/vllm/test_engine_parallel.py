@@ -1,0 +1,46 @@
+"""The vLLM engine over several ranks: what it loads is on each, and answers are the reference's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from reft_core.engine.generate import generate
+from reft_core.engine.interface import Request
+from tests.conformance.lab import MAX_NUM_SEQS, WAIT_S, greedy, make_lab
+from tests.vllm.tiny import ADAPTERS, TinyWorld, mixed_jobs
+
+
+@pytest.mark.parametrize("spread", ["tensor_parallel_size", "data_parallel_size"])
+def test_a_mixed_batch_equals_the_reference(
+    world: TinyWorld, monkeypatch: pytest.MonkeyPatch, spread: str
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    lab = make_lab("vllm", world, **{spread: 2})
+    engine: Any = lab.engine
+    try:
+        engine.start()
+        lab.load(*ADAPTERS)
+        jobs = mixed_jobs(num_rounds=1)
+        requests = [
+            Request(
+                f"r{number}",
+                job.prompt,
+                greedy(job.max_tokens),
+                tuple(lab.choice(name, strength) for name, strength in job.stack),
+            )
+            for number, job in enumerate(jobs)
+        ]
+        for job, completion in zip(jobs, generate(engine, requests), strict=True):
+            assert completion.token_ids == lab.expected(job.prompt, job.max_tokens, *job.stack)
+        stats = engine.stats()
+        num_ranks = 2 if spread == "data_parallel_size" else 1
+        assert stats.num_slots == num_ranks * MAX_NUM_SEQS
+        assert stats.generated_tokens_total == sum(job.max_tokens for job in jobs)
+        for name in ADAPTERS:
+            engine.unload_adapter(lab.adapters[name].digest)
+        held = engine._loop.call(engine._llm.collective_rpc("reft_list"), WAIT_S)
+        assert all(of_one == [] for of_one in held)
+    finally:
+        engine.stop()
