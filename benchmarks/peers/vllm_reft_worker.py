@@ -22,8 +22,11 @@ class VllmReft(Vllm):
     ) -> dict[str, Any]:
         """``settings`` as of :class:`Vllm`; folder (str) has the adapters, by number."""
         folder = Path(settings["folder"])
-        plugin = {"additional_config": {"reft": {"spool": str(folder / "spool")}}}
-        engine = {**plugin, **settings.get("engine", {})}
+        engine = dict(settings.get("engine", {}))
+        plugin: dict[str, Any] = {"spool": str(folder / "spool")}
+        if "kv_transfer_config" in engine:
+            plugin["allow_unproved"] = ["kv_connector"]
+        engine["additional_config"] = {"reft": plugin}
         loaded = super().load(model, dtype, threads, {**settings, "engine": engine})
         for file in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem)):
             self._adapters.append(

@@ -51,6 +51,7 @@ def check_config(config: Any, settings: Settings) -> None:
         "v2_runner": bool(config.use_v2_model_runner),
         "cuda": config.device_config.device_type != "cpu",
         "architecture": config.model_config.hf_text_config.model_type not in PROVED_MODEL_TYPES,
+        "kv_connector": config.kv_transfer_config is not None,
     }
     for name, is_asked in unproved.items():
         if is_asked and name not in settings.allow_unproved:
@@ -72,6 +73,8 @@ def _unproved(name: Unproved, config: Any) -> str:
         "cuda": "on a CPU it has been",
         "architecture": f"of {config.model_config.hf_text_config.model_type!r}, the proved ones "
         f"being {', '.join(PROVED_MODEL_TYPES)}",
+        "kv_connector": "one that looks prompts up by their tokens alone gives one adapter's keys "
+        "and values to another",
     }
     return (
         f"the reft plugin has not been tested with {name} ({how[name]}); "

@@ -19,7 +19,7 @@ from reft_core.spec import Site
 KEY = "reft"
 """Of the settings in ``additional_config``."""
 
-Unproved = Literal["async_scheduling", "v2_runner", "cuda", "architecture"]
+Unproved = Literal["async_scheduling", "v2_runner", "cuda", "architecture", "kv_connector"]
 
 
 class Settings(BaseModel):

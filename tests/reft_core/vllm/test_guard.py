@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from reft_core.errors import InvalidRequest, UnsupportedFeature
 from reft_core.vllm.guard import check_config
-from reft_core.vllm.settings import Settings
+from reft_core.vllm.settings import Settings, Unproved
 
 MIXED = SimpleNamespace(mixed_mode=lambda: SimpleNamespace(name="FULL"))
 GOOD: dict[str, Any] = {
     "speculative_config": None,
     "use_v2_model_runner": False,
+    "kv_transfer_config": None,
     "parallel_config.use_sequence_parallel_moe": False,
     "parallel_config.prefill_context_parallel_size": 1,
     "parallel_config.decode_context_parallel_size": 1,
@@ -66,7 +67,7 @@ def test_a_plain_cpu_engine_is_fine() -> None:
 def test_what_cannot_work_is_refused_whatever_one_allows(
     changed: dict[str, Any], named: str
 ) -> None:
-    everything = Settings(allow_unproved={"async_scheduling", "v2_runner", "cuda", "architecture"})
+    everything = Settings(allow_unproved=frozenset(get_args(Unproved)))
     with pytest.raises(UnsupportedFeature, match=named):
         check_config(config(**changed), everything)
 
@@ -78,6 +79,7 @@ def test_what_cannot_work_is_refused_whatever_one_allows(
         ({"use_v2_model_runner": True}, "v2_runner"),
         ({"device_config__device_type": "cuda"}, "cuda"),
         ({"model_config__hf_text_config__model_type": "mamba"}, "architecture"),
+        ({"kv_transfer_config": object()}, "kv_connector"),
     ],
 )
 def test_what_no_test_has_been_through_needs_a_word(changed: dict[str, Any], name: str) -> None:
