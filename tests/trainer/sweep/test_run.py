@@ -95,7 +95,7 @@ def test_workers_share_a_study_and_begin_no_trial_too_many(tmp_path: Path) -> No
     seen: list[int] = []
     study = sweep(
         config,
-        settings(tmp_path, workers=2, trials=3),
+        settings(tmp_path, workers=2, trials=3, pruner="none"),
         on_trial=lambda trial: seen.append(trial.number),
     )
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
