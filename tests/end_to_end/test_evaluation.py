@@ -41,3 +41,25 @@ def test_both_accuracies_are_those_of_the_training_report(
     # When the report was written, the end token counted too, which the base does not expect.
     assert base["likelihood_accuracy"] > stated["base_label_choice"]
     assert base["exact_match"] == stated["test_base_exact_match"] == 0
+
+
+@pytest.mark.smollm2
+def test_the_reports_figure_of_the_base_counts_end_tokens(
+    engine: EmbeddedEngine,
+    served: LoadedModel,
+    adapters: dict[str, Adapter],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As likelihoods did when it was written."""
+    monkeypatch.setattr("trainer.evaluation.asking.engine.counted", list)
+    stated = json.loads((EXAMPLES / NAME / "report.json").read_text())["metrics"]
+    rows = with_labels(read_rows(EXAMPLES / NAME), adapters[NAME].spec.task.labels or ())
+    report = evaluate_model(
+        EngineAsker(engine, served.tokenizer),
+        rows,
+        contenders_of(served, [None], "float32"),
+        Options(metrics=("likelihood_accuracy",)),
+    )
+    assert report.values["base"]["likelihood_accuracy"] == pytest.approx(
+        stated["base_label_choice"], abs=1.01 / len(rows.rows)
+    )
