@@ -55,21 +55,21 @@ _LABELLING = {
     "rank": 1,
     "batch_size": 16,
 }
-_ROWS = {"train_rows": 1200, "valid_rows": 300, "test_rows": 500, "steps": 150, "seeds": SEEDS}
+_ROWS = {"train_rows": 2000, "valid_rows": 300, "test_rows": 500, "steps": 250, "seeds": SEEDS}
 
 LABELLING: dict[str, Settings] = {
     "loreft": {
         **_ROWS,
         "methods": ["zero_shot", "loreft", "head_only"],
         "settings": {
-            "loreft": {"rank": 1, "learning_rate": [4e-3, 8e-3, 1.2e-2]},
-            "head_only": {"learning_rate": [3e-3, 1e-2, 3e-2]},
+            "loreft": {"rank": 1, "learning_rate": [4e-3, 8e-3]},
+            "head_only": {"learning_rate": [1e-2, 3e-2]},
         },
     },
     "lora": {
         **_ROWS,
         "methods": ["lora"],
-        "settings": {"lora": {"rank": 8, "alpha": 16.0, "learning_rate": [5e-4, 1.5e-3, 4e-3]}},
+        "settings": {"lora": {"rank": 8, "alpha": 16.0, "learning_rate": [1.5e-3, 4e-3]}},
     },
     "rank4": {
         **_ROWS,

@@ -213,4 +213,4 @@ class _Probe:
 @contextmanager
 def _open_probe(_contender: Contender, config: TrainConfig, task: Task) -> Iterator[Learner]:
     set_seed(config.seed)
-    yield _Probe(ProbeModel(task.loaded.model, task.label_completions))
+    yield _Probe(ProbeModel(task.loaded.model, task.label_completions, task.features))

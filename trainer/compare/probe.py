@@ -29,12 +29,18 @@ class ProbeModel(FrozenBase):
     model's are many times the others.
     """
 
-    def __init__(self, base: PreTrainedModel, answers: Mapping[str, Tokens]) -> None:
-        """``answers``: each label's tokens as a row's whole completion."""
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        answers: Mapping[str, Tokens],
+        features: dict[Tokens, Tensor],
+    ) -> None:
+        """``answers``: each label's tokens as a row's whole completion; ``features``: the normed
+        states (d,) in float32 that are known, by prompt, to which this adds."""
         super().__init__(base)
         self.labels = list(answers)
         self._index = {tokens: index for index, tokens in enumerate(answers.values())}
-        self._features: dict[Tokens, Tensor] = {}
+        self._features = features
         width: int = base.config.get_text_config(decoder=True).hidden_size
         self.head = nn.Linear(width, len(self.labels), device=base.device)
 

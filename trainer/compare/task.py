@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 import trainer.task
 from reft_core.classification import answer_tokens, label_tokens
 from reft_core.errors import TrainingError
@@ -54,6 +56,9 @@ class Task:
     valid: Split
     shared: trainer.task.Task = field(repr=False)
     """The training and validation rows under ``config``, as they are trained on."""
+    features: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+    """The frozen base's states that a head is trained on, by prompt; they fill as they are asked
+    for, so that only a comparison's first head waits for the base."""
 
     def under(self, config: TrainConfig) -> trainer.task.Task:
         """One run's: the same rows under settings of its own."""

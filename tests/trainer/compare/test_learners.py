@@ -125,7 +125,9 @@ def test_rows_begin_in_the_first_column_and_predict_the_same(tmp_path: Path) -> 
     torch.testing.assert_close(model(**batch)["logits"], torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-def test_a_head_reads_the_last_prompt_token_and_no_answer(tmp_path: Path) -> None:
+def test_a_head_reads_the_last_prompt_token_once_and_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = tiny_task(tmp_path)
     comparison = tiny_comparison(tmp_path, methods=("head_only",))
     config = training_config(
@@ -142,3 +144,9 @@ def test_a_head_reads_the_last_prompt_token_and_no_answer(tmp_path: Path) -> Non
         state = task.loaded.model.base_model(torch.tensor([rows[0].prompt])).last_hidden_state
         normed = torch.nn.functional.layer_norm(state[0, -1], (state.shape[-1],))
         assert chosen[0] == probe.labels[int(probe.head(normed).argmax())]
+    assert {row.prompt for row in rows} <= task.features.keys()
+    with open_learner(CONTENDERS["head_only"], config, task) as learner:
+        again = learner.model
+        monkeypatch.setattr(again.base.base_model, "forward", None)
+        fit(again, rows, task.valid.rows, config, collator, SilentProgress())
+        assert torch.equal(again.head.weight, probe.head.weight)
