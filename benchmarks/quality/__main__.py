@@ -19,9 +19,9 @@ from benchmarks.provenance import save
 from benchmarks.quality.domains import TASK as DOMAINS_TASK
 from benchmarks.quality.domains import run_domains, summarise_domains
 from benchmarks.quality.page import PAGE, read_documents, render
-from benchmarks.quality.run import BASE_PART, base_model, run_part
+from benchmarks.quality.run import base_model, run_part
 from benchmarks.quality.summary import summarise
-from benchmarks.quality.tasks import CAUSAL, DTYPES, ENCODER, SEEDS, TASKS
+from benchmarks.quality.tasks import DTYPES, ENCODER, SEEDS, TASKS
 from reft_core.loading import LoadedModel, load_any
 from trainer.progress import BarProgress
 
@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
             run_domains(arguments.data, arguments.out, loaded=bases[base], progress=progress)
             continue
         task = TASKS[name]
-        for part in (BASE_PART, *task.parts) if task.base == CAUSAL else task.parts:
+        for part in task.parts:
             if arguments.parts is None or part in arguments.parts:
                 run_part(
                     task,

@@ -36,9 +36,8 @@ _READING = """## How to read the tables
 - **No test row chose anything.** Learning rates, and positions where they were searched, are
   those of the best validation figure with seed 0 (what was tried is listed under each table);
   the test split is read afterwards, once for each seed.
-- **Untrained** is the base asked for the likeliest of the labels, as the adapters are, with the
-  end token counted or not, whichever is better. The wording of its prompt is the best of several
-  on validation rows, and all methods have the same.
+- **Untrained** is the base asked as the adapters are. Where answers are labels, the wording of
+  its prompt is the best of several on validation rows, and all methods have the same.
 - **LoRA** is ours on causal models, which reads what prompts have in common once, and PEFT's on
   encoders; α = 2r and no dropout in both.
 - **Parameters** are those trained; **bytes** those of the saved tensors.
@@ -67,7 +66,7 @@ def render(documents: Sequence[Document]) -> str:
 def _in_short(documents: Sequence[Document]) -> str:
     """One line a task: the smallest LoReFT beside LoRA, and in words where each is ahead."""
     verdicts = [found for document in documents if (found := verdict(document))]
-    header = ["task", "base", "untrained", "head only", "LoReFT", "parameters", "LoRA"]
+    header = ["task", "base", "metric", "untrained", "head only", "LoReFT", "parameters", "LoRA"]
     rows = [_short_cells(found) for found in verdicts]
     lines = [f"- {line}" for line in _verdict_lines(verdicts)]
     summary = table([*header, "parameters", "LoReFT − LoRA", "CPU s"], rows)
@@ -79,6 +78,7 @@ def _short_cells(found: Verdict) -> list[str]:
     return [
         document["task"],
         document["model"],
+        _metric_name(document),
         _quality(document, found.untrained) if found.untrained else _NONE,
         _quality(document, found.head) if found.head else _NONE,
         _quality(document, reft),
@@ -124,11 +124,10 @@ def _task(document: Document) -> str:
     """A task's section: rows and prompt, the table, the search."""
     if document["group"] == "domains":
         return together.section(document)
-    header = ["method", "setting", "parameters", document["metric"], "− LoRA", "seeds", "CPU s"]
+    also = list(document["results"][0]["also"])
+    measured = [_metric_name(document), "− LoRA", *also]
+    header = ["method", "setting", "parameters", *measured, "seeds", "CPU s"]
     rows = [_cells(document, result) for result in document["results"]]
-    if without := document["base_without_end"]:
-        value = shown(without["quality"], document["percent"])
-        rows.insert(1, ["zero-shot, end token not counted", "", "0", value, "", "1", "0", "0"])
     parts = [
         f"### {document['task']}",
         _about(document),
@@ -159,6 +158,7 @@ def _cells(document: Document, result: Document) -> list[str]:
         f"{result['parameters']:,}",
         _quality(document, result),
         shown(difference, document["percent"], signed=True) if difference else _NONE,
+        *(shown(each, percent=True) for each in result["also"].values()),
         str(len(result["seeds"])),
         _cpu(result),
         f"{result['file_bytes']:,}",
@@ -237,6 +237,11 @@ def setting_text(setting: Mapping[str, Any]) -> str:
 
 def _quality(document: Document, result: Document) -> str:
     return shown(result["quality"], document["percent"])
+
+
+def _metric_name(document: Document) -> str:
+    name = str(document["metric"]).replace("likelihood_", "")
+    return f"{name} ↓" if document["lower_is_better"] else name
 
 
 def _cpu(result: Document) -> str:

@@ -6,11 +6,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "labels": (
         "Labels, by a causal model",
         "The answer is a label behind a plain prompt that ends in its trigger, whose last token is "
-        "the one that LoReFT and DiReFT edit (`l1`). A row is right if its label is the likeliest "
-        "whole answer. In these runs the end token was counted for every method alike; the base "
-        "has not learnt to end an answer there, so it was also asked with that token left out. "
-        "`reft compare` now counts it only where one label begins another, which is nowhere the "
-        "case here.",
+        "the one that LoReFT and DiReFT edit (`l1`). A row is right if its label is the likeliest.",
     ),
     "encoder": (
         "Labels and scores, by an encoder with a head",
@@ -29,7 +25,8 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "text": (
         "Written answers, by a causal model",
-        "Greedy answers of our engine for adapters, scored as the metric says.",
+        "Greedy answers of our engine, scored as the metric says, or the loss in nats a token of "
+        "held-out answers (↓: lower is better).",
     ),
 }
 
@@ -47,7 +44,7 @@ NOT_RUN: dict[str, str] = {
     "ARC-Challenge": "accuracy",
     "openbookqa": "accuracy",
     "commonsense_qa": "accuracy",
-    "geoquery_sql": "exact match",
+    "geoquery_sql": "SQL, exact match and execution accuracy",
     "e2e_nlg": "BLEU",
     "mawps": "right last number",
     "gsm8k": "right last number",

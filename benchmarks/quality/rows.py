@@ -38,8 +38,9 @@ def _rows(task: QualityTask, data: Path, split: str) -> Iterator[dict[str, Any]]
 
 def _in_words(task: QualityTask, row: dict[str, Any]) -> dict[str, Any]:
     kept = {ours: row[theirs] for ours, theirs in task.columns.items() if theirs in row}
-    label = kept["label"]
-    return {"id": row["id"], **kept, "label": task.words.get(str(label), label)}
+    if "label" in kept:
+        kept["label"] = task.words.get(str(kept["label"]), kept["label"])
+    return {"id": row["id"], **kept}
 
 
 def _write(path: Path, text: str) -> None:

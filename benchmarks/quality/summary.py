@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality.run import BASE_PART, config_of
+from benchmarks.quality.run import config_of
 from benchmarks.quality.tasks import CAUSAL, NAMES, QualityTask
 from benchmarks.spreads import spread
-from trainer.compare.answers import Answers
+from trainer.compare.answers import Answers, References
 from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.table import over_seeds
-from trainer.compare.task import draw
-from trainer.data.examples import Example
+from trainer.compare.task import Split, draw
+from trainer.data import Dataset
 from trainer.data.splits import load_splits
-from trainer.evaluation.scoring import METRICS, Answered, Metric, Resampling, Statistic, value_of
+from trainer.evaluation.scoring import METRICS, Metric, Resampling, Statistic
+from trainer.evaluation.scoring.sql import ExecutionAccuracy
 
 Document = dict[str, Any]
 REFERENCES = ("lora", "peft_lora")
@@ -33,7 +35,7 @@ _FOLDERS = {"--data": "DATA", "--out": "OUT"}
 def summarise(task: QualityTask, data: Path, out: Path) -> Document:
     """What is done of ``task``, what is not, and of what data, base and commands it comes."""
     folder = out / task.name
-    rows = _References.of(task, data, out)
+    rows = _TestRows.of(task, data, out)
     found: list[_Group] = []
     missing: list[dict[str, str]] = []
     for part, section in task.parts.items():
@@ -43,7 +45,7 @@ def summarise(task: QualityTask, data: Path, out: Path) -> Document:
                 found.append(group)
             else:
                 missing.append({"part": part, "method": method})
-    about = {part: _json(folder / part / "provenance.json") for part in (BASE_PART, *task.parts)}
+    about = {part: _json(folder / part / "provenance.json") for part in task.parts}
     facts = next(_json(path) for path in sorted(folder.glob("*/task.json")))
     return {
         "task": task.name,
@@ -51,38 +53,37 @@ def summarise(task: QualityTask, data: Path, out: Path) -> Document:
         "model": NAMES[task.base],
         "metric": facts["metric"],
         "percent": rows.metric.percent,
+        "lower_is_better": rows.metric.needs == "loss",
         "train_rows": facts["train_rows"],
         "valid_rows": facts["valid_rows"],
-        "test_rows": len(rows.answered),
+        "test_rows": len(rows.right),
         "of_test_rows": rows.available,
         "test_sha256": _json(next(iter(sorted(folder.glob("*/test.json")))))["test_sha256"],
         "prompt": dict(task.config.get("template", {})),
         "labels": len(rows.labels),
         "results": [group.summary(rows, _reference(found)) for group in found],
-        "base_without_end": _base_without_end(folder / BASE_PART / "answers.json", rows),
         "not_run": missing,
         "provenance": {part: without_folders(each) for part, each in about.items() if each},
     }
 
 
-class _References:
+@dataclass(frozen=True)
+class _TestRows:
     """The test rows' right answers, and how answers to them are judged."""
 
-    def __init__(
-        self,
-        metric: Metric,
-        answered: Sequence[str],
-        labels: Sequence[str],
-        available: int,
-    ) -> None:
-        self.metric = metric
-        self.answered = list(answered)
-        self.labels = tuple(labels)
-        self.available = available
-        self.resampling = Resampling.of(len(self.answered), seed=0)
+    metric: Metric
+    also: Sequence[Metric]
+    right: Sequence[References]
+    labels: tuple[str, ...]
+    available: int
+    """Rows of the split, of which those may be drawn."""
+
+    @cached_property
+    def resampling(self) -> Resampling:
+        return Resampling.of(len(self.right), seed=0)
 
     @classmethod
-    def of(cls, task: QualityTask, data: Path, out: Path) -> _References:
+    def of(cls, task: QualityTask, data: Path, out: Path) -> _TestRows:
         config = config_of(task, data, out)
         section = CompareConfig(**next(iter(task.parts.values())))
         facts = next(_json(path) for path in sorted((out / task.name).glob("*/task.json")))
@@ -90,24 +91,33 @@ class _References:
         drawn = draw(test, section.test_rows)
         return cls(
             METRICS[facts["metric"]],
-            [_right_answer(task, example) for example in drawn.examples],
-            facts["config"]["labels"] or (),
+            [_metric(name, data / task.folder) for name in task.also],
+            _right_answers(task, drawn),
+            tuple(facts["config"]["labels"] or ()),
             len(test.examples),
         )
 
-    def rows(self, answers: Answers) -> list[Answered]:
-        return answers.against(self.answered)
-
-    def statistic(self, records: Sequence[Mapping[str, Any]]) -> Statistic:
+    def statistic(self, metric: Metric, records: Sequence[Mapping[str, Any]]) -> Statistic:
         each = [
-            self.metric.statistic(self.rows(Answers.from_json(record["answers"])), self.labels)
+            metric.statistic(Answers.from_json(record["answers"]).against(self.right), self.labels)
             for record in records
         ]
         return over_seeds(each)
 
 
-def _right_answer(task: QualityTask, example: Example) -> str:
-    return example.completion if task.base == CAUSAL else str(example.label)
+def _metric(name: str, folder: Path) -> Metric:
+    """The metric of that name; queries are run on the database in the data's ``folder``."""
+    metric = METRICS[name]
+    if isinstance(metric, ExecutionAccuracy):
+        (database,) = folder.glob("*.sqlite")
+        return replace(metric, database=database)
+    return metric
+
+
+def _right_answers(task: QualityTask, test: Dataset) -> list[References]:
+    if task.base == CAUSAL:
+        return Split(test, ()).references
+    return [(str(example.label),) for example in test.examples]
 
 
 class _Group:
@@ -130,7 +140,7 @@ class _Group:
         self.statistic: Statistic | None = None
 
     @classmethod
-    def read(cls, folder: Path, part: str, method: str, rows: _References) -> _Group | None:
+    def read(cls, folder: Path, part: str, method: str, rows: _TestRows) -> _Group | None:
         results = folder / part / "results"
         finals = _records(results / "final" / method)
         if not finals:
@@ -138,10 +148,10 @@ class _Group:
         section = CompareConfig(**_section(folder / part))
         group = cls(part, method, section, finals, _records(results / "search" / method))
         group.shared = _json(folder / part / "task.json")["config"]
-        group.statistic = rows.statistic(finals)
+        group.statistic = rows.statistic(rows.metric, finals)
         return group
 
-    def summary(self, rows: _References, reference: _Group | None) -> Document:
+    def summary(self, rows: _TestRows, reference: _Group | None) -> Document:
         assert self.statistic is not None
         first = self.finals[0]
         runs = [*self.searched, *self.finals]
@@ -160,6 +170,12 @@ class _Group:
             "seeds": [record["seed"] for record in self.finals],
             "by_seed": [round(record["test"][name], 4) for record in self.finals],
             "quality": _rounded(asdict(rows.resampling.estimate(self.statistic))),
+            "also": {
+                metric.name: _rounded(
+                    asdict(rows.resampling.estimate(rows.statistic(metric, self.finals)))
+                )
+                for metric in rows.also
+            },
             "difference": _rounded(asdict(rows.resampling.difference(self.statistic, other)))
             if other
             else None,
@@ -192,21 +208,6 @@ def without_folders(provenance: Mapping[str, Any]) -> Document:
 
 def _reference(groups: Sequence[_Group]) -> _Group | None:
     return next((group for group in groups if group.method in REFERENCES), None)
-
-
-def _base_without_end(path: Path, rows: _References) -> Document | None:
-    """The base's share of right labels where an answer need not end."""
-    if not path.exists():
-        return None
-    found = _json(path)
-    assert found["test"]["references"] == rows.answered, f"{path}: of other test rows"
-    answered = rows.rows(Answers(choices=tuple(found["test"]["choices"])))
-    valid = Answers(choices=tuple(found["valid"]["choices"])).against(found["valid"]["references"])
-    statistic = rows.metric.statistic(answered, rows.labels)
-    return {
-        "quality": _rounded(asdict(rows.resampling.estimate(statistic))),
-        "valid": round(value_of(rows.metric, valid, rows.labels), 4),
-    }
 
 
 def _section(folder: Path) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class QualityTask:
     """What is kept of a row, by the name it gets."""
     where: Mapping[str, str] = field(default_factory=dict)
     """Only rows with these values."""
+    also: Sequence[str] = ()
+    """Metrics that the same answers are scored by, besides the first of ``config``."""
     base: str = CAUSAL
 
 
@@ -180,6 +182,45 @@ CHOOSING: dict[str, Settings] = {
 """LoReFT of rank 1 and LoRA of rank 8, searched over two rates each."""
 
 
+_TEXT_ROWS = _ROWS | {"train_rows": 1000, "valid_rows": 100, "test_rows": 200, "steps": 125}
+
+WRITING: dict[str, Settings] = {
+    "loreft": {
+        **_TEXT_ROWS,
+        "methods": ["zero_shot", "loreft"],
+        "search": 2,
+        "settings": {
+            "loreft": {"rank": 1, "positions": ["l1", "l4"], "learning_rate": 4e-3},
+        },
+    },
+    "lora": {
+        **_TEXT_ROWS,
+        "methods": ["lora"],
+        "settings": {"lora": {"rank": 8, "alpha": 16.0, "learning_rate": [5e-4, 1.5e-3]}},
+    },
+}
+"""LoReFT of rank 1 on the last token or on the last four, LoRA of rank 8 at two rates."""
+
+_ASKED = {"instruction": "instruction", "input": "input", "completion": "completion"}
+
+
+def _text_task(
+    name: str, trigger: str, metric: str, also: Sequence[str] = (), **config: Any
+) -> QualityTask:
+    return QualityTask(
+        name,
+        "text",
+        name,
+        WRITING,
+        _LABELLING
+        | {"batch_size": 8, "metrics": (metric,)}
+        | {"template": template("{content}\n", trigger)}
+        | config,
+        columns={**_ASKED, "references": "references"},
+        also=also,
+    )
+
+
 def _choice_task(name: str, answers: Sequence[str]) -> QualityTask:
     return QualityTask(
         name,
@@ -254,6 +295,12 @@ _ALL = (
     _choice_task("ARC-Challenge", _numbered(4)),
     _choice_task("openbookqa", _numbered(4)),
     _choice_task("commonsense_qa", _numbered(5)),
+    _text_task("geoquery_sql", "SQL:", "exact_match", ("execution_accuracy",), max_new_tokens=120),
+    _text_task("e2e_nlg", "Description:", "bleu", ("rouge_l", "chrf"), max_new_tokens=60),
+    _text_task("mawps", "Answer:", "last_number", max_new_tokens=12),
+    _text_task("gsm8k", "Answer:", "last_number", max_new_tokens=160),
+    _text_task("alpaca", "Response:", "loss"),
+    _text_task("dolly", "Response:", "loss"),
 )
 
 TASKS: Mapping[str, QualityTask] = {task.name: task for task in _ALL}

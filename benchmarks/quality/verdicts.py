@@ -19,7 +19,7 @@ class Verdict:
     reft: Document
     lora: Document
     untrained: Document | None
-    """The base's answers: the better of with and without the end token; None for an encoder."""
+    """The base's answers; None for an encoder."""
     head: Document | None
 
     @property
@@ -31,9 +31,10 @@ class Verdict:
     @property
     def outcome(self) -> Outcome:
         """Where the whole interval of the difference lies."""
-        if self.reft["difference"]["low"] > 0:
-            return "ahead"
-        return "behind" if self.reft["difference"]["high"] < 0 else "level"
+        low, high = self.reft["difference"]["low"], self.reft["difference"]["high"]
+        if low <= 0 <= high:
+            return "level"
+        return "ahead" if (low > 0) != self.document["lower_is_better"] else "behind"
 
     @property
     def share(self) -> float:
@@ -49,16 +50,8 @@ def verdict(document: Document) -> Verdict | None:
     if not refts or not loras:
         return None
     smallest = min(refts, key=lambda result: int(result["parameters"]))
-    return Verdict(document, smallest, loras[0], untrained(document), _only(results, "head_only"))
-
-
-def untrained(document: Document) -> Document | None:
-    """The base's answers under the better of the two ways of asking."""
-    zero = _only(document["results"], "zero_shot")
-    other = document["base_without_end"]
-    if zero is None or other is None:
-        return zero or other
-    return other if other["quality"]["value"] > zero["quality"]["value"] else zero
+    untrained, head = (_only(results, name) for name in ("zero_shot", "head_only"))
+    return Verdict(document, smallest, loras[0], untrained, head)
 
 
 def _only(results: Sequence[Document], method: str) -> Document | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,40 @@ def test_a_summary_counts_right_answers_and_says_what_is_missing(
     assert document["not_run"] == [{"part": "direft", "method": "direft"}]
 
 
+def test_written_answers_are_scored_in_several_ways(tmp_path: Path) -> None:
+    """By all references of a row, and queries by what they find in the data's database."""
+    folder = tmp_path / "data" / "towns"
+    folder.mkdir(parents=True)
+    with closing(sqlite3.connect(folder / "towns.sqlite")) as database:
+        database.execute("create table town (name text)")
+        database.execute("insert into town values ('Ulm')")
+        database.commit()
+    for split in ("train", "valid", "test"):
+        rows: list[dict[str, Any]] = [
+            {"id": "0", "instruction": f"Which? {split}", "completion": "select 1"},
+            {
+                "id": "1",
+                "instruction": f"{split}!",
+                "completion": _QUERY,
+                "references": ["select 3", _QUERY],
+            },
+        ]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    asked = {name: name for name in ("instruction", "completion", "references")}
+    parts = {"loreft": {"methods": ["loreft"], "seeds": [0]}}
+    also = ("execution_accuracy",)
+    task = QualityTask("towns", "text", "towns", parts, columns=asked, also=also)
+    store = Store(tmp_path / "out" / "towns" / "loreft", _FACTS | {"settings": {}})
+    store.agree("test.json", {"test_sha256": "0"})
+    answers = {"choices": [], "texts": ["select 2", f"{_QUERY} order by name"], "losses": []}
+    record = _record([" red"] * 4, 0.0) | {"test": {"exact_match": 0.5}, "answers": answers}
+    store.write(Job.of("final", "loreft", {}, 0), record)
+    (result,) = summarise(task, tmp_path / "data", tmp_path / "out")["results"]
+    assert result["quality"]["value"] == 0  # neither is the reference, letter for letter
+    assert result["also"]["execution_accuracy"]["value"] == 0.5
+
+
 def test_the_page_shows_a_document(data: Path, tmp_path: Path) -> None:
     _write_results(tmp_path / "out" / "colours")
     document = summarise(COLOURS, data, tmp_path / "out")
@@ -106,14 +142,22 @@ def test_the_page_shows_a_document(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "outcome"),
-    [(0.01, 0.05, "ahead"), (-0.01, 0.05, "level"), (-0.05, -0.01, "behind")],
+    ("low", "high", "lower", "outcome"),
+    [
+        (0.01, 0.05, False, "ahead"),
+        (-0.01, 0.05, False, "level"),
+        (-0.05, -0.01, False, "behind"),
+        (0.01, 0.05, True, "behind"),
+        (-0.05, -0.01, True, "ahead"),
+    ],
 )
-def test_only_a_whole_interval_makes_a_difference(low: float, high: float, outcome: str) -> None:
+def test_only_a_whole_interval_makes_a_difference(
+    low: float, high: float, lower: bool, outcome: str
+) -> None:
     difference = {"value": (low + high) / 2, "low": low, "high": high}
     reft = {"method": "loreft", "difference": difference, "parameters": 10}
     lora = {"method": "lora", "difference": None, "parameters": 400}
-    document = {"task": "x", "results": [reft, lora], "base_without_end": None}
+    document = {"task": "x", "results": [reft, lora], "lower_is_better": lower}
     found = verdict(document)
     assert found is not None
     assert found.outcome == outcome
@@ -126,13 +170,8 @@ def test_settings_are_shown_in_few_words() -> None:
 
 def _write_results(folder: Path) -> None:
     """Two runs of LoReFT with their search, one of LoRA, none of DiReFT."""
-    facts: dict[str, Any] = {
-        "model": "tiny",
-        "metric": "likelihood_accuracy",
-        "train_rows": 4,
-        "valid_rows": 4,
-        "config": {"labels": [" red", " blue"], "positions": "l1", "layers": "all"},
-    }
+    labelling = {"labels": [" red", " blue"], "positions": "l1", "layers": "all"}
+    facts = _FACTS | {"metric": "likelihood_accuracy", "config": labelling}
     all_right = [" red", " blue", " blue", " red"]
     one_wrong = [" red", " blue", " blue", " blue"]
     for part, section in COLOURS.parts.items():
@@ -151,6 +190,14 @@ def _write_results(folder: Path) -> None:
             store.write(Job.of("final", "lora", {"learning_rate": 1e-3}, 0), _record(one_wrong, 30))
 
 
+_QUERY = "select name from town"
+_FACTS: dict[str, Any] = {
+    "model": "tiny",
+    "metric": "exact_match",
+    "train_rows": 4,
+    "valid_rows": 4,
+    "config": {"labels": None, "positions": "l1", "layers": "all"},
+}
 _COST = {"training_cpu_seconds": 40.0}
 _PROVENANCE = {
     "command": "x",

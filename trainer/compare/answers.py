@@ -8,6 +8,9 @@ from typing import Any
 
 from trainer.evaluation.scoring import Answered
 
+References = tuple[str, ...]
+"""The right answers to one row, at least one; what is trained on is the first."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -18,19 +21,19 @@ class Answers:
     losses: tuple[tuple[float, int], ...] = ()
     """Summed loss and number of tokens."""
 
-    def against(self, references: Sequence[str]) -> list[Answered]:
+    def against(self, references: Sequence[References]) -> list[Answered]:
         """The rows as metrics look at them."""
         return [
             Answered(
-                (reference,),
-                answer=reference,
+                right,
+                answer=right[0],
                 text=self.texts[index] if self.texts else "",
                 predicted=self.texts[index] if self.texts else "",
                 choice=self.choices[index] if self.choices else "",
                 loss=self.losses[index][0] if self.losses else 0.0,
                 num_tokens=self.losses[index][1] if self.losses else 0,
             )
-            for index, reference in enumerate(references)
+            for index, right in enumerate(references)
         ]
 
     def to_json(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.compare.answers import Answers
+from trainer.compare.answers import Answers, References
 from trainer.compare.contenders import Contender
 from trainer.compare.learners import Saved
 from trainer.compare.serving import Serving
@@ -76,8 +76,8 @@ class Arena(ABC):
         """Classes in order; none where there are no classes."""
         return self.task.config.labels or ()
 
-    def references(self, split: Split) -> list[str]:
-        """The right answers."""
+    def references(self, split: Split) -> list[References]:
+        """The right answers to each row."""
         return split.references
 
     def value(self, answers: Answers, split: Split) -> float:

@@ -11,7 +11,7 @@ from typing_extensions import override
 from trainer.classify.model import ClassifierModel
 from trainer.classify.task import ClassifyTask
 from trainer.compare import serving
-from trainer.compare.answers import Answers
+from trainer.compare.answers import Answers, References
 from trainer.compare.arena import Arena
 from trainer.compare.contenders import Contender
 from trainer.compare.learners import Saved
@@ -72,6 +72,6 @@ class EncoderArena(Arena):
         return serving.of_adapter(Workload(self.task.loaded.description, lengths), saved.adapter)
 
     @override
-    def references(self, split: Split) -> list[str]:
+    def references(self, split: Split) -> list[References]:
         """Labels, or values."""
-        return [str(example.label) for example in split.dataset.examples]
+        return [(str(example.label),) for example in split.dataset.examples]

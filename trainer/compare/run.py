@@ -14,6 +14,7 @@ from typing import Any, Literal
 from reft_core.adapter import decode_adapter
 from reft_core.errors import TrainingError, explain
 from reft_core.loading import LoadedModel, ModelKind
+from trainer.compare.answers import References
 from trainer.compare.arena import arena_for
 from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import Setting, get_contenders
@@ -40,7 +41,7 @@ class Comparison:
     task: dict[str, Any]
     kind: ModelKind
     metric: Metric
-    references: list[str]
+    references: list[References]
     labels: tuple[str, ...]
     num_base_parameters: int
     clock: Clock

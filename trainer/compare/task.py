@@ -19,6 +19,7 @@ from reft_core.classification import answer_tokens, label_tokens
 from reft_core.errors import TrainingError
 from reft_core.loading import LoadedModel, ModelKind, model_kind
 from trainer.causal import CausalTask
+from trainer.compare.answers import References
 from trainer.config import TrainConfig
 from trainer.data import Dataset
 from trainer.data.sources import find_splits
@@ -40,9 +41,12 @@ class Split:
     """As the kind of base reads them."""
 
     @property
-    def references(self) -> list[str]:
-        """The right answers."""
-        return [example.completion for example in self.dataset.examples]
+    def references(self) -> list[References]:
+        """The right answers to each row: its ``references``, or what it says is the completion."""
+        return [
+            tuple(map(str, example.kept.get("references", ()))) or (example.completion,)
+            for example in self.dataset.examples
+        ]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ from tests.trainer.factories import byte_model, label_rows, make_config, write_r
 from trainer.compare import causal, runner
 from trainer.compare.answering import answer_by_model
 from trainer.compare.answers import Answers
+from trainer.compare.arena import arena_for
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.render import to_csv, to_latex, to_markdown
 from trainer.compare.report import write_report
 from trainer.compare.run import Comparison, compare
 from trainer.compare.store import Job, Store
 from trainer.compare.table import table_rows
+from trainer.compare.task import load_task, load_test
 from trainer.config import TrainConfig
 from trainer.fit import diverged
 
@@ -191,6 +193,21 @@ def test_texts_are_compared_where_there_are_no_labels(tmp_path: Path) -> None:
     assert "head only" not in [row.label for row in table_rows(found)]
     with pytest.raises(TrainingError, match=r"none has a place .*: a head writes no text"):
         run(config, tmp_path, methods=("head_only",))
+
+
+def test_a_text_is_right_if_it_is_any_of_its_rows_references(tmp_path: Path) -> None:
+    config = make_config(tmp_path, epochs=1, labels=None)
+    test = tmp_path / "references.jsonl"
+    rows = [
+        {"instruction": "Say 1", "completion": "yes", "references": ["yes", "x"]},
+        {"instruction": "Say 2", "completion": "no"},
+    ]
+    test.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    task = load_task(config.choosing(test=test), loaded=byte_model())
+    split = load_test(task)
+    assert split.references == [("yes", "x"), ("no",)]
+    answers = Answers(texts=("x", "x"))
+    assert arena_for(task).value(answers, split) == 0.5
 
 
 def test_a_method_is_asked_with_its_own_positions(
