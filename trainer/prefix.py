@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trainer.below import StateStore, begins_at
+from trainer.budget import Budget
 from trainer.packing import PackedRow, Packing, Tokens
 from trainer.row_attention import RowAttention, attending_by_row
 
@@ -28,10 +30,18 @@ class PrefixStore:
     """
 
     def __init__(self, base: PreTrainedModel, max_bytes: int) -> None:
-        self.num_bytes = 0
+        self.budget = Budget(max_bytes)
         self._base = base
-        self._max_bytes = max_bytes
         self._kept: dict[Tokens, Tensor] = {}
+        self._states: dict[int, StateStore | None] = {}
+
+    def states(self, first: int) -> StateStore | None:
+        """What layer ``first`` is given of the tokens behind the beginnings, out of the same
+        budget; None where nothing is below it or the base cannot begin there."""
+        if first not in self._states:
+            usable = first > 0 and begins_at(self._base, first)
+            self._states[first] = StateStore(self._base, first, self.budget) if usable else None
+        return self._states[first]
 
     def read(self, beginnings: Sequence[Tokens]) -> Tensor:
         """Keys and values (L, 2, B, H, S, D) of these beginnings, zeros behind their last.
@@ -54,9 +64,8 @@ class PrefixStore:
         return batch
 
     def _keep(self, tokens: Tokens, states: Tensor) -> None:
-        if self.num_bytes + states.nbytes <= self._max_bytes:
+        if self.budget.take(states.nbytes):
             self._kept[tokens] = states
-            self.num_bytes += states.nbytes
 
     @torch.no_grad()
     def _compute(self, beginnings: Sequence[Tokens]) -> list[Tensor]:
@@ -65,12 +74,7 @@ class PrefixStore:
         packing = Packing.of(rows, 0, self._base.device)
         attention = RowAttention(packing, seen=[])
         with attending_by_row(self._base):
-            self._base.base_model(
-                input_ids=packing.tokens[None],
-                position_ids=packing.positions[None],
-                use_cache=False,
-                reft_batch=attention,
-            )
+            self._base.base_model(**attention.inputs())
         assert attention.seen is not None
         all_cells = torch.stack([torch.stack(pair) for pair in attention.seen])  # (L, 2, H, N, D)
         return [

@@ -5,7 +5,8 @@ What makes a step cheap, none of which changes a gradient:
 - Tokens before a row's first edited one are the base's own: they run without a graph, once
   if there is memory to keep their keys and values, and the rest runs on those.
 - The rest runs without padding, and what rows have in common runs once (:mod:`trainer.packing`).
-- Below the first edited layer nothing needs a gradient, so autograd records nothing there.
+- Below the first edited layer nothing needs a gradient: it runs once if there is memory to keep
+  what comes out of it, and never with a graph.
 - Logits are computed only for cells that carry loss, and no edit in the last layer elsewhere.
 - All bases of an adapter are made orthonormal in one batched product.
 
@@ -85,6 +86,8 @@ class ReftModel(FrozenBase):
         self._layers = find_layers(base)
         built = {} if placement is None else placement.build(num_units)
         self.keys = tuple(built)
+        first = min((key.layer for key in self.keys), default=0) if virtual is None else 0
+        self._below = self._prefixes.states(first)
         self.interventions = nn.ModuleList(built.values())
 
     @property
@@ -137,9 +140,14 @@ class ReftModel(FrozenBase):
         predicting = packing.predicting(labels.shape[1])[answers]  # (N,)
         read, which = torch.unique(predicting, return_inverse=True)
         inputs = self._inputs(packing, virtual)  # before there are hooks: it may run the base
-        with attending_by_row(self.base), self._hooked(packing.edited, read) as unused:
+        with ExitStack() as stack:
+            if self._below is not None:
+                states = self._below.read(packing, inputs["reft_batch"])
+                stack.enter_context(self._below.giving(states))
+            stack.enter_context(attending_by_row(self.base))
+            unused = stack.enter_context(self._hooked(packing.edited, read))
             kept = F.pad(read, (0, max(0, _LEAST_READ - len(read))))
-            logits = self.base(**inputs, use_cache=False, logits_to_keep=kept).logits[0]
+            logits = self.base(**inputs, logits_to_keep=kept).logits[0]
         logits = logits[which]  # (N, V)
         loss = F.cross_entropy(logits.float(), labels[answers])
         return LossAndLogits(loss=with_unused(loss, unused), logits=logits)
@@ -162,31 +170,22 @@ class ReftModel(FrozenBase):
 
     def _inputs(self, packing: Packing, virtual: VirtualTokens | None) -> dict[str, Any]:
         """What the base is given: the cells, and what stands before them."""
-        tokens, positions = packing.tokens, packing.positions
         if virtual is None:
             lengths = [len(row.beginning) for row in packing.rows]
-            attention = RowAttention(packing)
-            if any(lengths):
-                before = self._prefixes.read([row.beginning for row in packing.rows])
-                num_before = torch.tensor(lengths, device=tokens.device)
-                attention = RowAttention(packing, before, num_before)
-        elif virtual.kind == "kv":
+            if not any(lengths):
+                return RowAttention(packing).inputs()
+            before = self._prefixes.read([row.beginning for row in packing.rows])
+            num_before = torch.tensor(lengths, device=packing.tokens.device)
+            return RowAttention(packing, before, num_before).inputs()
+        if virtual.kind == "kv":
             states = virtual.keys_and_values().to(self.base.dtype)  # (L, 2, KH, n, D)
-            size = len(packing.rows)
-            attention = RowAttention(packing, states.unsqueeze(2).expand(-1, -1, size, -1, -1, -1))
-            positions = positions + virtual.length
-        else:
-            attention = RowAttention(packing)
-            # Every row begins with them, so they are the first cells.
-            own = self.base.get_input_embeddings()(tokens[virtual.length :])  # (N − n, d)
-            embedded = torch.cat([virtual.embedding.to(own.dtype), own])
-            rest = {"position_ids": positions[None], "reft_batch": attention}
-            return {"inputs_embeds": embedded[None], **rest}
-        return {
-            "input_ids": tokens[None],
-            "position_ids": positions[None],
-            "reft_batch": attention,
-        }
+            before = states.unsqueeze(2).expand(-1, -1, len(packing.rows), -1, -1, -1)
+            found = RowAttention(packing, before).inputs()
+            return found | {"position_ids": found["position_ids"] + virtual.length}
+        # Every row begins with them, so they are the first cells.
+        own = self.base.get_input_embeddings()(packing.tokens[virtual.length :])  # (N − n, d)
+        embedded = torch.cat([virtual.embedding.to(own.dtype), own])
+        return RowAttention(packing).inputs() | {"input_ids": None, "inputs_embeds": embedded[None]}
 
     @contextmanager
     def _hooked(self, edited: Sequence[Tensor], read: Tensor) -> Iterator[list[nn.Parameter]]:

@@ -9,9 +9,10 @@ K = S + W keys, H query heads, KH key-value heads, G = H / KH, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,23 @@ class RowAttention:
         num_heads, size = out.shape[1], out.shape[3]
         by_cell = out.transpose(1, 2).reshape(-1, num_heads, size)  # (B·W, H, D)
         return by_cell.index_select(0, self.packing.owners).unsqueeze(0)
+
+    def inputs(self) -> dict[str, Any]:
+        """What a forward over the cells is given, while :func:`attending_by_row` is open."""
+        return {
+            "input_ids": self.packing.tokens[None],
+            "position_ids": self.packing.positions[None],
+            "use_cache": False,
+            "reft_batch": self,
+        }
+
+    def of_rows(self, places: Sequence[int], packing: Packing) -> RowAttention:
+        """The same before the cells of ``packing``, which has the rows in ``places`` alone."""
+        if self.before is None:
+            return RowAttention(packing)
+        chosen = torch.tensor(places, device=self.before.device)
+        num_before = None if self.num_before is None else self.num_before[chosen]
+        return RowAttention(packing, self.before[:, :, chosen], num_before)
 
     def _by_row(self, states: Tensor) -> Tensor:
         """States (heads, N, D) of the cells as (B, heads, W, D)."""
@@ -139,12 +157,7 @@ def check_packs(base: PreTrainedModel) -> None:
     finally:
         base.set_attn_implementation(before)
     with attending_by_row(base):
-        packed = base(
-            input_ids=packing.tokens[None],
-            position_ids=packing.positions[None],
-            use_cache=False,
-            reft_batch=RowAttention(packing),
-        ).logits[0]
+        packed = base(**RowAttention(packing).inputs()).logits[0]
     found = torch.cat(
         [packed[cells[: len(text)]] for text, cells in zip(texts, packing.cells, strict=True)]
     )

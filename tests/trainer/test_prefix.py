@@ -52,10 +52,10 @@ def test_each_beginning_is_computed_once() -> None:
 def test_what_does_not_fit_is_computed_again() -> None:
     roomy = CountingStore(tiny_model(), 2**20)
     roomy.read(ROWS[:1])
-    tight = CountingStore(tiny_model(), roomy.num_bytes)
+    tight = CountingStore(tiny_model(), roomy.budget.num_bytes)
     found = [tight.read(ROWS) for _ in range(2)]
     assert tight.num_computed == 3, "the first beginning fits, the second does not"
-    assert tight.num_bytes == roomy.num_bytes
+    assert tight.budget.num_bytes == roomy.budget.num_bytes
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
@@ -63,4 +63,4 @@ def test_states_are_kept_in_the_bases_dtype() -> None:
     store = PrefixStore(tiny_model().to(torch.bfloat16), 2**20)
     states = store.read(ROWS[:1])
     assert states.dtype == torch.bfloat16
-    assert store.num_bytes == states.numel() * 2
+    assert store.budget.num_bytes == states.numel() * 2

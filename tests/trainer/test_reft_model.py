@@ -17,6 +17,7 @@ from reft_core.positions import PositionRule
 from reft_core.sites import describe_model, edit_site, find_layers
 from tests.factories import FAMILIES, NUM_LAYERS, VOCAB_SIZE, tiny_model
 from trainer import row_attention
+from trainer.below import begins_at
 from trainer.collate import Collator
 from trainer.data import TokenisedExample
 from trainer.prefix import PrefixStore
@@ -174,16 +175,66 @@ def test_rows_without_an_edited_position_are_left_alone() -> None:
     assert_same(gradients(model, ours), gradients(model, theirs))
 
 
-def test_no_graph_reaches_below_the_first_edited_layer() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_below_the_first_edited_layer_are_computed_once(family: str) -> None:
+    rule = PositionRule.parse("f1+l2", tied=False)
+    base = tiny_model(family)
+    store = PrefixStore(tiny_model(family), 2**20)
+    model = make_model(base, rule, layers=(2, 3), prefixes=store)
+    for rows in (ROWS, ROWS[1:], ROWS[::-1]):  # all new, all kept, another order
+        ours, theirs = model(**Collator(rule)(rows))["loss"], naive_loss(model, rows, rule)
+        assert_same(ours, theirs)
+        assert_same(gradients(model, ours), gradients(model, theirs))
+
+
+@pytest.mark.parametrize("method", ["loreft", "lora", "red"])
+def test_below_methods_that_edit_what_is_generated_too(method: str) -> None:
+    rule = PositionRule.parse("l1")
+    sites = ("linear:self_attn.v_proj",) if method == "lora" else None
+    store = PrefixStore(tiny_model(), 2**20)
+    model = make_model(tiny_model(), rule, method, layers=(1,), prefixes=store, sites=sites)
+    for rows in (ROWS, ROWS[:3]):
+        ours, theirs = model(**Collator(rule)(rows))["loss"], naive_loss(model, rows, rule)
+        assert_same(ours, theirs)
+        assert_same(gradients(model, ours), gradients(model, theirs))
+
+
+@pytest.mark.parametrize(("max_bytes", "again"), [(2**20, [2, 3]), (0, [0, 1, 2, 3, 0, 1, 2, 3])])
+def test_what_is_below_the_first_edited_layer_has_no_graph_and_runs_once_if_it_fits(
+    max_bytes: int, again: list[int]
+) -> None:
     rule = PositionRule.parse("l2")
-    model = make_model(tiny_model(), rule, layers=(2,))
-    seen = []
-    for layer in find_layers(model.base):
-        layer.register_forward_hook(lambda _m, args, _out: seen.append(args[0].requires_grad))
-    model(**Collator(rule)(ROWS))
-    assert seen[-NUM_LAYERS:] == [False, False, False, True]
-    assert not any(seen[:-NUM_LAYERS]), "the beginnings run without a graph"
-    assert len(seen) == 2 * NUM_LAYERS
+    base = tiny_model()
+    model = make_model(base, rule, layers=(2,), prefixes=PrefixStore(base, max_bytes))
+    ran: list[int] = []
+    with_graph: list[int] = []
+    for number, layer in enumerate(find_layers(model.base)):
+
+        def note(_module: torch.nn.Module, args: tuple[Tensor, ...], number: int = number) -> None:
+            ran.append(number)
+            if args[0].requires_grad:
+                with_graph.append(number)
+
+        layer.mlp.register_forward_pre_hook(note)
+    batch = Collator(rule)(ROWS)
+    model(**batch)
+    # The beginnings, the lower layers behind them, then the upper ones.
+    assert ran == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert with_graph == [3]
+    ran.clear()
+    model(**batch)
+    assert ran == again
+
+
+def test_layers_that_look_past_states_are_not_left_out() -> None:
+    base = tiny_model()
+    first, *_, last = find_layers(base)
+    assert begins_at(base, NUM_LAYERS - 1)
+    # As in models whose last layers use what an early one computed of its own.
+    seen: list[Tensor] = []
+    first.mlp.register_forward_hook(lambda _m, _args, out: seen.append(out))
+    last.mlp.register_forward_hook(lambda _m, _args, out: out + seen[-1])
+    assert not begins_at(base, NUM_LAYERS - 1)
 
 
 def test_only_cells_from_the_first_edited_one_run_and_only_loss_cells_have_logits() -> None:

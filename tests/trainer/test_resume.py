@@ -64,6 +64,7 @@ def cut_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         (7, {"accumulate": 2, "eval_steps": 4}),
         (11, {"prefix_cache_mb": 0, "method": "direft", "positions": "f2+l1"}),
         (10, {"patience": 1}),  # at the end of an epoch
+        (7, {"layers": (1,)}),  # with states of the layer below
     ],
 )
 def test_a_run_taken_up_again_gives_the_same_adapter(
