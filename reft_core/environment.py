@@ -41,4 +41,5 @@ def cpu_name() -> str:
         facts[name.strip()] = value.strip()
     flags = set(facts.get("flags", "").split())
     wide = [flag for flag in _WIDE if flag in flags]
-    return f"{facts.get('model name', 'unknown')} ({', '.join(wide)})"
+    name = facts.get("model name", platform.machine())
+    return f"{name} ({', '.join(wide)})" if wide else name

@@ -10,9 +10,15 @@ from huggingface_hub import (
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
+    snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from reft_core.errors import AdapterTooLarge, InvalidRequest, explain
 
@@ -23,6 +29,8 @@ _NO_CONNECTION = ("ConnectError", "ConnectTimeout")
 """Errors of httpx, or of httpx2 in later releases of the hub's client, which exports neither."""
 _SUFFIX = ".safetensors"
 _MAIN = "main"
+_FIELD = "adapters"
+"""The setting that names them."""
 
 
 def is_unreachable(error: Exception) -> bool:
@@ -49,12 +57,12 @@ def why_unreachable(name: str) -> str | None:
     return None
 
 
-def fetch_adapter(name: str, max_bytes: int, *, field: str = "adapters") -> Path:
+def fetch_adapter(name: str, max_bytes: int) -> Path:
     """Where the adapter file of a hub's repository is on this machine, fetched if need be.
 
     ``name`` is ``owner/name`` or ``owner/name@revision``. The file is
     :data:`ADAPTER_FILE`, or else the only ``.safetensors`` file at the top. Without a connection
-    it is the one that was fetched last. Raises, about ``field``, :class:`InvalidRequest` and
+    it is the one that was fetched last. Raises, about ``adapters``, :class:`InvalidRequest` and
     :class:`AdapterTooLarge`.
     """
     repo, _, revision = name.partition("@")
@@ -62,11 +70,10 @@ def fetch_adapter(name: str, max_bytes: int, *, field: str = "adapters") -> Path
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
-        file = _adapter_in(sizes, name, field)
-        if sizes[file] > max_bytes:
-            size = f"{name}, {sizes[file]} bytes"
-            raise AdapterTooLarge(explain(field, size, f"at most {max_bytes} bytes"), field=field)
-        return Path(hf_hub_download(repo, file, revision=revision))
+        return Path(hf_hub_download(repo, _adapter_in(sizes, name, max_bytes), revision=revision))
+    except HFValidationError as error:
+        expected = f"a name that a hub may have ({error})"
+        raise InvalidRequest.because(_FIELD, name, expected) from None
     except HfHubHTTPError as error:
         reason = f"the hub answers with status {error.response.status_code}"
     except OfflineModeIsEnabled:
@@ -75,19 +82,23 @@ def fetch_adapter(name: str, max_bytes: int, *, field: str = "adapters") -> Path
         if not is_unreachable(error):
             raise
         reason = f"no connection to {constants.ENDPOINT}: {error}"
-    cached = try_to_load_from_cache(repo, ADAPTER_FILE, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
-    expected = f"an adapter file, a folder with some directly in it, or a hub's id ({reason})"
-    raise InvalidRequest.because(field, name, expected)
+    try:
+        kept = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        expected = f"an adapter file, a folder with some directly in it, or a hub's id ({reason})"
+        raise InvalidRequest.because(_FIELD, name, expected) from None
+    sizes = {file.name: file.stat().st_size for file in kept.iterdir()}
+    return kept / _adapter_in(sizes, name, max_bytes)
 
 
-def _adapter_in(files: dict[str, int], name: str, field: str) -> str:
-    """The adapter among the files of a repository."""
+def _adapter_in(files: dict[str, int], name: str, max_bytes: int) -> str:
+    """The adapter among the files of a repository, whose sizes these are."""
     at_top = [file for file in files if file.endswith(_SUFFIX) and "/" not in file]
-    if ADAPTER_FILE in at_top:
-        return ADAPTER_FILE
-    if len(at_top) == 1:
-        return at_top[0]
-    expected = f"a repository with {ADAPTER_FILE}, or one {_SUFFIX} file, and not {len(at_top)}"
-    raise InvalidRequest.because(field, name, expected)
+    if ADAPTER_FILE not in at_top and len(at_top) != 1:
+        expected = f"a repository with {ADAPTER_FILE}, or one {_SUFFIX} file, and not {len(at_top)}"
+        raise InvalidRequest.because(_FIELD, name, expected)
+    file = ADAPTER_FILE if ADAPTER_FILE in at_top else at_top[0]
+    if files[file] > max_bytes:
+        size = f"{name}, {files[file]} bytes"
+        raise AdapterTooLarge(explain(_FIELD, size, f"at most {max_bytes} bytes"), field=_FIELD)
+    return file

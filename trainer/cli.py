@@ -24,6 +24,8 @@ from trainer.progress import BarProgress, Progress, SilentProgress
 from trainer.runs import Clock, Run, add_run, finished_run, unfinished_run
 from trainer.train import TrainResult, train
 
+logger = logging.getLogger(__name__)
+
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -42,47 +44,47 @@ def train_command(
     logging.basicConfig(format="%(levelname)s: %(message)s")
     console = Console(stderr=True)
     command = shlex.join(["reft", "train", str(target), *arguments])
-    config: TrainConfig | None = None
     clock = Clock()
-    try:
-        asked = read_config(str(target), settings_of(arguments))
-        check(asked)
-        config = asked
-        result = train(config, command=command, progress=_progress(console))
-    except ReftError as error:
-        if config is not None:
+    with ending_told(console, "nothing was written"):
+        config = read_config(str(target), settings_of(arguments))
+        check(config)
+    with ending_told(console, lambda: _kept(config)):
+        try:
+            result = train(config, command=command, progress=_progress(console))
+        except ReftError as error:
             _record(config, unfinished_run(config, command, clock, "failed", error.message))
-        console.print(
-            f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        raise SystemExit(EXIT_ERROR) from None
-    except KeyboardInterrupt:
-        kept = config and last_checkpoint(config.checkpoint_dir)
-        if config is not None:
+            raise
+        except KeyboardInterrupt:
             _record(config, unfinished_run(config, command, clock, "interrupted"))
-        console.print(
-            f"interrupted; add --resume to go on from {kept}"
-            if kept
-            else "interrupted; nothing was written",
-            markup=False,
-            soft_wrap=True,
-        )
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    _record(config, finished_run(result, clock))
+            raise
     print_summary(result, Console())
     if result.warning:
         console.print(f"warning: {result.warning}", style="red", markup=False, soft_wrap=True)
+    _record(config, finished_run(result, clock))
     return result
 
 
+def _kept(config: TrainConfig) -> str:
+    """What an interrupted training leaves."""
+    kept = last_checkpoint(config.checkpoint_dir)
+    return f"add --resume to go on from {kept}" if kept else "nothing was written"
+
+
 def _record(config: TrainConfig, run: Run) -> None:
-    """Add the run to its table, in the first of several processes."""
-    if config.runs_file is not None and world()[0] == 0:
+    """Add the run to its table, in the first of several processes.
+
+    A table that cannot be written is a warning: it must not hide how the run ended.
+    """
+    if config.runs_file is None or world()[0] != 0:
+        return
+    try:
         add_run(config.runs_file, run)
+    except OSError as error:
+        logger.warning("runs_file: the run is not in the table: %s", error)
 
 
 @contextmanager
-def ending_told(console: Console, kept: str) -> Iterator[None]:
+def ending_told(console: Console, kept: str | Callable[[], str]) -> Iterator[None]:
     """End the process with 1 and one message on an error of the user's, with 130 on Ctrl-C.
 
     ``kept`` says then what is left of the work.
@@ -95,7 +97,8 @@ def ending_told(console: Console, kept: str) -> Iterator[None]:
         )
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
-        console.print(f"interrupted; {kept}", markup=False, soft_wrap=True)
+        left = kept if isinstance(kept, str) else kept()
+        console.print(f"interrupted; {left}", markup=False, soft_wrap=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -42,4 +42,4 @@ class Curve:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this: the arguments that make it again."""
-        return {"stride": self.stride, "points": list(self.points), "rest": list(self.rest)}
+        return asdict(self)

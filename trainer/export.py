@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 import transformers
@@ -17,6 +16,7 @@ from reft_core.spec import AdapterSpec, TrainingSpec
 from trainer.config import TrainConfig
 from trainer.data import Dataset
 from trainer.fit import FitResult, diverged
+from trainer.paths import is_local
 from trainer.task import TrainedParts
 
 TOOL = (
@@ -44,7 +44,7 @@ def build_spec(
         data[f"{split}_rows"] = len(dataset.examples)
         if split != "train" and config.eval_rows and config.eval_rows < len(dataset.examples):
             data[f"{split}_rows_answered"] = config.eval_rows
-    if config.data is not None and not Path(config.data).exists():
+    if config.data is not None and not is_local(config.data):
         data["dataset"] = config.data.partition(":")[0][:_MAX_TEXT]  # a hub's
     return AdapterSpec(
         name=config.name,

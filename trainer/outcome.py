@@ -55,7 +55,7 @@ def check_learnt(result: FitResult) -> str | None:
     lowest, last = min(later, key=lambda epoch: epoch.valid_loss), later[-1]
     scores = result.best.valid_metrics.items()
     better = any(score > start.valid_metrics.get(name, math.inf) for name, score in scores)
-    if better or not lowest.valid_loss >= start.valid_loss:
+    if better or lowest.valid_loss < start.valid_loss:
         return None
     found = (
         f"the validation loss was {start.valid_loss:.4g} before training and never lower after it "

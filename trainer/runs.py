@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from reft_core.errors import InvalidRequest
+from trainer.paths import shown_path, shown_source
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
     from trainer.train import TrainResult
-
-RUNS_FILE = Path("runs", "runs.jsonl")
-"""Below the folder where the command is given."""
 
 State = Literal["finished", "failed", "interrupted"]
 
@@ -125,14 +123,11 @@ def unfinished_run(
 
 def _asked(config: TrainConfig, command: str) -> dict[str, Any]:
     """What is known from the beginning."""
-    from trainer.report.document import shown_path
-
-    data = config.train if config.data is None else Path(config.data)
-    is_name = data is None or not data.exists()  # of a hub's data set
+    data = config.data if config.train is None else str(config.train)
     return {
         "command": command,
         "name": config.name,
-        "data": config.data if data is None or is_name else shown_path(data),
+        "data": None if data is None else shown_source(data),
         "method": config.method,
         "path": shown_path(config.output),
     }

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from typing_extensions import override
 
 from reft_core.errors import TrainingError, explain
-from trainer.config import PATH_FIELDS, TrainConfig
+from trainer.config import TrainConfig
+from trainer.paths import without_places
 
 
 def check_tracker(config: TrainConfig) -> None:
@@ -33,15 +34,15 @@ def tracker_callbacks(config: TrainConfig) -> list[Any]:
 
         return [TensorBoardCallback(SummaryWriter(str(config.report_dir / "tensorboard")))]
     callback = {"wandb": WandbCallback, "trackio": TrackioCallback}[config.report_to]
-    return [callback(), Settings(config)]
+    return [callback(), TellSettings(config)]
 
 
-class Settings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class TellSettings(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Tells wandb or trackio the run's settings, paths aside; transformers tells its own."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._tracker: Any = importlib.import_module(config.report_to)
-        self._settings = config.model_dump(mode="json", exclude=set(PATH_FIELDS))
+        self._settings = without_places(config)
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

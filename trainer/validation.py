@@ -95,7 +95,8 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers is unty
         every = steps_between_validations(self._config, self.num_rows)
         if step % every and step != state.max_steps:
             return
-        losses = [loss / world()[1] for loss in summed(self._losses)]
+        num_processes = world()[1]
+        losses = [loss / num_processes for loss in summed(self._losses)]
         train_loss = sum(losses) / len(losses)
         found = self._measure()
         metrics = dict(found.metrics)

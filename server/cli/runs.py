@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 runs_app = typer.Typer(help="List the trainings that were run here.")
 
 _SORTS = ("newest", "value", "seconds", "parameters")
+_STATES = ("finished", "failed", "interrupted")
 File = Annotated[Path | None, typer.Option(help="The table; default: runs/runs.jsonl")]
 
 
@@ -40,6 +41,8 @@ def runs(
     with one_line_errors():
         if sort not in _SORTS:
             raise InvalidRequest.because("sort", sort, f"one of {', '.join(_SORTS)}")
+        if state not in ("", *_STATES):
+            raise InvalidRequest.because("state", state, f"one of {', '.join(_STATES)}")
         wanted = {"name": name, "data": data, "base": base, "state": state}
         found = [
             run
@@ -79,7 +82,8 @@ def show(
 
 
 def _read(file: Path | None) -> list[Run]:
-    from trainer.runs import RUNS_FILE, read_runs
+    from trainer.paths import RUNS_FILE
+    from trainer.runs import read_runs
 
     found, num_bad = read_runs(file or RUNS_FILE)
     if num_bad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from trainer.order import in_order, num_steps, shuffled, spread, visits
 from trainer.train import TrainResult, train
 
 CHILD = """
+import json
 import sys
 from pathlib import Path
 from tests.trainer.factories import byte_model
@@ -195,7 +197,7 @@ def test_other_trackers_get_the_curves_and_the_settings(
     errors = ModuleType("config_util")
     errors.ConfigError = ValueError  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb.sdk.lib.config_util", errors)
-    result = run(tmp_path, "told", report_to=name)
+    result = run(tmp_path, "told", report_to=name, model=str(tmp_path))
     assert fake.begun == [result.config.name]
     losses = [each["train/loss"] for each in fake.logged if "train/loss" in each]
     assert len(losses) == 10
@@ -205,6 +207,7 @@ def test_other_trackers_get_the_curves_and_the_settings(
     assert [each["eval/loss"] for each in valid] == [e.valid_loss for e in result.fit.epochs]
     assert fake.config["reft"]["rank"] == result.config.rank
     assert not {"output", "train"} & set(fake.config["reft"])
+    assert str(tmp_path) not in json.dumps(fake.config["reft"])
     assert fake.num_finished == (name == "trackio")  # wandb ends with the process
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,8 @@ from reft_core.errors import InvalidRequest
 from server.cli.main import app
 from tests.trainer.factories import byte_model, make_config
 from trainer import causal, cli, preparing
-from trainer.runs import RUNS_FILE, Run, add_run, find_run, read_runs
+from trainer.paths import RUNS_FILE
+from trainer.runs import Run, add_run, find_run, read_runs
 
 
 def made(number: int, **fields: object) -> Run:
@@ -74,6 +76,23 @@ def test_every_training_adds_a_line(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads(run("show", finished.id, "--json"))["digest"] == finished.digest
 
 
+def test_a_table_that_cannot_be_written_hides_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    monkeypatch.setattr(preparing, "load_any", lambda *_, **__: byte_model())
+    document = make_config(here, epochs=1).model_dump(mode="json", exclude_defaults=True)
+    config = here / "config.yaml"
+    config.write_text(yaml.safe_dump(document))
+    (here / "taken").write_text("")
+    table = "runs_file=taken/runs.jsonl"  # below a file
+    with pytest.raises(SystemExit):
+        cli.train_command(config, [table, "--rank", "33"])
+    assert "error: rank: got 33" in capsys.readouterr().err
+    result = cli.train_command(config, [table])
+    assert result.adapter.digest in capsys.readouterr().out
+    assert caplog.text.count("runs_file: the run is not in the table") == 2
+
+
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
@@ -111,6 +130,9 @@ def test_runs_are_listed_sorted_and_chosen(here: Path) -> None:
     refused = CliRunner().invoke(app, ["runs", "--sort", "size"])
     assert refused.exit_code == 1
     assert "sort: got 'size'" in refused.output
+    refused = CliRunner().invoke(app, ["runs", "--state", "fail"])
+    assert refused.exit_code == 1
+    assert "state: got 'fail', expected one of finished, failed" in refused.output
 
 
 def test_a_strangers_table_cannot_steer_a_terminal(here: Path) -> None:
@@ -153,5 +175,9 @@ def test_a_run_is_found_by_name_id_or_its_beginning() -> None:
     runs = [made(1), made(2), made(3, name="b")]
     assert find_run(runs, "a").id == "00000002"
     assert find_run(runs, "00000001").id == "00000001"
-    with pytest.raises(InvalidRequest, match="run: got 'c', expected"):
-        find_run(runs, "c")
+    long = [made(4, id="beef1234"), made(5, id="beef5678")]
+    assert find_run(long, "beef1").id == "beef1234"
+    assert find_run(long, "beef").id == "beef5678", "the newest"
+    for wanted in ("c", "bee"):  # three letters are no beginning
+        with pytest.raises(InvalidRequest, match=f"run: got '{wanted}', expected"):
+            find_run([*runs, *long], wanted)

@@ -9,12 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from reft_core.errors import InvalidRequest
 
-PATH_FIELDS = ("train", "valid", "test", "output", "report_dir", "runs_file")
-"""Relative ones count from the YAML file's folder; in an override, from the current folder."""
-
-SOURCE_FIELDS = ("model", "data")
-"""Like :data:`PATH_FIELDS` where such a file or folder exists; else a hub id or another name."""
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Label = Annotated[str, StringConstraints(max_length=256)]

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from reft_core.errors import TrainingError, explain
 from reft_core.spec import TemplateSpec
-from trainer.config.base import PATH_FIELDS, SOURCE_FIELDS
 from trainer.config.train import TrainConfig
 from trainer.nearest import nearest
+from trainer.paths import PATH_FIELDS, SOURCE_FIELDS, is_local
 from trainer.sections import without_sections
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -58,7 +58,7 @@ def _config_of(values: dict[str, Any], overrides: Sequence[str], place: str) -> 
 
 def _absolute(source: str) -> str:
     """``source`` as a path from the root if there is such a file or folder, else as it is."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    return str(Path(source).resolve()) if is_local(source) else source
 
 
 def _relative_to(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _relative_to(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(values.get(key), str):
             values[key] = str(folder / values[key])
     for key in SOURCE_FIELDS:  # a hub id looks like a relative path, so look for it
-        if isinstance(values.get(key), str) and (folder / values[key]).exists():
+        if isinstance(values.get(key), str) and is_local(str(folder / values[key])):
             values[key] = str(folder / values[key])
     return values
 

@@ -42,8 +42,9 @@ class LoopSettings(Settings):
     prefix_cache_mb: int = Field(
         default=4096,
         ge=0,
-        description="memory for what a frozen base computes once: keys and values of unedited prompt "
-        "beginnings, states below the first edited layer, or what a head alone reads of an encoder",
+        description="memory for what a frozen base computes once: keys and values of unedited "
+        "prompt beginnings, states below the first edited layer, or what a head alone reads of an "
+        "encoder",
     )
 
     eval_steps: int | None = Field(

@@ -14,8 +14,8 @@ from trainer.config.loop import LoopSettings
 from trainer.config.method import MethodSettings
 from trainer.data.sources import SUFFIXES
 from trainer.nearest import nearest
+from trainer.paths import RUNS_FILE
 from trainer.presets import PRESETS, with_preset
-from trainer.runs import RUNS_FILE
 
 
 def _own_name(values: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from reft_core.classification import EncoderEngine
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.engine import EmbeddedEngine
 from reft_core.errors import InvalidRequest, ReftError
-from reft_core.loading import Dtype, LoadedModel, kind_of, load_any
+from reft_core.loading import Dtype, LoadedModel, load_any, model_kind
 from reft_core.spec import TemplateSpec
 from trainer.data.templates import LABEL_TEMPLATE, PLAIN_TEMPLATE
 from trainer.evaluation.asking.engine import Encoding, EngineAsker
@@ -85,8 +85,8 @@ def open_local(
     reading and loading do.
     """
     read = [adapter for path in adapters for adapter in read_adapters(path)]
-    kind = kind_of(model, field="model")
     loaded = load_any(model, dtype=dtype, device=device)
+    kind = model_kind(loaded.model.config)
     for adapter in read:
         check_fits(adapter.spec, loaded.description)
     labels = next((a.spec.task.labels for a in read if a.spec.task.labels), ())

@@ -11,7 +11,7 @@ from typing import Any
 
 from reft_core.errors import TrainingError, explain
 from trainer.data import Example, RowFormat, Turn
-from trainer.data.columns import KINDS, ColumnNames
+from trainer.data.columns import ALIASES, KINDS, ColumnNames
 from trainer.data.reading import read_source
 from trainer.data.sources import find_split
 
@@ -156,6 +156,7 @@ def with_labels(rows: RowSet, labels: Sequence[str]) -> RowSet:
 def _is_text_alone(row: object) -> bool:
     """Whether a row has a text and nothing that would be asked or answered."""
     asked = {"label", "text_pair", *KINDS["instruction"][0], *KINDS["messages"][0]}
+    asked |= {theirs for theirs, ours in ALIASES.items() if ours in asked}
     return isinstance(row, Mapping) and "text" in row and not asked & set(row)
 
 

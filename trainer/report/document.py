@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import PATH_FIELDS, SOURCE_FIELDS, TrainConfig
-from trainer.evaluation.scoring import METRICS, Answered
+from trainer.evaluation.scoring import METRICS, answered
+from trainer.paths import shown_config, shown_path
 
 if TYPE_CHECKING:
     from trainer.evaluation.splits import Evaluation, Sample
@@ -42,7 +41,7 @@ def to_document(result: TrainResult) -> dict[str, Any]:
             "num_parameters": result.num_base_parameters,
             **spec.base.model_dump(mode="json"),
         },
-        "config": _shown_config(config),
+        "config": shown_config(config),
         "given": sorted(config.model_fields_set - chosen),
         "choices": {c.setting: {"value": str(c.value), "why": c.reason} for c in result.choices},
         "remarks": list(result.remarks),
@@ -85,27 +84,6 @@ def _row_scores(
     metric: str, samples: tuple[Sample, ...], answers: list[str]
 ) -> list[float] | list[None]:
     """A score for each row; None for all where the metric is of whole sets alone."""
-    rows = [
-        Answered((sample.reference,), answer=sample.reference, text=answer, predicted=answer)
-        for sample, answer in zip(samples, answers, strict=True)
-    ]
+    rows = answered(answers, [sample.reference for sample in samples])
     scores = METRICS[metric].row_scores(rows)
     return [None] * len(rows) if scores is None else [round(each, _DIGITS) for each in scores]
-
-
-def shown_path(path: Path) -> str:
-    """``path`` from where the command was given, if it lies there; a report is made to travel."""
-    path = path.absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _shown_config(config: TrainConfig) -> dict[str, object]:
-    """The config as JSON values, with paths as :func:`shown_path` gives them."""
-    document: dict[str, object] = config.model_dump(mode="json")
-    for field in PATH_FIELDS:
-        if (path := getattr(config, field)) is not None:
-            document[field] = shown_path(path)
-    for field in SOURCE_FIELDS:  # a path, or a name on a hub
-        if (name := getattr(config, field)) is not None and Path(name).is_absolute():
-            document[field] = shown_path(Path(name))
-    return document

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_core.adapter import write_durably
@@ -17,14 +16,10 @@ if TYPE_CHECKING:
 DOCUMENT = "report.json"
 
 
-def write_report(result: TrainResult) -> Path:
-    """Write :data:`DOCUMENT`, :data:`PAGE` and :data:`CARD` into the run's report folder.
-
-    Returns where the page is.
-    """
+def write_report(result: TrainResult) -> None:
+    """Write :data:`DOCUMENT`, :data:`PAGE` and :data:`CARD` into the run's report folder."""
     folder, document = result.config.report_dir, to_document(result)
     text = json.dumps(document, indent=1, ensure_ascii=False)
     write_durably(folder / DOCUMENT, text.encode())
     write_durably(folder / PAGE, render_page(document).encode())
     write_durably(folder / CARD, model_card(result.adapter).encode())
-    return folder / PAGE

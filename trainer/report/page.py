@@ -41,7 +41,6 @@ def render_page(document: Mapping[str, Any]) -> str:
         defaults=_defaults(document),
         best=document["epochs"][document["best_epoch"]],
         visible=lambda text: text.translate(_VISIBLE),
-        shown=_shown,
     )
 
 

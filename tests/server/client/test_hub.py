@@ -94,9 +94,13 @@ def test_what_was_fetched_serves_without_a_connection(
     hub: Hub, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push_to_hub(file, "me/tone")
-    fetch_adapter("me/tone", MAX_BYTES)
+    hub.repos["me/other"] = {"main": {"b.safetensors": b"other", "notes.txt": b""}}
+    fetched = [fetch_adapter(name, MAX_BYTES) for name in ("me/tone", "me/other")]
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert fetch_adapter("me/tone", MAX_BYTES).read_bytes() == file.read_bytes()
+    assert [fetch_adapter(name, MAX_BYTES) for name in ("me/tone", "me/other")] == fetched
+    with pytest.raises(AdapterTooLarge, match="5 bytes', expected at most 4"):
+        fetch_adapter("me/other", 4)
     with pytest.raises(InvalidRequest, match=r"no connection to http://127.0.0.1:9"):
         fetch_adapter("me/another", MAX_BYTES)
 
@@ -111,6 +115,12 @@ def test_what_a_repository_lacks_is_said(hub: Hub) -> None:
         fetch_adapter("me/a", 98)
     with pytest.raises(InvalidRequest, match="and not 2"):
         fetch_adapter("me/two", MAX_BYTES)
+
+
+@pytest.mark.parametrize("name", ["me/a--b", "me/a..b", "me/tone.git", "me/.x"])
+def test_a_name_that_no_hub_has_is_told(hub: Hub, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"adapters: got '{name}', expected a name that a hub"):
+        fetch_adapter(name, MAX_BYTES)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ def test_rows_of_text_alone_are_read_and_not_asked(tmp_path: Path) -> None:
         ("2", (), ("Twice.",)),
     ]
     assert task_of(found.rows).metrics == ("loss", "perplexity")
+    # Others' names for what is asked or answered are no lesser columns.
+    (labelled,) = rows_of(tmp_path, {"text": "x", "intent": "a"}).rows
+    assert (labelled.answer, labelled.choices) == ("a", ("a",))
     with pytest.raises(InvalidRequest, match=r"metrics: got 'bleu'.*no question.*test.jsonl:1"):
         chosen_metrics(["bleu"], found.rows)
     with pytest.raises(TrainingError, match=r"test.jsonl:2: has no 'label'"):

@@ -24,6 +24,8 @@ from trainer.evaluation.local import contenders_of
 from trainer.evaluation.rows import Row, read_rows
 
 LABELS = ("a", "b c", "d")
+NESTED = ("a", "a b", "d")
+"""One begins another, so that the end token of each counts."""
 MAX_TOKENS = 4
 
 
@@ -41,16 +43,16 @@ def adapter(kind: str) -> Adapter:
     return random_adapter(loaded(kind).description, seed=2, method="loreft", positions="prompt")
 
 
-def slow_reply(kind: str, contender: Contender, row: Row) -> Reply:
+def slow_reply(kind: str, contender: Contender, row: Row, *, whole: bool) -> Reply:
     """One unpadded row at a time, the decoder reading each answer whole."""
     model, tokenizer = loaded(kind).model, ending_tokenizer()
     prompt = tokenizer(row.question)["input_ids"]
     stack = [] if contender.adapter is None else [(contender.adapter, 1.0)]
     encoded = reference_encode(model.get_encoder(), prompt, stack, NUM_LAYERS)
 
-    def logprob(text: str, *, whole: bool = False) -> float:
+    def logprob(text: str, *, whole: bool = whole) -> float:
         answer = tokenizer(text)["input_ids"]
-        answer = answer if whole else answer[:-1]  # no candidate begins another
+        answer = answer if whole else answer[:-1]
         read = torch.tensor([[model.config.decoder_start_token_id, *answer[:-1]]])
         logits = model(encoder_outputs=encoded, decoder_input_ids=read).logits[0]
         return float(logits.double().log_softmax(-1)[range(len(answer)), answer].sum())
@@ -66,17 +68,20 @@ def slow_reply(kind: str, contender: Contender, row: Row) -> Reply:
     )
 
 
+@pytest.mark.parametrize(("labels", "whole"), [(LABELS, False), (NESTED, True)])
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_base_and_adapter_equal_each_row_alone(kind: str, tmp_path: Path) -> None:
+def test_base_and_adapter_equal_each_row_alone(
+    kind: str, labels: tuple[str, ...], whole: bool, tmp_path: Path
+) -> None:
     texts = ["a b c", "d", "e f g h", "p o", "c c"]
-    rows = [{"text": text, "label": LABELS[n % 3]} for n, text in enumerate(texts)]
-    read = read_rows(write_rows(tmp_path / "test.jsonl", list(rows)), labels=LABELS)
+    rows = [{"text": text, "label": labels[n % 3]} for n, text in enumerate(texts)]
+    read = read_rows(write_rows(tmp_path / "test.jsonl", list(rows)), labels=labels)
     contenders = contenders_of(served(kind), [None, adapter(kind)], "float32", "plain")
     wanted = Wanted(text=True, choice=True, loss=True, max_tokens=MAX_TOKENS)
     questions = [Question(c, row, wanted) for row in read.rows for c in contenders]
     found = dict(Seq2SeqAsker(served(kind), batch=3).ask(questions))
     for place, question in enumerate(questions):
-        expected = slow_reply(kind, question.contender, question.row)
+        expected = slow_reply(kind, question.contender, question.row, whole=whole)
         reply = found[place]
         assert (reply.text, reply.finish_reason) == (expected.text, expected.finish_reason)
         assert reply.logprobs == pytest.approx(expected.logprobs, abs=1e-4)

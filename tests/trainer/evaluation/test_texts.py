@@ -58,5 +58,3 @@ def test_confusion_counts_answers_by_reference() -> None:
     matrix = confusion(["a", "b", "c"], [" a", "b", "what?", "b"], ["a", "a", "b", "b"])
     assert matrix.counts["a"] == {"a": 1, "b": 1, "c": 0, OTHER: 0}
     assert matrix.counts["b"] == {"a": 0, "b": 1, "c": 0, OTHER: 1}
-    assert matrix.accuracy("a") == 0.5
-    assert matrix.accuracy("c") is None

@@ -12,9 +12,10 @@ import pytest
 
 from tests.trainer import test_kinds as kinds
 from tests.trainer.factories import byte_model, make_config, write_rows
+from trainer.evaluation.scoring import OTHER
 from trainer.report.chart import Series, line_chart
 from trainer.report.document import to_document
-from trainer.report.page import render_page
+from trainer.report.page import Cell, _matrix, render_page
 from trainer.train import train
 
 HOSTILE = '<script>alert("1")</script>&amp;<b onclick=x>'
@@ -55,7 +56,7 @@ def test_a_strangers_text_is_text(document: dict[str, Any]) -> None:
     reader = Reader(page)
     assert "<script" not in page
     assert not reader.named("script")
-    assert not reader.named("b") or all("onclick" not in attrs for attrs in reader.named("b"))
+    assert all("onclick" not in attrs for _, attrs in reader.elements)
     assert reader.text.count(HOSTILE) >= 3  # description, row and command
     policy = next(a for a in reader.named("meta") if "http-equiv" in a)
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
@@ -71,7 +72,11 @@ def test_every_string_of_a_document_may_be_hostile(document: dict[str, Any]) -> 
             return [poisoned(inner) for inner in value]
         return f"{value}{HOSTILE}" if isinstance(value, str) else value
 
-    kept = {name: document[name] for name in ("base", "given", "sample_metric")}
+    kept = {name: document[name] for name in ("given", "sample_metric")}
+    kept["base"] = poisoned(document["base"]) | {"kind": document["base"]["kind"]}
+    labels = [f"{HOSTILE}{label}" for label in "yn"]
+    counts = {label: {**dict.fromkeys(labels, 1), OTHER: 1} for label in labels}
+    kept["confusion"] = {f"test{HOSTILE}": counts}
     reader = Reader(render_page(poisoned(document) | kept))
     assert not reader.named("script")
     assert all("onclick" not in attrs for _, attrs in reader.elements)
@@ -90,16 +95,28 @@ def test_the_page_needs_nothing_else(document: dict[str, Any]) -> None:
 
 def test_it_shows_what_was_measured_chosen_and_edited(document: dict[str, Any]) -> None:
     reader = Reader(render_page(document))
-    for fact in (document["adapter"]["digest"], "label_choice", "kept apart", "Answers by label"):
-        assert fact in reader.text or fact == "kept apart"
+    for fact in (document["adapter"]["digest"], "label_choice", "Answers by label"):
+        assert fact in reader.text
     for choice in document["choices"].values():
         assert choice["why"] in reader.text
     marks = reader.named("mark")
     assert [mark["class"] for mark in marks] == ["unit0", "unit1", "unit1"]
     assert marks[0]["title"] == "position 0, unit 0"
-    counts = [c for c in reader.named("td") if "count" in (c.get("class") or "").split()]
-    assert len(counts) >= 2 * 2 * 2  # two splits of two labels
     assert document["environment"]["torch"] in reader.text
+
+
+def test_a_matrix_counts_answers_by_right_label() -> None:
+    counts = {"a": {"a": 3, "b": 1, OTHER: 0}, "b": {"a": 0, "b": 0, OTHER: 0}}
+    matrix = _matrix("valid", counts)
+    assert matrix.columns == ["a", "b"], "no column for answers that nobody gave"
+    (name, cells, share), empty = matrix.rows
+    assert (name, share) == ("a", 0.75)
+    assert cells == [Cell(3, 0.75, True), Cell(1, 0.25, False)]
+    assert empty == ("b", [Cell(0, 0, False), Cell(0, 0, True)], None)
+    counts["b"][OTHER] = 2
+    other = _matrix("valid", counts)
+    assert other.columns == ["a", "b", OTHER]
+    assert other.rows[1] == ("b", [Cell(0, 0, False), Cell(0, 0, True), Cell(2, 1, False)], 0)
 
 
 def test_charts_have_a_line_for_each_measure_and_say_what_they_are(

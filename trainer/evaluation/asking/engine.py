@@ -79,9 +79,9 @@ class Encoding:
             raise InvalidRequest.because(f"{row.where}: text", got, "at least 2, to predict one")
         return tokens
 
-    def num_counted(self, row: Row) -> tuple[int, ...]:
-        """How many tokens of each of a row's candidates its likelihood is of."""
-        return self._num_counted(row.candidates)
+    def num_counted(self, question: Question) -> tuple[int, ...]:
+        """How many tokens of each candidate that is asked about its likelihood is of."""
+        return self._num_counted(question.row.candidates) if question.wanted.choice else ()
 
     def _count(self, candidates: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(map(len, counted([self._tokens_of(text) for text in candidates])))
@@ -163,8 +163,7 @@ class EngineAsker:
         for place, question in enumerate(questions):
             contender = question.contender
             parts = self._encoding.parts(question)
-            num_counted = self._encoding.num_counted(question.row)
-            asked = _Asked(place, question, parts, num_counted)
+            asked = _Asked(place, question, parts, self._encoding.num_counted(question))
             chosen = self._chosen(contender)
             prompt = self._encoding.prompt(question)
             room = self._engine.max_model_len - _num_virtual(question) - len(prompt)
@@ -231,9 +230,7 @@ class _Asked:
         """What the requests found, once all have ended."""
         row, wanted = self.question.row, self.question.wanted
         ids = [token.token_id for token in self.tokens.get(_TEXT, ())]
-        logprobs: tuple[float, ...] = ()
-        if wanted.choice:
-            logprobs = tuple(self._logprob(str(n), each) for n, each in enumerate(self.num_counted))
+        logprobs = tuple(self._logprob(str(n), each) for n, each in enumerate(self.num_counted))
         loss, num_tokens = 0.0, 0
         if wanted.loss:
             name = _LOSS if _LOSS in self.parts else _place_in(row)

@@ -81,9 +81,10 @@ class Reply:
     logprobs: tuple[float, ...] = ()
     """Natural log of each candidate's probability, in the row's order, of the tokens that count."""
     loss: float = 0.0
-    """Nats over the first reference's tokens, its end token included."""
+    """Nats over the first reference's tokens, its end token included; of a text that is only read,
+    over all but its first."""
     num_tokens: int = 0
-    """Of the first reference."""
+    """Of those."""
 
     def to_json(self) -> dict[str, object]:
         """As JSON values."""

@@ -68,11 +68,15 @@ TEXT_METRICS: Mapping[str, Metric] = {
 def score(name: str, answers: Sequence[str], references: Sequence[str]) -> float:
     """One of :data:`TEXT_METRICS` of plain answers, each with one reference."""
     assert answers, "no answers to score"
-    rows = [
+    return value_of(TEXT_METRICS[name], answered(answers, references))
+
+
+def answered(answers: Sequence[str], references: Sequence[str]) -> list[Answered]:
+    """Plain answers, each with one reference, as metrics look at them."""
+    return [
         Answered((reference,), answer=reference, text=answer, predicted=answer)
         for answer, reference in zip(answers, references, strict=True)
     ]
-    return value_of(TEXT_METRICS[name], rows)
 
 
 __all__ = [
@@ -89,6 +93,7 @@ __all__ = [
     "RowMean",
     "Statistic",
     "TextCheck",
+    "answered",
     "confusion",
     "score",
     "value_of",

@@ -18,12 +18,6 @@ class Confusion:
     counts: Mapping[str, Mapping[str, int]]
     """For each reference label, the answers given; :data:`OTHER` for no label at all."""
 
-    def accuracy(self, label: str) -> float | None:
-        """Share of this label's rows answered with it; None if it has no rows."""
-        row = self.counts[label]
-        total = sum(row.values())
-        return row[label] / total if total else None
-
 
 def confusion(
     labels: Sequence[str], answers: Sequence[str], references: Sequence[str]
