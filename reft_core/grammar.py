@@ -72,9 +72,11 @@ class Grammar:
     be given a grammar compiled anew.
     """
 
-    def __init__(self, make_matcher: Callable[[], Any]) -> None:
+    def __init__(self, make_matcher: Callable[[], Any], lark: str = "") -> None:
         self.make_matcher = make_matcher
         """A new matcher, at the beginning, with an automaton of its own."""
+        self.lark = lark
+        """The same in llguidance's Lark notation."""
         self.matcher = make_matcher()
         """One that stays at the beginning."""
         self.is_worn = False
@@ -148,7 +150,8 @@ class GrammarCompiler:
         self.check_size(spec)
         self.prepare()
         try:
-            grammar = Grammar(lambda: self._make_matcher(spec))
+            text = self._translate(spec)
+            grammar = Grammar(lambda: self._make_matcher(text), _as_lark(text))
         except ValueError as error:
             raise _invalid(spec, str(error)) from error
         # Some grammars turn out to allow nothing, or to be too complex, only when asked.
@@ -158,10 +161,8 @@ class GrammarCompiler:
             raise _invalid(spec, grammar.matcher.get_error())
         return grammar
 
-    def _make_matcher(self, spec: GrammarSpec) -> Any:
-        """A matcher of the library; its errors are its state. Raises ValueError for a text that
-        cannot be read.
-        """
+    def _make_matcher(self, text: str) -> Any:
+        """A matcher of the library for a grammar in its own form; its errors are its state."""
         guide, limits = self._guide, self._limits
         bounds = guide.LLParserLimits(
             initial_lexer_fuel=limits.lexer_steps,
@@ -172,7 +173,7 @@ class GrammarCompiler:
             verbose_errors=False,
         )
         return run_in_own_thread(
-            lambda: guide.LLMatcher(self._trie, self._translate(spec), log_level=0, limits=bounds),
+            lambda: guide.LLMatcher(self._trie, text, log_level=0, limits=bounds),
             stack_bytes=max(_LEAST_STACK_BYTES, limits.max_bytes * _STACK_BYTES_PER_BYTE),
         )
 
@@ -198,6 +199,11 @@ class _Answer:
         self._matcher = grammar.matcher.deep_copy()
         self._shares_automaton = True
         self._accepted: list[int] = []
+
+    @property
+    def lark(self) -> str:
+        """See :class:`Constraint`."""
+        return self._grammar.lark
 
     def allowed(self) -> Tensor:
         """(V,) bool: the tokens that may come next."""
@@ -235,6 +241,17 @@ class _Answer:
         """Raise ValueError if the matcher is in an error."""
         if self._matcher.is_error():
             raise ValueError(_gist(self._matcher.get_error()))
+
+
+def _as_lark(text: str) -> str:
+    """A grammar in the library's own form, one part of JSON, in Lark's notation."""
+    if not text.startswith("{"):
+        return text
+    (part,) = json.loads(text)["grammars"]
+    if part["lark_grammar"] is not None:
+        lark: str = part["lark_grammar"]
+        return lark
+    return f"start: %json {json.dumps(part['json_schema'])}"
 
 
 def _one_of(choices: list[str]) -> str:

@@ -13,6 +13,11 @@ class Constraint(Protocol):
     Used by the engine's thread alone. What a method raises ends its request, and no other.
     """
 
+    @property
+    def lark(self) -> str:
+        """All of the form as a grammar in llguidance's Lark notation, for an engine that has a
+        matcher of its own."""
+
     def allowed(self) -> Tensor:
         """(V,) bool, on the CPU: the tokens that may come next.
 

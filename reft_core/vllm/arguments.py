@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from reft_core.engine.config import EngineConfig
 from reft_core.errors import InvalidRequest, UnsupportedFeature, UnsupportedModel
-from reft_core.loading import Dtype
+from reft_core.loading import Dtype, LoadedModel
 from reft_core.sites import ModelDescription
 
 FIELD = "vllm_args"
@@ -33,7 +35,8 @@ _OURS = {
 }
 """Arguments of vLLM that a setting of ours decides, and which."""
 _FIXED = {
-    "skip_tokenizer_init": "requests come as token ids",
+    "skip_tokenizer_init": "grammars need the tokenizer that the server has",
+    "structured_outputs_config": "grammars are compiled by the server first",
     "logprobs_mode": "log-probabilities are the model's own",
     "max_logprobs": "the server has a limit of its own",
     "scheduling_policy": "requests have priorities",
@@ -94,9 +97,10 @@ def context_of(config: EngineConfig, model: ModelDescription) -> int:
 
 
 def engine_args(
-    model: str, description: ModelDescription, dtype: Dtype, config: EngineConfig, opts: VllmOptions
+    model: str, loaded: LoadedModel, dtype: Dtype, config: EngineConfig, opts: VllmOptions
 ) -> Any:
-    """``AsyncEngineArgs`` for the model in this folder, or of this hub id.
+    """``AsyncEngineArgs`` for the model in this folder, or of this hub id, which is ``loaded``
+    here but for its weights.
 
     Raises :class:`InvalidRequest` for an argument that vLLM has not, or that is not for the
     operator to pass, and for a setting that this engine has no use for.
@@ -111,7 +115,7 @@ def engine_args(
         "model": model,
         "dtype": dtype,
         # vLLM chooses a token even after a prompt that is only read; it needs a place.
-        "max_model_len": min(config.max_model_len + 1, description.max_positions),
+        "max_model_len": min(config.max_model_len + 1, loaded.description.max_positions),
         "max_num_seqs": config.max_num_seqs,
         "enable_prefix_caching": config.prefix_cache_bytes > 0,
         "enforce_eager": not config.cuda_graphs,
@@ -119,7 +123,9 @@ def engine_args(
         "pipeline_parallel_size": opts.pipeline_parallel_size,
         "data_parallel_size": opts.data_parallel_size,
         "distributed_executor_backend": opts.distributed_executor_backend,
-        "skip_tokenizer_init": True,
+        # Requests come as token ids; grammars need to know what tokens are called.
+        "skip_tokenizer_init": not isinstance(loaded.tokenizer, PreTrainedTokenizerFast),
+        "structured_outputs_config": {"backend": "guidance"},
         "generation_config": "vllm",
         "scheduling_policy": "priority",
         "async_scheduling": False,  # the plugin has not been tested with it

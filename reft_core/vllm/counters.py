@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerBase
+
+from reft_core.adapter import Adapter
+from reft_core.engine.interface import EngineStats
+from reft_core.sites import ModelDescription
 
 
 @dataclass
@@ -46,6 +51,44 @@ class Counters:
                 pass
 
         return Told
+
+    def stats(
+        self,
+        vllm_config: Any,
+        model: ModelDescription,
+        *,
+        token_bytes: int,
+        num_open: int,
+        adapters: Sequence[Adapter],
+        num_edits_applied: int,
+    ) -> EngineStats:
+        """All that is known, with what the engine knows itself; ``token_bytes`` of one number of
+        a key or value."""
+        cache, num_ranks = vllm_config.cache_config, vllm_config.parallel_config.data_parallel_size
+        num_blocks = cache.num_gpu_blocks or 0  # of all ranks together
+        usage = sum(self.kv_usage.values()) / num_ranks
+        num_running = sum(self.running.values())
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=max(0, num_open - num_running),
+            num_slots=vllm_config.scheduler_config.max_num_seqs * num_ranks,
+            kv_tokens_used=round(usage * num_blocks) * cache.block_size,
+            kv_tokens_capacity=num_blocks * cache.block_size,
+            num_resident_adapters=len(adapters),
+            resident_adapter_bytes=sum(adapter.resident_bytes for adapter in adapters),
+            prompt_tokens_total=self.prompt_tokens,
+            generated_tokens_total=self.generated_tokens,
+            edits_applied_total=num_edits_applied,
+            prefill_steps_total=self.prefill_steps,
+            decode_steps_total=self.decode_steps,
+            cached_tokens_total=self.cached_tokens,
+            cached_blocks=0,
+            preemptions_total=self.preemptions,
+            free_cached_blocks=num_blocks - round(usage * num_blocks),
+            max_cached_blocks=num_blocks,
+            kv_token_bytes=2 * model.num_layers * model.num_kv_heads * model.head_dim * token_bytes,
+            block_tokens=cache.block_size,
+        )
 
     def add(self, scheduler: Any, iteration: Any, rank: int) -> None:
         """Count one step of one rank, given vLLM's ``SchedulerStats`` and ``IterationStats``."""

@@ -91,10 +91,9 @@ class VllmEngine(Host[Running]):
         """
         super().__init__(config)
         arguments.prepare_environment()
-        args = arguments.engine_args(model, loaded.description, dtype, config, options)
+        args = arguments.engine_args(model, loaded, dtype, config, options)
         self._loaded = loaded
         self._max_model_len = arguments.context_of(config, loaded.description)
-        self._num_ranks = options.data_parallel_size
         self._itemsize = getattr(torch, dtype).itemsize
         self._counters = Counters()
         self._num_edits_applied = 0
@@ -142,10 +141,10 @@ class VllmEngine(Host[Running]):
     def submit(self, request: Request, sink: OutputSink) -> Ticket:
         """Accept a request; see :meth:`interface.Engine.submit`."""
         check_tokens(request, self.model.vocab_size)
-        if request.constraint is not None:
+        if request.constraint is not None and self._vllm_config.model_config.skip_tokenizer_init:
             raise UnsupportedFeature(
-                "constraint: the vLLM engine does not constrain answers; the embedded engine "
-                "(reft serve --engine embedded) does",
+                "constraint: vLLM constrains answers by a fast tokenizer, which this model has "
+                "not; the embedded engine (reft serve --engine embedded) needs none",
                 field="constraint",
             )
         request = as_scored(request)
@@ -197,37 +196,13 @@ class VllmEngine(Host[Running]):
     def stats(self) -> EngineStats:
         """Counters and gauges as of the last step. Of its prefix cache vLLM tells the hits alone,
         and of prompts those that were read to their end."""
-        counters, cache = self._counters, self._vllm_config.cache_config
-        adapters = list(self._adapters.values())
-        num_blocks = cache.num_gpu_blocks or 0
-        capacity = num_blocks * cache.block_size
-        usage = sum(counters.kv_usage.values()) / self._num_ranks
-        num_running = sum(counters.running.values())
-        model = self.model
-        return EngineStats(
-            num_running=num_running,
-            num_waiting=max(0, len(self._open) - num_running),
-            num_slots=self._config.max_num_seqs * self._num_ranks,
-            kv_tokens_used=round(usage * capacity),
-            kv_tokens_capacity=capacity,
-            num_resident_adapters=len(adapters),
-            resident_adapter_bytes=sum(adapter.resident_bytes for adapter in adapters),
-            prompt_tokens_total=counters.prompt_tokens,
-            generated_tokens_total=counters.generated_tokens,
-            edits_applied_total=self._num_edits_applied,
-            prefill_steps_total=counters.prefill_steps,
-            decode_steps_total=counters.decode_steps,
-            cached_tokens_total=counters.cached_tokens,
-            cached_blocks=0,
-            preemptions_total=counters.preemptions,
-            free_cached_blocks=num_blocks - round(usage * num_blocks),
-            max_cached_blocks=num_blocks,
-            kv_token_bytes=2
-            * model.num_layers
-            * model.num_kv_heads
-            * model.head_dim
-            * self._itemsize,
-            block_tokens=cache.block_size,
+        return self._counters.stats(
+            self._vllm_config,
+            self.model,
+            token_bytes=self._itemsize,
+            num_open=len(self._open),
+            adapters=list(self._adapters.values()),
+            num_edits_applied=self._num_edits_applied,
         )
 
     def start(self) -> None:
@@ -392,7 +367,13 @@ class VllmEngine(Host[Running]):
         if not self._llm.errored:
             task = asyncio.ensure_future(unload_adapter_async(self._llm, file_digest))
             self._unloading.add(task)  # the loop itself keeps no task alive
-            task.add_done_callback(self._unloading.discard)
+            task.add_done_callback(self._unloaded)
+
+    def _unloaded(self, task: asyncio.Future[None]) -> None:
+        """Forget the call, but for what went wrong."""
+        self._unloading.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("vLLM's workers did not unload an adapter", exc_info=task.exception())
 
     async def _shut_down(self) -> None:
         """End every request, then vLLM."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm import SamplingParams
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from reft_core.engine.interface import Request
 from reft_core.vllm.request import to_extra_args
@@ -52,10 +52,17 @@ def to_vllm(request: Request, stop_ids: frozenset[int]) -> SamplingParams:
         prompt_logprobs=_num_prompt_logprobs(request),
         flat_logprobs=True,
         detokenize=False,
+        structured_outputs=_form(request),
         output_kind=RequestOutputKind.DELTA,
         extra_args=to_extra_args(request) or None,
         skip_clone=True,
     )
+
+
+def _form(request: Request) -> StructuredOutputsParams | None:
+    """What the answer must look like, for the backend of vLLM that has our grammars' library."""
+    constraint = request.constraint
+    return None if constraint is None else StructuredOutputsParams(grammar=constraint.lark)
 
 
 def _num_prompt_logprobs(request: Request) -> int | None:

@@ -46,8 +46,9 @@ def test_sites_that_are_not_armed_are_named(lab: Lab) -> None:
         lab.engine.load_adapter(adapter)
 
 
-def test_constrained_answers_are_for_the_embedded_engine(lab: Lab) -> None:
+def test_constrained_answers_need_a_tokenizer(lab: Lab) -> None:
     class AnyToken:
+        lark = "start: /.*/"
         is_finished = False
 
         def allowed(self) -> torch.Tensor:

@@ -9,14 +9,20 @@ import pytest
 from reft_core.engine.config import EngineConfig
 from reft_core.engine.interface import AdapterChoice, Request, SamplingParams
 from reft_core.errors import InvalidRequest
+from reft_core.loading import LoadedModel
 from reft_core.vllm.arguments import VllmOptions, engine_args, vllm_config
+from tests.factories import NoTokenizer
+from tests.server.fakes import make_tokenizer
 from tests.vllm.tiny import TinyWorld
 
 
-def args_of(world: TinyWorld, config: EngineConfig | None = None, **options: Any) -> Any:
+def args_of(
+    world: TinyWorld, config: EngineConfig | None = None, tokenizer: Any = None, **options: Any
+) -> Any:
+    loaded = LoadedModel(world.model, tokenizer, world.description)
     return engine_args(
         world.model_path,
-        world.description,
+        loaded,
         "float32",
         config or EngineConfig(max_model_len=512),
         VllmOptions(**options),
@@ -40,6 +46,13 @@ def test_settings_become_vllms_arguments(world: TinyWorld) -> None:
     sizes = (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size)
     assert sizes == (2, 3, 4)
     assert (args.distributed_executor_backend, args.gpu_memory_utilization) == ("ray", 0.5)
+
+
+def test_grammars_are_for_models_with_a_fast_tokenizer(world: TinyWorld) -> None:
+    args = args_of(world, tokenizer=make_tokenizer())
+    assert args.skip_tokenizer_init is False
+    assert args.structured_outputs_config == {"backend": "guidance"}
+    assert args_of(world, tokenizer=NoTokenizer()).skip_tokenizer_init is True
 
 
 def test_the_context_ends_where_the_models_does(world: TinyWorld) -> None:
