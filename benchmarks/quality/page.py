@@ -34,8 +34,9 @@ _READING = """## How to read the tables
   replacement a thousand times. Differences are of the same rows in the same draws. With one seed
   they know nothing of seeds.
 - **No test row chose anything.** Learning rates, and positions where they were searched, are
-  those of the best validation figure with seed 0 (what was tried is listed under each table);
-  the test split is read afterwards, once for each seed.
+  those of the best validation figure with seed 0 (what was tried is listed under each table; a
+  method that is not there has the setting of an earlier development run); the test split is read
+  afterwards, once for each seed.
 - **Untrained** is the base asked as the adapters are. Where answers are labels, the wording of
   its prompt is the best of several on validation rows, and all methods have the same.
 - **LoRA** is ours on causal models, which reads what prompts have in common once, and PEFT's on
@@ -103,7 +104,7 @@ def _verdict_lines(verdicts: Sequence[Verdict]) -> Iterable[str]:
 
 
 def _how(documents: Sequence[Document]) -> str:
-    runs = [each for document in documents for each in document["provenance"].values()]
+    runs = [each for doc in documents for some in doc["provenance"].values() for each in some]
     machines = sorted({f"{run['cpu']}, {run['threads']} thread" for run in runs})
     versions = sorted({f"torch {run['torch']}, transformers {run['transformers']}" for run in runs})
     commits = sorted({run["commit"] for run in runs})
@@ -138,9 +139,10 @@ def _task(document: Document) -> str:
 
 
 def _about(document: Document) -> str:
+    steps = max(result["steps"] for result in document["results"])
     parts = [
-        f"{document['train_rows']:,} training rows, {document['valid_rows']:,} of validation, "
-        f"{document['test_rows']:,} of {document['of_test_rows']:,} test rows"
+        f"{document['train_rows']:,} training rows, {steps} steps, {document['valid_rows']:,} of "
+        f"validation, {document['test_rows']:,} of {document['of_test_rows']:,} test rows"
         + (f", {document['labels']} labels" if document["labels"] else "")
         + "."
     ]

@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "choices": (
         "Multiple choice, by a causal model",
         "The answer is one of the choices behind `the correct answer is`, as in the LoReFT paper's "
-        "commonsense tasks; a row is right if its choice is the likeliest whole answer.",
+        "commonsense tasks; a row is right if its choice is the likeliest.",
     ),
     "text": (
         "Written answers, by a causal model",

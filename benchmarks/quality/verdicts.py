@@ -36,11 +36,6 @@ class Verdict:
             return "level"
         return "ahead" if (low > 0) != self.document["lower_is_better"] else "behind"
 
-    @property
-    def share(self) -> float:
-        """LoReFT's parameters over LoRA's."""
-        return float(self.reft["parameters"] / self.lora["parameters"])
-
 
 def verdict(document: Document) -> Verdict | None:
     """What there is to say of one task; None while one of the two has no figure."""
