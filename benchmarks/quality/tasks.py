@@ -207,13 +207,15 @@ _ASKED = {"instruction": "instruction", "input": "input", "completion": "complet
 def _text_task(
     name: str, trigger: str, metric: str, also: Sequence[str] = (), **config: Any
 ) -> QualityTask:
+    by_loss = metric == "loss"
     return QualityTask(
         name,
         "text",
         name,
-        WRITING,
+        {part: {**s, "metric": metric} if by_loss else s for part, s in WRITING.items()},
         _LABELLING
-        | {"batch_size": 8, "metrics": (metric,)}
+        | {"batch_size": 8}
+        | ({} if by_loss else {"metrics": (metric,)})
         | {"template": template("{content}\n", trigger)}
         | config,
         columns={**_ASKED, "references": "references"},

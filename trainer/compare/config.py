@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
@@ -52,6 +52,11 @@ class CompareConfig(BaseModel):
     )
     reference: str | None = Field(
         default=None, description="method that the others' differences are from; absent: none"
+    )
+    metric: Literal["loss", "perplexity"] | None = Field(
+        default=None,
+        description="of a causal model's free answers, in place of the config's first metric: how "
+        "likely the references are; absent: that metric",
     )
     measure_serving: int = Field(
         default=0,

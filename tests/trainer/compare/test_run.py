@@ -210,6 +210,16 @@ def test_a_text_is_right_if_it_is_any_of_its_rows_references(tmp_path: Path) -> 
     assert arena_for(task).value(answers, split) == 0.5
 
 
+def test_free_answers_are_compared_by_their_loss_if_that_is_asked_for(tmp_path: Path) -> None:
+    config = make_config(tmp_path, epochs=2, labels=None)
+    found = run(config, tmp_path, methods=("zero_shot", "loreft"), metric="loss")
+    base, edited = (found.finals[name][0] for name in ("zero_shot", "loreft"))
+    assert 0 < edited["test"]["loss"] < base["test"]["loss"]
+    assert len(edited["answers"]["losses"]) == 6
+    with pytest.raises(TrainingError, match="metric: got 'loss', expected none"):
+        run(make_config(tmp_path, **LABELS), tmp_path / "b", metric="loss")
+
+
 def test_a_method_is_asked_with_its_own_positions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
