@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import RESULTS
-from benchmarks.quality import together
+from benchmarks.quality import minute, together
 from benchmarks.quality.plan import GROUPS, NOT_RUN
 from benchmarks.quality.tables import number, shown, table
 from benchmarks.quality.tasks import SEEDS
@@ -53,9 +53,15 @@ def read_documents(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
-def render(documents: Sequence[Document]) -> str:
+def read_minute(folder: Path = RESULTS) -> dict[str, Any] | None:
+    """How long trainings took with the machine to themselves; None if that is not known."""
+    path = folder / f"{minute.NAME}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def render(documents: Sequence[Document], times: Document | None = None) -> str:
     """The page."""
-    parts = [_INTRO, _in_short(documents), _READING, _how(documents)]
+    parts = [_INTRO, _in_short(documents, times), _READING, _how(documents)]
     for group, (title, text) in GROUPS.items():
         own = [document for document in documents if document["group"] == group]
         if own:
@@ -64,12 +70,14 @@ def render(documents: Sequence[Document]) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _in_short(documents: Sequence[Document]) -> str:
+def _in_short(documents: Sequence[Document], times: Document | None) -> str:
     """One line a task: the smallest LoReFT beside LoRA, and in words where each is ahead."""
     verdicts = [found for document in documents if (found := verdict(document))]
     header = ["task", "base", "metric", "untrained", "head only", "LoReFT", "parameters", "LoRA"]
     rows = [_short_cells(found) for found in verdicts]
     lines = [f"- {line}" for line in _verdict_lines(verdicts)]
+    if times is not None:
+        lines.append(f"- {minute.sentence(times)}")
     summary = table([*header, "parameters", "LoReFT − LoRA", "CPU s"], rows)
     return "\n\n".join(["## In short", summary, "\n".join(lines)])
 

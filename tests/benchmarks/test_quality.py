@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.page import PAGE, read_documents, render, setting_text
+from benchmarks.quality.page import PAGE, read_documents, read_minute, render, setting_text
 from benchmarks.quality.plan import GROUPS, NOT_RUN
 from benchmarks.quality.rows import prepare
 from benchmarks.quality.run import PROVENANCE
@@ -54,7 +54,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_page_is_what_the_committed_results_make() -> None:
-    assert PAGE.read_text(encoding="utf-8") == render(read_documents())
+    assert PAGE.read_text(encoding="utf-8") == render(read_documents(), read_minute())
 
 
 def test_every_task_is_planned_and_compares_with_settings_that_exist() -> None:
