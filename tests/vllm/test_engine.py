@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from reft_core.errors import EngineUnavailable, UnsupportedFeature
+from reft_core.engine.interface import AdapterChoice
+from reft_core.errors import EngineUnavailable, RequestFailed, UnsupportedFeature
 from tests.conformance.lab import WAIT_S, Lab, greedy, make_lab
-from tests.factories import random_adapter, random_prefix_adapter, random_prompt
+from tests.factories import random_adapter, random_prefix_adapter, random_prompt, shift_adapter
 from tests.vllm.tiny import TinyWorld
 
 SHORT = random_prompt(5)
@@ -77,6 +78,15 @@ def test_workers_hold_what_is_loaded_and_no_more(lab: Lab) -> None:
     for digest in digests:
         lab.engine.unload_adapter(digest)
     assert held() == before
+
+
+@pytest.mark.parametrize("rest", [{}, {"completion": (5, 6)}])
+def test_what_fails_in_its_last_step_is_an_error(lab: Lab, rest: dict[str, Any]) -> None:
+    adapter = shift_adapter(lab.world.description, shift=3e38, gain=3e38)
+    lab.engine.load_adapter(adapter)
+    (output,) = lab.run(SHORT, greedy(1), AdapterChoice(adapter.digest), **rest).outputs
+    assert isinstance(output.error, RequestFailed)
+    assert output.token is None
 
 
 def test_a_dead_engine_says_so_to_everybody(lab: Lab) -> None:
