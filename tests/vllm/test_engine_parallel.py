@@ -8,8 +8,15 @@ import pytest
 
 from reft_core.engine.generate import generate
 from reft_core.engine.interface import Request
+from reft_core.vllm.loading import ask_workers
 from tests.conformance.lab import MAX_NUM_SEQS, WAIT_S, greedy, make_lab
 from tests.vllm.tiny import ADAPTERS, TinyWorld, mixed_jobs
+
+
+def held(engine: Any) -> list[list[str]]:
+    """What each worker of each rank holds, once it has done what it was told before."""
+    found: list[list[str]] = engine._loop.call(ask_workers(engine._llm, "reft_list"), WAIT_S)
+    return found
 
 
 @pytest.mark.parametrize("spread", ["tensor_parallel_size", "data_parallel_size"])
@@ -38,9 +45,10 @@ def test_a_mixed_batch_equals_the_reference(
         num_ranks = 2 if spread == "data_parallel_size" else 1
         assert stats.num_slots == num_ranks * MAX_NUM_SEQS
         assert stats.generated_tokens_total == sum(job.max_tokens for job in jobs)
-        for name in ADAPTERS:
-            engine.unload_adapter(lab.adapters[name].digest)
-        held = engine._loop.call(engine._llm.collective_rpc("reft_list"), WAIT_S)
-        assert all(of_one == [] for of_one in held)
+        loaded = sorted(world.adapter(name).digest for name in ADAPTERS)
+        assert held(engine) == [loaded, loaded]
+        for digest in loaded:
+            engine.unload_adapter(digest)
+        assert held(engine) == [[], []]
     finally:
         engine.stop()

@@ -376,10 +376,21 @@ def test_bad_adapters_are_refused_before_any_worker_sees_them(llm: Any, world: T
 def test_workers_refuse_too_without_raising(llm: Any, world: TinyWorld) -> None:
     from reft_core.vllm.worker import REFUSED
 
-    (answer,) = llm.collective_rpc("reft_load", args=(b"nothing",))
+    digest = world.adapter("last").digest
+    (answer,) = llm.collective_rpc("reft_load", args=(b"nothing", digest))
     assert answer.startswith(REFUSED)
-    (digest,) = llm.collective_rpc("reft_load", args=(world.files["last"],))
-    assert digest == world.adapter("last").digest
+
+
+def test_a_second_load_changes_nothing(llm: Any, world: TinyWorld) -> None:
+    from reft_core.vllm.loading import load_adapter
+
+    store = store_of(llm)
+    before = []
+    for _ in range(2):
+        load_adapter(llm, world.files["last"])
+        before.append((store.held(), store.resident_bytes))
+    assert before[0] == before[1]
+    assert world.adapter("last").digest in before[0][0]
 
 
 def test_an_unloaded_adapter_is_not_found(llm: Any, world: TinyWorld) -> None:
