@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from reft_core.adapter import check_fits
-from reft_core.errors import AdapterError, AdapterNotFound, ReftError, UnsupportedModel
+from reft_core.errors import AdapterError, AdapterNotFound, UnsupportedModel
 from reft_core.vllm.apply import Step, arm_site, begin_step, end_step
 from reft_core.vllm.catalog import describe_base
 from reft_core.vllm.files import AdapterFiles
@@ -135,12 +135,13 @@ class ReftWorker:
 
     model_runner: Any
 
-    def reft_load(self, file: bytes) -> str:
-        """Hold an adapter from now on, given its file; the answer is its digest. Idempotent."""
+    def reft_load(self, file: bytes, digest: str) -> str:
+        """Hold the adapter of this file and digest from now on; answers the digest. Idempotent."""
         try:
-            return armed(self.model_runner).store.load(bytes(file))
-        except (ReftError, OSError, MemoryError) as error:
+            armed(self.model_runner).store.load(bytes(file), digest)
+        except Exception as error:
             return f"{REFUSED}{error}"
+        return digest
 
     def reft_unload(self, digest: str) -> None:
         """Hold an adapter no longer; no-op if it is not held. Requests that run keep it."""
@@ -156,12 +157,9 @@ class ReftWorker:
         return {"num_sites": len(ours.sites), "resident_bytes": ours.store.resident_bytes}
 
 
-def digest_of(answers: Sequence[str]) -> str:
-    """The digest that all workers answered ``reft_load`` with.
-
-    Raises :class:`AdapterError` with what one of them said instead.
-    """
+def check_loaded(answers: Sequence[str], digest: str) -> None:
+    """Raise :class:`AdapterError` unless all workers answered ``reft_load`` with this digest, with
+    what one of them said instead."""
     for answer in answers:
-        if answer.startswith(REFUSED):
-            raise AdapterError(answer.removeprefix(REFUSED))
-    return answers[0]
+        if answer != digest:
+            raise AdapterError(f"a worker {answer}")

@@ -13,10 +13,10 @@ import torch
 
 from reft_core.adapter import decode_adapter
 from reft_core.engine.interface import AdapterChoice
-from reft_core.errors import EngineUnavailable, InvalidRequest, UnsupportedFeature
+from reft_core.errors import EngineUnavailable, InvalidRequest, RequestFailed, UnsupportedFeature
 from reft_core.vllm.admission import catalog_of
 from tests.conformance.lab import WAIT_S, Lab, greedy, make_lab
-from tests.factories import random_adapter, random_prefix_adapter, random_prompt
+from tests.factories import random_adapter, random_prefix_adapter, random_prompt, shift_adapter
 from tests.vllm.tiny import TinyWorld
 
 SHORT = random_prompt(5)
@@ -135,6 +135,15 @@ def test_what_vllm_refuses_is_about_the_field_that_it_names(lab: Lab) -> None:
     assert str(error).startswith("vLLM refused the request: adapter: got '")
     assert "parameter=" not in str(error)
     assert lab.run(SHORT, greedy(1), lab.choice("bent")).error is None
+
+
+@pytest.mark.parametrize("rest", [{}, {"completion": (5, 6)}])
+def test_what_fails_in_its_last_step_is_an_error(lab: Lab, rest: dict[str, Any]) -> None:
+    adapter = shift_adapter(lab.world.description, shift=3e38, gain=3e38)
+    lab.engine.load_adapter(adapter)
+    (output,) = lab.run(SHORT, greedy(1), AdapterChoice(adapter.digest), **rest).outputs
+    assert isinstance(output.error, RequestFailed)
+    assert output.token is None
 
 
 def test_a_dead_engine_says_so_to_everybody(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

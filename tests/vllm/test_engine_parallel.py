@@ -8,16 +8,18 @@ import pytest
 
 from reft_core.engine.generate import generate
 from reft_core.engine.interface import Request
+from reft_core.vllm.loading import ask_workers
 from tests.conformance.lab import MAX_NUM_SEQS, WAIT_S, greedy, make_lab
 from tests.factories import random_prompt
 from tests.vllm.tiny import ADAPTERS, TinyWorld, mixed_jobs
 
 
 def held(engine: Any) -> list[list[str]]:
-    """What each worker of each rank holds."""
-    core = engine._delivery.llm.engine_core
-    work = core.call_utility_all_async("collective_rpc", "reft_list")
-    return [of_one for of_rank in engine._loop.call(work, WAIT_S) for of_one in of_rank]
+    """What each worker of each rank holds, once it has done what it was told before."""
+    found: list[list[str]] = engine._loop.call(
+        ask_workers(engine._delivery.llm, "reft_list"), WAIT_S
+    )
+    return found
 
 
 @pytest.mark.parametrize("spread", ["tensor_parallel_size", "data_parallel_size"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +21,8 @@ from tests.vllm.tiny import (
     Job,
     TinyWorld,
     answers,
+    check_fails_alone,
+    check_lost_file,
     load_all,
     mixed_jobs,
     num_wrong,
@@ -286,21 +287,11 @@ def test_a_thousand_adapters_under_a_small_budget(
     assert not set(digests) & set(store.held())
 
 
-def test_a_lost_file_fails_its_requests_alone(llm: Any, world: TinyWorld) -> None:
-    from reft_core.vllm.loading import load_adapter
-
-    data = random_adapter_bytes(world.description, seed=30, name="lost", positions="l3")
-    digest = load_adapter(llm, data)
-    store_of(llm)._drop(digest)
-    (Path(world.spool) / f"{digest}.safetensors").unlink()
-    good = Job(random_prompt(40, seed=1), (("last", 1.0),))
-    params = world.params(good)
-    params.extra_args = {"reft": {"adapters": [{"digest": digest}]}}
-    lost, fine = llm.generate(
-        [{"prompt_token_ids": list(good.prompt)}] * 2, [params, world.params(good)], use_tqdm=False
-    )
-    assert lost.outputs[0].finish_reason == "error"
-    assert list(fine.outputs[0].token_ids) == world.expected(good)
+def test_a_lost_file_fails_its_requests_alone(
+    llm: Any, world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_of(llm), "_budget_bytes", 0)
+    check_lost_file(llm, world)
 
 
 def test_an_adapter_that_overflows_fails_its_requests_alone(llm: Any, world: TinyWorld) -> None:
@@ -319,6 +310,7 @@ def test_an_adapter_that_overflows_fails_its_requests_alone(llm: Any, world: Tin
     )
     assert bad.outputs[0].finish_reason == "error"
     assert num_wrong([list(o.outputs[0].token_ids) for o in good], world, jobs) == 0
+    check_fails_alone(llm, world, digest)
     again = answers(llm, world, jobs)
     assert num_wrong(again, world, jobs) == 0
 
@@ -384,10 +376,21 @@ def test_bad_adapters_are_refused_before_any_worker_sees_them(llm: Any, world: T
 def test_workers_refuse_too_without_raising(llm: Any, world: TinyWorld) -> None:
     from reft_core.vllm.worker import REFUSED
 
-    (answer,) = llm.collective_rpc("reft_load", args=(b"nothing",))
+    digest = world.adapter("last").digest
+    (answer,) = llm.collective_rpc("reft_load", args=(b"nothing", digest))
     assert answer.startswith(REFUSED)
-    (digest,) = llm.collective_rpc("reft_load", args=(world.files["last"],))
-    assert digest == world.adapter("last").digest
+
+
+def test_a_second_load_changes_nothing(llm: Any, world: TinyWorld) -> None:
+    from reft_core.vllm.loading import load_adapter
+
+    store = store_of(llm)
+    before = []
+    for _ in range(2):
+        load_adapter(llm, world.files["last"])
+        before.append((store.held(), store.resident_bytes))
+    assert before[0] == before[1]
+    assert world.adapter("last").digest in before[0][0]
 
 
 def test_an_unloaded_adapter_is_not_found(llm: Any, world: TinyWorld) -> None:
