@@ -20,7 +20,7 @@ from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import CONTENDERS, Contender, Setting
 from trainer.compare.jobs import search_jobs, search_settings
 from trainer.compare.learners import open_learner
-from trainer.compare.settings import training_config
+from trainer.compare.settings import shots_of, training_config
 from trainer.compare.store import Job, Record, Store
 from trainer.compare.task import Split, fit_on
 from trainer.config import TrainConfig
@@ -98,8 +98,8 @@ class Runner:
 
     def _prompted(self, job: Job, test: Split | None) -> Record:
         """The base with nothing, or with examples, before the question."""
-        shots = dict(job.setting).get("shots", 0)
-        assert isinstance(shots, int)
+        contender = CONTENDERS[job.method]
+        shots = shots_of(self.arena.task, contender, dict(job.setting), self.comparison)
         record: Record = {
             "num_trainable": 0,
             "file_bytes": 0,

@@ -68,6 +68,12 @@ def training_config(
     return config
 
 
+def shots_of(task: Task, contender: Contender, setting: Setting, comparison: CompareConfig) -> int:
+    """How many examples one run shows before each prompt."""
+    count: int = (setting | given_values(task, contender, comparison)).get("shots", 0)
+    return count
+
+
 def _config(task: Task, contender: Contender, changes: Mapping[str, Any]) -> TrainConfig:
     """The shared config with a method's habits, and ``changes`` of those."""
     given: dict[str, Any] = {name: TrainConfig.model_fields[name].default for name in _OF_A_METHOD}

@@ -181,6 +181,18 @@ def test_settings_are_checked_before_anything_runs(
     assert not (tmp_path / "compared").exists()
 
 
+def test_a_fixed_number_of_shots_is_shown_as_a_searched_one_is(tmp_path: Path) -> None:
+    config = make_config(tmp_path, **LABELS)
+    asked = [
+        run(config, tmp_path / name, methods=("few_shot",), settings={"few_shot": {"shots": shots}})
+        for name, shots in (("fixed", 2), ("listed", [2]))
+    ]
+    fixed, listed = (found.finals["few_shot"][0] for found in asked)
+    assert fixed["serving"] == listed["serving"]
+    assert fixed["serving"]["scope"] == "longer prompt"
+    assert fixed["answers"] == listed["answers"]
+
+
 def test_texts_are_compared_where_there_are_no_labels(tmp_path: Path) -> None:
     config = make_config(tmp_path, epochs=2, positions="prompt", labels=None)
     methods = ("zero_shot", "loreft", "peft_prefix_tuning", "full_finetuning")

@@ -52,7 +52,7 @@ def test_a_sweep_goes_on_where_it_ended_and_reports_the_best(tmp_path: Path) -> 
     done = study.get_trials(states=(TrialState.COMPLETE,))
     assert best.value == min(trial.value for trial in done)  # type: ignore[type-var]
 
-    found = write_report(study, config, settings(tmp_path), 3, "reft sweep tiny.yaml")
+    found = write_report(study, config, settings(tmp_path), "reft sweep tiny.yaml")
     folder = tmp_path / "swept"
     again = load_config(folder / "best.yaml")
     assert again.test == config.test
@@ -66,16 +66,22 @@ def test_a_sweep_goes_on_where_it_ended_and_reports_the_best(tmp_path: Path) -> 
     assert document["best"]["number"] == best.number
 
 
-def test_the_best_config_trains_what_the_trial_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["loreft", "lora", "series_adapter"])
+def test_the_best_config_trains_what_the_trial_trained(tmp_path: Path, method: str) -> None:
     from trainer.train import train
 
     config = tiny(tmp_path)
-    study = sweep(config, settings(tmp_path, pruner="none"), loaded=byte_model())
-    write_report(study, config, settings(tmp_path), 3, "")
+    space = SPACE | {"method": ["direft", method] if method == "loreft" else method}
+    given = settings(tmp_path, pruner="none", space=space, trials=2)
+    study = sweep(config, given, loaded=byte_model())
+    write_report(study, config, given, "")
     best = best_trial(study)
     result = train(load_config(tmp_path / "swept" / "best.yaml"), loaded=byte_model())
     assert best is not None
     assert result.fit.best.valid_loss == best.value
+    sites, positions = best.user_attrs["settings"].get("sites"), best_settings(best)["positions"]
+    assert (method == "lora") == (sites is not None)
+    assert (method == "loreft") == (positions != "prompt")
 
 
 def test_the_test_split_is_never_read(tmp_path: Path) -> None:
@@ -121,7 +127,7 @@ def test_an_encoder_can_be_swept(tmp_path: Path) -> None:
     best = best_trial(study)
     assert best is not None
     assert best.value > 0.5
-    assert best_settings(best, settings(tmp_path, **given), 2)["positions"] in space["positions"]
+    assert best_settings(best)["positions"] in space["positions"]
 
 
 def test_accuracy_can_be_the_objective(tmp_path: Path) -> None:
@@ -203,6 +209,6 @@ def test_importances_tell_what_matters(tmp_path: Path) -> None:
 def test_settings_of_a_trial_are_what_it_drew(tmp_path: Path) -> None:
     study = sweep(tiny(tmp_path, epochs=1), settings(tmp_path, trials=1), loaded=byte_model())
     (trial,) = study.trials
-    found = best_settings(trial, settings(tmp_path), 3)
+    found = best_settings(trial)
     assert found["rank"] == trial.params["rank"]
     assert found["positions"].endswith(f"l{trial.params['last']}")
