@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from huggingface_hub import (
@@ -22,11 +23,15 @@ from huggingface_hub.errors import (
 
 from reft_core.errors import AdapterTooLarge, InvalidRequest, explain
 
+log = logging.getLogger(__name__)
+
 ADAPTER_FILE = "adapter.safetensors"
 """An adapter's file in its repository."""
 
 _NO_CONNECTION = ("ConnectError", "ConnectTimeout")
 """Errors of httpx, or of httpx2 in later releases of the hub's client, which exports neither."""
+_TOO_MANY_REQUESTS = 429
+_SERVER_ERROR = 500
 _SUFFIX = ".safetensors"
 _MAIN = "main"
 _FIELD = "adapters"
@@ -61,8 +66,9 @@ def fetch_adapter(name: str, max_bytes: int) -> Path:
     """Where the adapter file of a hub's repository is on this machine, fetched if need be.
 
     ``name`` is ``owner/name`` or ``owner/name@revision``. The file is
-    :data:`ADAPTER_FILE`, or else the only ``.safetensors`` file at the top. Without a connection
-    it is the one that was fetched last. Raises, about ``adapters``, :class:`InvalidRequest` and
+    :data:`ADAPTER_FILE`, or else the only ``.safetensors`` file at the top. Without a connection,
+    and while the hub is in trouble, it is the one that was fetched last, with a warning; one that
+    the hub refuses is none. Raises, about ``adapters``, :class:`InvalidRequest` and
     :class:`AdapterTooLarge`.
     """
     repo, _, revision = name.partition("@")
@@ -75,7 +81,10 @@ def fetch_adapter(name: str, max_bytes: int) -> Path:
         expected = f"a name that a hub may have ({error})"
         raise InvalidRequest.because(_FIELD, name, expected) from None
     except HfHubHTTPError as error:
-        reason = f"the hub answers with status {error.response.status_code}"
+        status = error.response.status_code
+        reason = f"the hub answers with status {status}"
+        if status < _SERVER_ERROR and status != _TOO_MANY_REQUESTS:
+            raise _not_there(name, reason) from None
     except OfflineModeIsEnabled:
         reason = "HF_HUB_OFFLINE is set"
     except Exception as error:
@@ -85,10 +94,15 @@ def fetch_adapter(name: str, max_bytes: int) -> Path:
     try:
         kept = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        expected = f"an adapter file, a folder with some directly in it, or a hub's id ({reason})"
-        raise InvalidRequest.because(_FIELD, name, expected) from None
+        raise _not_there(name, reason) from None
+    log.warning("%s: the copy that was fetched last is used (%s)", name, reason)
     sizes = {file.name: file.stat().st_size for file in kept.iterdir()}
     return kept / _adapter_in(sizes, name, max_bytes)
+
+
+def _not_there(name: str, reason: str) -> InvalidRequest:
+    expected = f"an adapter file, a folder with some directly in it, or a hub's id ({reason})"
+    return InvalidRequest.because(_FIELD, name, expected)
 
 
 def _adapter_in(files: dict[str, int], name: str, max_bytes: int) -> str:

@@ -32,6 +32,8 @@ class Hub:
     """Large files by SHA-256."""
     problem: str = ""
     """What is wrong with every card."""
+    status: int = 0
+    """What everything that is read is answered with, if not 0."""
 
 
 @contextmanager
@@ -63,6 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
+        if self.hub.status:
+            self._answer(self.hub.status, {"error": "not now"})
+            return
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             repo, branch = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"

@@ -105,6 +105,31 @@ def test_what_was_fetched_serves_without_a_connection(
         fetch_adapter("me/another", MAX_BYTES)
 
 
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_in_trouble_leaves_the_kept_copy_which_is_said(
+    hub: Hub, file: Path, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    push_to_hub(file, "me/tone")
+    fetched = fetch_adapter("me/tone", MAX_BYTES)
+    assert not caplog.records
+    hub.status = status
+    assert fetch_adapter("me/tone", MAX_BYTES) == fetched
+    (warning,) = [record for record in caplog.records if record.name == "reft_core.hub"]
+    assert "me/tone: the copy that was fetched last is used" in warning.getMessage()
+    assert f"status {status}" in warning.getMessage()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_the_hub_no_longer_gives_is_not_served_from_the_kept_copy(
+    hub: Hub, file: Path, status: int
+) -> None:
+    push_to_hub(file, "me/tone")
+    fetch_adapter("me/tone", MAX_BYTES)
+    hub.status = status
+    with pytest.raises(InvalidRequest, match=rf"'me/tone', expected .*status {status}"):
+        fetch_adapter("me/tone", MAX_BYTES)
+
+
 def test_what_a_repository_lacks_is_said(hub: Hub) -> None:
     with pytest.raises(InvalidRequest, match=r"'me/none', expected .*status 404"):
         fetch_adapter("me/none", MAX_BYTES)
