@@ -157,6 +157,22 @@ ENCODING: dict[str, Settings] = {
 }
 """What the search chose on trec's validation rows, taken over without another search."""
 
+ENCODING_RATES: dict[str, Settings] = {
+    part: {
+        **section,
+        "search": 3,
+        "settings": {
+            method: {
+                **settings,
+                "learning_rate": [settings["learning_rate"] * k for k in (0.5, 1, 2)],
+            }
+            for method, settings in section["settings"].items()
+        },
+    }
+    for part, section in ENCODING.items()
+}
+"""The same with half and twice the rate."""
+
 _ENCODING: Settings = {
     "dtype": DTYPES[ENCODER],
     "epochs": 3,
@@ -285,7 +301,7 @@ _ALL = (
         {"0": "negative", "1": "positive"},
     ),
     _encoder_task("trec", ENCODING_SEARCHED),
-    _encoder_task("sst2"),
+    _encoder_task("sst2", ENCODING_RATES),
     _encoder_task("cola", metrics=("matthews",)),
     _encoder_task("mrpc"),
     _encoder_task("rte"),
