@@ -170,6 +170,17 @@ def test_a_study_of_other_rows_is_not_gone_on_with(tmp_path: Path) -> None:
         sweep(config, settings(tmp_path, trials=2), loaded=byte_model())
 
 
+@pytest.mark.parametrize(
+    "space", [{"rank": [1, 2, 4]}, {"rank": 2}, {"learning_rate": {"low": 1e-3, "high": 1e-2}}]
+)
+def test_a_study_of_another_space_is_not_gone_on_with(tmp_path: Path, space: dict) -> None:
+    config = tiny(tmp_path, epochs=1)
+    sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
+    (name,) = space
+    with pytest.raises(TrainingError, match=f"space.{name}: got .*, expected .* as the study's"):
+        sweep(config, settings(tmp_path, trials=2, space=SPACE | space), loaded=byte_model())
+
+
 def test_trials_of_a_process_that_died_are_not_waited_for(tmp_path: Path) -> None:
     config = tiny(tmp_path, epochs=1)
     sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
