@@ -188,6 +188,10 @@ def test_results_of_another_task_are_not_mixed_in(tmp_path: Path) -> None:
     [
         ({"settings": {"red": {"rnak": 1}}}, r"settings of red: .*did you mean 'rank'"),
         ({"settings": {"loreft": {}}}, r"settings: got 'loreft', expected some of red"),
+        ({"settings": {"few_shot": {"shots": -1}}}, r"few_shot: shots: got -1, expected a whole"),
+        ({"settings": {"few_shot": {"shots": [2.5, 2]}}}, r"few_shot: shots: got 2.5, expected"),
+        ({"settings": {"zero_shot": {"shots": 2}}}, r"of zero_shot: .*shots: unknown setting"),
+        ({"settings": {"red": {"shots": 2}}}, r"settings of red: .*shots: unknown setting"),
         ({"settings": {"red": {"layers": [9]}}}, r"settings of red: layers: got 9"),
     ],
 )
