@@ -30,6 +30,9 @@ from trainer.progress import Progress
 _POLL_S = 2.0
 """Between looks at what other processes are still doing."""
 
+FAILURES = (ReftError, SafetensorError, torch.linalg.LinAlgError, torch.OutOfMemoryError)  # type: ignore[attr-defined]
+"""What a run may end in without ending the others: its settings suit neither base nor machine."""
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -73,8 +76,10 @@ class Runner:
             start = time.perf_counter()
             try:
                 found = {"status": "done", **work(job)}
-            except (ReftError, SafetensorError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            except FAILURES as error:
                 found = {"status": "failed", "error": str(error)}
+            if found["status"] == "failed":
+                torch.cuda.empty_cache()  # what it allocated is the next one's
         return found | {
             "seconds": round(time.perf_counter() - start, 2),
             "provenance": {

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
-
-from reft_core.errors import ReftError, TrainingError, explain
+from reft_core.errors import TrainingError, explain
 from reft_core.methods import METHODS
 from trainer.compare.arena import Arena
+from trainer.compare.runner import FAILURES
 from trainer.compare.settings import sites_for
 from trainer.compare.task import fit_on, run_config
 from trainer.config import TrainConfig
@@ -94,7 +93,7 @@ def run_trial(arena: Arena, space: Space, objective: Objective, trial: Trial) ->
 
     try:
         result = fit_on(arena.task, config, model, on_epoch)
-    except (ReftError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+    except FAILURES as error:
         raise TrainingError(str(error)) from error
     trial.set_user_attr("training_seconds", round(result.seconds, 2))
     trial.set_user_attr("training_cpu_seconds", round(result.cpu_seconds, 2))

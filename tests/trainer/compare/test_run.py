@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from reft_core.adapter import decode_adapter
 from reft_core.errors import TrainingError
@@ -153,6 +154,23 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert "Runs that failed" in to_markdown(found, [red, zero], "")
 
 
+def test_a_run_without_memory_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[bool] = []
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(runner, "fit_on", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    found = run(make_config(tmp_path, **LABELS), tmp_path, methods=("red", "zero_shot"))
+    red, zero = table_rows(found)
+    assert "out of memory" in red.error
+    assert zero.quality is not None
+    assert emptied == [True]
+
+
 def test_results_of_another_task_are_not_mixed_in(tmp_path: Path) -> None:
     config = make_config(tmp_path, **LABELS)
     run(config, tmp_path, methods=("zero_shot",))
@@ -170,14 +188,19 @@ def test_results_of_another_task_are_not_mixed_in(tmp_path: Path) -> None:
     [
         ({"settings": {"red": {"rnak": 1}}}, r"settings of red: .*did you mean 'rank'"),
         ({"settings": {"loreft": {}}}, r"settings: got 'loreft', expected some of red"),
+        ({"settings": {"few_shot": {"shots": -1}}}, r"few_shot: shots: got -1, expected a whole"),
+        ({"settings": {"few_shot": {"shots": [2.5, 2]}}}, r"few_shot: shots: got 2.5, expected"),
+        ({"settings": {"zero_shot": {"shots": 2}}}, r"of zero_shot: .*shots: unknown setting"),
+        ({"settings": {"red": {"shots": 2}}}, r"settings of red: .*shots: unknown setting"),
         ({"settings": {"red": {"layers": [9]}}}, r"settings of red: layers: got 9"),
     ],
 )
 def test_settings_are_checked_before_anything_runs(
     tmp_path: Path, fields: dict, problem: str
 ) -> None:
+    methods = ("red", "zero_shot", "few_shot")
     with pytest.raises(TrainingError, match=problem):
-        run(make_config(tmp_path, **LABELS), tmp_path, methods=("red",), **fields)
+        run(make_config(tmp_path, **LABELS), tmp_path, methods=methods, **fields)
     assert not (tmp_path / "compared").exists()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from reft_core.errors import TrainingError
@@ -15,7 +16,7 @@ from tests.trainer.compare.test_encoder import make_config as encoder_config
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
 from trainer.config import TrainConfig
 from trainer.config.file import load_config
-from trainer.sweep import run
+from trainer.sweep import run, trial
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.report import best_settings, best_trial, param_importances, write_report
 from trainer.sweep.run import sweep
@@ -162,12 +163,36 @@ def test_a_setting_the_base_cannot_take_fails_its_trial_alone(tmp_path: Path) ->
     assert "rank: got 33" in failed.user_attrs["error"]
 
 
+def test_a_trial_without_memory_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trial, "fit_on", full)
+    study = sweep(tiny(tmp_path, epochs=1), settings(tmp_path, trials=2), loaded=byte_model())
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert "out of memory" in study.trials[0].user_attrs["error"]
+
+
 def test_a_study_of_other_rows_is_not_gone_on_with(tmp_path: Path) -> None:
     config = tiny(tmp_path, epochs=1)
     sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
     write_rows(tmp_path / "train.jsonl", label_rows(0, 24))
     with pytest.raises(TrainingError, match="train_rows: got 24, expected 40 as the study's"):
         sweep(config, settings(tmp_path, trials=2), loaded=byte_model())
+
+
+@pytest.mark.parametrize(
+    "space", [{"rank": [1, 2, 4]}, {"rank": 2}, {"learning_rate": {"low": 1e-3, "high": 1e-2}}]
+)
+def test_a_study_of_another_space_is_not_gone_on_with(tmp_path: Path, space: dict) -> None:
+    config = tiny(tmp_path, epochs=1)
+    sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
+    (name,) = space
+    with pytest.raises(TrainingError, match=f"space.{name}: got .*, expected .* as the study's"):
+        sweep(config, settings(tmp_path, trials=2, space=SPACE | space), loaded=byte_model())
 
 
 def test_trials_of_a_process_that_died_are_not_waited_for(tmp_path: Path) -> None:
