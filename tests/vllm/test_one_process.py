@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -432,8 +433,77 @@ def test_what_is_not_found_in_vllm_is_named() -> None:
         _wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.gone", lambda found: found)
 
 
-def test_an_engine_core_that_is_not_armed_is_refused() -> None:
+def test_what_no_front_end_admitted_is_refused_by_the_core(
+    llm: Any, world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a front end without the plugin, which leaves the adapters as they were asked for."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    job = Job(random_prompt(5), (("last", 1.0),))
+    with monkeypatch.context() as unarmed:
+        unarmed.setattr(InputProcessor, "process_inputs", InputProcessor.process_inputs.__wrapped__)
+        with pytest.raises(UnsupportedFeature, match="not admitted"):
+            llm.generate([{"prompt_token_ids": list(job.prompt)}], world.params(job))
+    llm.llm_engine.output_processor.abort_requests(
+        list(llm.llm_engine.output_processor.request_states), internal=True
+    )
+    assert answers(llm, world, [job]) == [world.expected(job)]
+
+
+@pytest.mark.parametrize("nothing", [None, {"adapters": []}])
+def test_no_adapters_are_the_base_model(llm: Any, world: TinyWorld, nothing: Any) -> None:
+    job = Job(random_prompt(5))
+    params = world.params(job)
+    params.extra_args = {"reft": nothing}
+    (output,) = llm.generate([{"prompt_token_ids": list(job.prompt)}], params, use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == world.expected(job)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "message"),
+    [([], "in every worker"), ([{"num_sites": 4}, {"num_sites": 0}], "no layer")],
+)
+def test_an_engine_core_whose_workers_are_not_armed_does_not_start(
+    statuses: list[dict[str, int]], message: str
+) -> None:
+    from reft_core.vllm.startup import checking_workers
+
+    class Core:
+        def __init__(self) -> None:
+            self.has_begun = True
+
+        def collective_rpc(self, method: str) -> list[dict[str, int]]:
+            assert self.has_begun
+            if not statuses:
+                raise AttributeError(method)
+            return statuses
+
+    with pytest.raises(UnsupportedFeature, match=message):
+        checking_workers(Core.__init__)(Core())
+
+
+def test_an_engine_core_that_is_not_armed_is_refused(llm: Any) -> None:
+    import msgspec
+    from vllm.v1.engine.core import EngineCoreProc
+
     from reft_core.vllm.startup import checking_core
 
+    core = SimpleNamespace(
+        vllm_config=llm.llm_engine.vllm_config,
+        scheduler=llm.llm_engine.engine_core.engine_core.scheduler,
+        frontend_stats_publish_address=None,
+        engine_index=0,
+    )
+    taken = []
+    apply = checking_core(lambda client, payload: taken.append(payload))
+    armed, unarmed = (
+        msgspec.msgpack.encode(make(core))
+        for make in (
+            EngineCoreProc._make_ready_response,
+            EngineCoreProc._make_ready_response.__wrapped__,
+        )
+    )
+    apply(None, armed)
     with pytest.raises(UnsupportedFeature, match="not armed"):
-        checking_core(lambda client, payload: None)(None, b"\x81\xacvllm_version\xa60.32.0")
+        apply(None, unarmed)
+    assert taken == [armed]
