@@ -8,22 +8,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from reft_core.adapter import Adapter, encode_adapter
 from reft_core.errors import AdapterError, AdapterMismatch, AdapterNotFound, UnsupportedFeature
-from tests.factories import random_adapter_bytes, random_prompt, shift_adapter
+from tests.factories import random_adapter_bytes, random_prompt
+from tests.reft_core.vllm.test_guard import GOOD
 from tests.vllm.tiny import (
     ADAPTERS,
     BLOCK_TOKENS,
     Job,
     TinyWorld,
     answers,
-    check_fails_alone,
     check_lost_file,
+    check_overflow,
     load_all,
     mixed_jobs,
     num_wrong,
@@ -296,24 +297,9 @@ def test_a_lost_file_fails_its_requests_alone(
 
 
 def test_an_adapter_that_overflows_fails_its_requests_alone(llm: Any, world: TinyWorld) -> None:
-    from reft_core.vllm.loading import load_adapter
-
-    adapter: Adapter = shift_adapter(world.description, shift=3e38, gain=3e38)
-    digest = load_adapter(llm, encode_adapter(adapter.spec, adapter.edits))
+    check_overflow(llm, world)
     jobs = mixed_jobs(1)
-    params = world.params(Job(jobs[0].prompt))
-    params.extra_args = {"reft": {"adapters": [{"digest": digest}]}}
-    prompts = [random_prompt(60, seed=1), *(job.prompt for job in jobs)]
-    bad, *good = llm.generate(
-        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-        [params, *(world.params(job) for job in jobs)],
-        use_tqdm=False,
-    )
-    assert bad.outputs[0].finish_reason == "error"
-    assert num_wrong([list(o.outputs[0].token_ids) for o in good], world, jobs) == 0
-    check_fails_alone(llm, world, digest)
-    again = answers(llm, world, jobs)
-    assert num_wrong(again, world, jobs) == 0
+    assert num_wrong(answers(llm, world, jobs), world, jobs) == 0
 
 
 @pytest.mark.parametrize(
@@ -431,6 +417,11 @@ def test_what_is_not_found_in_vllm_is_named() -> None:
 
     with pytest.raises(RuntimeError, match="GPUModelRunner"):
         _wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.gone", lambda found: found)
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_vllm_has_the_settings_that_are_checked(llm: Any, path: str) -> None:
+    attrgetter(path)(llm.llm_engine.vllm_config)
 
 
 def test_what_no_front_end_admitted_is_refused_by_the_core(
