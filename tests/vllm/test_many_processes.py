@@ -13,6 +13,7 @@ from tests.vllm.tiny import (
     TinyWorld,
     answers,
     check_lost_file,
+    check_overflow,
     load_all,
     mixed_jobs,
     num_wrong,
@@ -75,7 +76,11 @@ def test_tensor_parallel(world: TinyWorld) -> None:
 
 def test_pipeline_parallel(world: TinyWorld) -> None:
     """Compiled: vLLM's CPU workers do not run a pipeline eagerly, with or without the plugin."""
-    with running(world, pipeline_parallel_size=2, enforce_eager=False) as llm:
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    with running(world, reft={"resident_bytes": 0}, **options) as llm:
         statuses = llm.collective_rpc("reft_status")
         assert [status["num_sites"] for status in statuses] == [2 * len(SITES)] * 2
+        check_exact(llm, world)
+        check_overflow(llm, world)  # of the first stage's layers
+        check_lost_file(llm, world)
         check_exact(llm, world)

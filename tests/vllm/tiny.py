@@ -13,9 +13,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_core.adapter import Adapter, decode_adapter
+from reft_core.adapter import Adapter, decode_adapter, encode_adapter
 from reft_core.sites import ModelDescription, describe_model
-from tests.factories import random_adapter_bytes, random_prompt
+from tests.factories import random_adapter_bytes, random_prompt, shift_adapter
 from tests.reference.slow import reference_generate
 
 BLOCK_TOKENS = 32
@@ -229,3 +229,11 @@ def check_lost_file(llm: Any, world: TinyWorld) -> None:
     load_adapter(llm, world.files["last"])
     (Path(world.spool) / f"{digest}.safetensors").unlink()
     check_fails_alone(llm, world, digest)
+
+
+def check_overflow(llm: Any, world: TinyWorld) -> None:
+    """:func:`check_fails_alone` with an adapter whose edits of the first layer are no numbers."""
+    from reft_core.vllm.loading import load_adapter
+
+    adapter = shift_adapter(world.description, shift=3e38, gain=3e38)
+    check_fails_alone(llm, world, load_adapter(llm, encode_adapter(adapter.spec, adapter.edits)))
