@@ -67,8 +67,8 @@ RUN touch README.md \
 # vLLM chooses PyTorch, and the versions of much else: the constraints are not for it.
 FROM build AS dependencies-vllm
 ARG EXTRAS=vllm,postgres,s3,otel
-# Ray is what joins the GPUs of several machines; empty for those of one.
-ARG RAY="ray[cgraph]>=2.48"
+# Ray is what joins the GPUs of several machines; empty for those of one. 2.52 is the first with tokens.
+ARG RAY="ray[cgraph]>=2.52"
 RUN touch README.md \
     && /opt/build/bin/pip --python /opt/reft/bin/python install ".[$EXTRAS]" ${RAY:+"$RAY"} \
     && /opt/build/bin/pip --python /opt/reft/bin/python uninstall --yes reft-serve

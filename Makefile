@@ -98,6 +98,7 @@ lint-deploy:  ## Dockerfile, Compose file, Helm chart, systemd unit, by the tool
 	@DEPLOY_TOOLS_REQUIRED=1 $(BIN)/python -m pytest -q tests/deploy
 
 rehearse:  ## the image's build and start without Docker (root, Linux); see deploy/docker/rehearse
+	@scripts/install demo
 	@PYTHON=$(BIN)/python deploy/docker/rehearse --build-arg TORCH_INDEX_URL=default
 
 soak:  ## ten minutes of random traffic on a real server, then a count of everything (SOAK_SECONDS=60)

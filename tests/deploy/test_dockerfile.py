@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from typing import Any
 
 import pytest
 
+from deploy.docker.constrain import shipped_extras, versions
 from deploy.docker.context import Context
 from deploy.docker.dockerfile import Dockerfile, Instruction, read, substitute
 from tests.deploy.conftest import PROJECT, Run, passed
@@ -90,16 +92,36 @@ def test_no_secret_is_in_the_image(dockerfile: Dockerfile) -> None:
 
 
 def test_every_dependency_has_a_version(dockerfile: Dockerfile) -> None:
-    lines = (PROJECT / "deploy/docker/constraints.txt").read_text().splitlines()
-    held = {line.partition("==")[0] for line in lines if not line.startswith("#")}
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    extras = _last(dockerfile, "dependencies-cpu", "ARG").pairs["EXTRAS"].split(",")
+    held = _constraints()
+    project = _project()
     wanted = [*project["dependencies"]]
-    for extra in extras:
-        wanted += project["optional-dependencies"].get(extra, [])
+    for extra in shipped_extras():
+        wanted += project["optional-dependencies"][extra]
     names = {re.split(r"[\[<>=!~; ]", need)[0].lower().replace("_", "-") for need in wanted}
     missing = names - held - {"torch"}
     assert not missing, "run: python -m deploy.docker.constrain > deploy/docker/constraints.txt"
+    cuda = _last(dockerfile, "dependencies-cuda", "ARG").pairs["EXTRAS"]
+    assert cuda.split(",") == shipped_extras()
+
+
+def test_nothing_else_has_one() -> None:
+    held, project = _constraints(), _project()
+    assert "jinja2" in held, "transformers' chat templates need it without saying so"
+    assert project["name"] not in held | versions().keys()
+    for extra in project["optional-dependencies"].keys() - set(shipped_extras()):
+        for need in project["optional-dependencies"][extra]:
+            own = re.split(r"[\[<>=!~; ]", need)[0].lower()
+            assert own not in held or own in versions(), (extra, own)
+
+
+def _constraints() -> set[str]:
+    """The names that are pinned."""
+    lines = (PROJECT / "deploy/docker/constraints.txt").read_text().splitlines()
+    return {line.partition("==")[0] for line in lines if not line.startswith("#")}
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 
 
 def test_the_image_has_the_pytorch_that_we_develop_with(dockerfile: Dockerfile) -> None:

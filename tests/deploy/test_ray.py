@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.docker.dockerfile import read
 from server.settings import Settings
 from tests.deploy.conftest import PROJECT, Run, passed
 
@@ -73,6 +74,14 @@ def test_keys_are_with_the_head_alone(run_tool: Run) -> None:
     assert not [name for name in environment if name.startswith(("REFT_", "AWS_"))]
 
 
+def test_the_image_has_a_ray_that_knows_tokens() -> None:
+    arguments = read(PROJECT / "Dockerfile").stages["dependencies-vllm"].instructions
+    (asked,) = [i.pairs["RAY"] for i in arguments if i.name == "ARG" and "RAY" in i.pairs]
+    oldest = re.fullmatch(r"ray\[cgraph\]>=(\d+)\.(\d+)", asked)
+    assert oldest is not None
+    assert tuple(map(int, oldest.groups())) >= (2, 52), "RAY_AUTH_MODE=token is refused by older"
+
+
 def test_settings_exist(run_tool: Run, container: dict[str, Any]) -> None:
     done = _config(run_tool, "head", dict.fromkeys(NAMES["head"], "/given"))
     environment = json.loads(passed(done))["services"]["head"]["environment"]
@@ -93,6 +102,9 @@ def test_settings_are_taken(
                 monkeypatch.setenv(name, value)
         settings = Settings()
         assert settings.engine == "vllm"
+        defaults = type(settings).model_fields
+        for name in ("max_num_seqs", "max_model_len"):  # whose defaults are for a CPU
+            assert getattr(settings, name) > defaults[name].default
         options = settings.vllm_options()
         assert options.distributed_executor_backend == "ray"
         resident = options.extra["additional_config"]["reft"]["resident_bytes"]

@@ -47,6 +47,13 @@ def test_account_and_folders_are_what_the_unit_names(run_tool: Run) -> None:
     assert f"f {file[1]} 0600 root root -" in (FOLDER / "reft-serve.tmpfiles").read_text()
 
 
+def test_the_page_that_the_unit_names_is_installed() -> None:
+    page = re.search(r"^Documentation=file:(\S+)$", UNIT, flags=re.MULTILINE)
+    assert page is not None
+    steps = (PROJECT / "docs/operations.md").read_text()
+    assert f"install -D -m 644 docs/operations.md {page[1]}\n" in steps
+
+
 def test_syscalls_are_listed_that_exist(run_tool: Run) -> None:
     for name in re.findall(r"@[a-z-]+", UNIT):
         passed(run_tool("systemd-analyze", "syscall-filter", name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -38,6 +39,13 @@ class Project:
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
+
+
+def test_every_target_sets_itself_up() -> None:
+    text = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z-]+):.*\n\t(.*)$", text, re.MULTILINE)
+    bare = {name for name, first in targets if "scripts/install" not in first}
+    assert bare == {"help", "test-vllm", "clean"}, ".ci/vllm installs; the others need nothing"
 
 
 def test_installs_once(project: Project) -> None:

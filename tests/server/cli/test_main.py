@@ -13,13 +13,19 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from reft_core import __version__
+from reft_core.errors import AdapterError, ReftError
 from reft_core.sites import describe_model
+from server.app import create_app
 from server.cli.main import app
+from server.cli.serve import load_app
 from server.http.run import _SAME_SIGNAL_S
+from server.settings import Settings
 from tests.server.conftest import ADMIN_KEY
 from tests.server.fakes import make_adapter, make_tokenizer
 
@@ -200,6 +206,37 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("start", [load_app, lambda settings: begin(create_app(settings))])
+def test_an_adapter_for_another_model_is_refused_before_the_engine_begins(
+    model_folder, tmp_path, monkeypatch, start
+):
+    for place in ("server.engines", "server.app"):
+        monkeypatch.setattr(f"{place}.build_engine", lambda *_: pytest.fail("the engine begins"))
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(make_adapter(1))
+    settings = Settings(
+        model=str(model_folder), data_dir=tmp_path / "data", adapters=(path,), port=0
+    )
+    with pytest.raises(AdapterError, match=r"a\.safetensors.*base"):
+        start(settings)
+
+
+def test_an_engine_that_is_there_already_ends_with_a_start_that_fails(
+    engine, loaded, tmp_path, monkeypatch
+):
+    stopped = []
+    monkeypatch.setattr(engine, "stop", lambda: stopped.append(engine))
+    settings = Settings(data_dir=tmp_path / "data", host="0.0.0.0")
+    with pytest.raises(ReftError, match="host"):
+        begin(create_app(settings, engine, loaded))
+    assert stopped == [engine]
+
+
+def begin(app: FastAPI) -> None:
+    with TestClient(app):
+        pass
 
 
 class Process:

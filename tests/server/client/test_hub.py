@@ -187,5 +187,10 @@ def test_the_command(hub: Hub, file: Path) -> None:
     result = CliRunner().invoke(app, ["adapter", "push", str(file), "--hub", "me/tone"])
     assert result.exit_code == 0, result.output
     assert result.output.startswith(f"{hub.url}/me/tone/commit/")
+    environment = {"REFT_TENANT": "acme", "REFT_ADMIN_KEY": "a" * 16}
+    again = CliRunner().invoke(
+        app, ["adapter", "push", str(file), "--hub", "me/tone"], env=environment
+    )
+    assert again.exit_code == 0, again.output
     neither = CliRunner().invoke(app, ["adapter", "push", str(file)])
     assert neither.exit_code == 2
