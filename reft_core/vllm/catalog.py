@@ -78,7 +78,10 @@ class Catalog:
         self._added: set[str] = set()
         self._removed: set[str] = set()
         self._spooled: set[str] = set()
+        self._served: set[str] = set()
+        """Digests that requests may name, all of them known."""
         self._names: dict[str, set[str]] = {}
+        """Those by name."""
         self._looked_at = float("-inf")
         self._look()
 
@@ -99,7 +102,7 @@ class Catalog:
             self._files.put(data, held=self._added)
             self._spooled.add(adapter.digest)
             self._removed.discard(adapter.digest)
-            self._name_all()
+            self._serve(adapter.digest)
         return adapter.digest
 
     def remove(self, digest: str) -> None:
@@ -107,7 +110,7 @@ class Catalog:
         with self._lock:
             self._added.discard(digest)
             self._removed.add(digest)
-            self._name_all()
+            self._refuse(digest)
 
     def find(self, digest: str) -> Adapter:
         """An adapter by digest, its edits without tensors.
@@ -116,21 +119,25 @@ class Catalog:
         """
         with self._lock:
             self._look()
-            is_gone = digest in self._known and digest not in self._served()
+            is_gone = digest in self._known and digest not in self._served
             if digest in self._removed or is_gone:
                 raise AdapterNotFound(
                     explain("adapter", digest, "an adapter that is loaded"), field="adapter"
                 )
             if digest not in self._spooled:
-                data = self._files.get(digest)
+                data = self._files.get(digest, looks=False)
+                if data is None and self._has_places:
+                    self._learn()
+                    data = self._files.get(digest, looks=False)
                 if data is None:
                     raise AdapterNotFound(
                         explain("adapter", digest, "a known digest"), field="adapter"
                     )
                 self._know(decode_adapter(data, digest=digest))
                 self._spooled.add(digest)
-                if digest not in self._served():
+                if digest not in self._served:
                     self._added.add(digest)  # through another front end of this machine
+                    self._serve(digest)
             return self._known[digest]
 
     def resolve(self, name: str) -> str:
@@ -161,26 +168,39 @@ class Catalog:
 
     def _look(self) -> None:
         """Learn of what has changed in the shared places, unless one has just looked."""
-        if not self._has_places or time.monotonic() - self._looked_at < self._look_interval_s:
-            return
+        if self._has_places and time.monotonic() - self._looked_at >= self._look_interval_s:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Look at the shared places, and serve what is there now."""
         for digest, data in self._files.refresh().items():
             try:
                 self._know(decode_adapter(data, digest=digest))
             except (AdapterError, UnsupportedFeature):
                 continue  # other models' adapters may lie there too; asked for, it says why
-        self._name_all()
+        found = (self._files.listed() | self._added) - self._removed
+        for digest in self._served - found:
+            self._refuse(digest)
+        for digest in found - self._served:
+            if digest in self._known:
+                self._serve(digest)
         self._looked_at = time.monotonic()
-
-    def _served(self) -> set[str]:
-        """Digests that requests may name."""
-        return (self._files.listed() | self._added) - self._removed
 
     def _know(self, adapter: Adapter) -> None:
         self.check(adapter)
         bare = {key: Edit() for key in adapter.edits}
         self._known[adapter.digest] = replace(adapter, edits=bare)
 
-    def _name_all(self) -> None:
-        self._names = {}
-        for digest in self._served() & self._known.keys():
-            self._names.setdefault(self._known[digest].spec.name, set()).add(digest)
+    def _serve(self, digest: str) -> None:
+        """Let requests name a known adapter."""
+        self._served.add(digest)
+        self._names.setdefault(self._known[digest].spec.name, set()).add(digest)
+
+    def _refuse(self, digest: str) -> None:
+        """Let them do so no longer; no-op if they may not."""
+        if digest in self._served:
+            self._served.remove(digest)
+            name = self._known[digest].spec.name
+            self._names[name].remove(digest)
+            if not self._names[name]:
+                del self._names[name]

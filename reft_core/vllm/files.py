@@ -50,8 +50,9 @@ class AdapterFiles:
         self._held: Collection[str] = ()
         spool.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def get(self, digest: str) -> bytes | None:
-        """The file of this digest, or None if it is nowhere to be found whole.
+    def get(self, digest: str, *, looks: bool = True) -> bytes | None:
+        """The file of this digest, or None if it is nowhere to be found whole, also after another
+        look at the shared places, unless the caller ``looks`` there itself.
 
         One from a shared place is in the spool afterwards, so that it outlives its owner's.
         """
@@ -59,7 +60,7 @@ class AdapterFiles:
         if data is not None:
             return data
         data = self._in_places(digest)
-        if data is None and self._places:
+        if data is None and self._places and looks:
             data = self.refresh().get(digest) or self._in_places(digest)
         if data is not None:
             self._write(digest, data)
