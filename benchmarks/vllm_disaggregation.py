@@ -125,11 +125,12 @@ def main() -> None:
         settings = {"eager": True, "engine": engine}
         prefill = plugin_variant("prefill", scratch, "reft", settings)
         decode = replace(plugin_variant("decode", scratch, "none", settings), plugins=None)
-        workers = []
+        workers, versions = [], {}
         for variant in (prefill, decode):
             worker = start(variant, folder, options.model, "float32", threads=2)
             workers.append(stack.enter_context(worker))
-            print(variant.label, wait_loaded(worker)["versions"], flush=True)
+            versions[variant.label] = wait_loaded(worker)["versions"]
+            print(variant.label, versions[variant.label], flush=True)
         requests = requests_of(prompts)
         found = hand_over(workers[0], workers[1], requests, options.output_tokens)
     alone = found["alone"]
@@ -141,7 +142,8 @@ def main() -> None:
         "right_with_prompt_and_plugin": _num_equal(alone, found["with_plugin"]),
     }
     document = {**provenance(), **vars(options), "lengths": _LENGTHS, "block_tokens": _BLOCK}
-    print("saved to", save("vllm-disaggregation", {**document, "summary": figures}))
+    document |= {"versions": versions, "summary": figures}
+    print("saved to", save("vllm-disaggregation", document))
     print(json.dumps(figures))
     exact = figures["right_with_first_token"], figures["right_with_prompt_and_plugin"]
     if exact != (len(requests), len(requests)):

@@ -139,10 +139,12 @@ def measure_tax(
     regime: Regime, folder: Path, model: ModelDescription, scratch: Path
 ) -> dict[str, Any]:
     """By row: tokens/s, and throughput over that of the engine without a plugin, paired by repeat
-    as [smallest, median, largest]; ``missing`` says why an engine is not there.
+    as [smallest, median, largest]; ``missing`` says why an engine is not there, ``versions`` what
+    the others are.
     """
     prompts = random_prompts(model, regime.requests, regime.input_tokens)
     missing: dict[str, str] = {}
+    versions: dict[str, Mapping[str, str]] = {}
     workers: dict[str, Worker] = {}
     answers: dict[str, list[list[int]]] = {}
     with ExitStack() as stack:
@@ -150,7 +152,8 @@ def measure_tax(
             try:
                 worker = start(variant, folder, regime.model, regime.dtype, regime.threads)
                 workers[name] = stack.enter_context(worker)
-                print(f"{name}: {wait_loaded(worker)['versions']}", flush=True)
+                versions[name] = wait_loaded(worker)["versions"]
+                print(f"{name}: {versions[name]}", flush=True)
             except PeerMissing as error:
                 workers.pop(name, None)
                 missing[name] = str(error)
@@ -184,7 +187,7 @@ def measure_tax(
         for row in rows
         if seconds[row.name]
     }
-    return {**table, "missing": missing}
+    return {**table, "missing": missing, "versions": versions}
 
 
 def _ratio(base: Mapping[int, float], other: Mapping[int, float]) -> list[float]:

@@ -53,11 +53,13 @@ class Services:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names what answers depend on beside the request: release, base model, device, dtype.
+        """Names what answers depend on beside the request: release, base model, engine, device,
+        dtype.
 
         With a seed, the same value promises the same answer.
         """
-        facts = (__version__, self.engine.model.fingerprint, *self.settings.resolve_device())
+        device, dtype = self.settings.resolve_device()
+        facts = (__version__, self.engine.model.fingerprint, self.settings.engine, device, dtype)
         return f"fp_{hashlib.sha256('/'.join(facts).encode()).hexdigest()[:12]}"
 
     @property

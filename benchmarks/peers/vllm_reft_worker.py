@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from benchmarks.peers.loop import serve
 from benchmarks.peers.vllm_worker import Vllm
+from reft_core.vllm.loading import load_adapter
 
 _HITS, _QUERIES = "vllm:prefix_cache_hits", "vllm:prefix_cache_queries"
 
@@ -29,9 +30,7 @@ class VllmReft(Vllm):
         engine["additional_config"] = {"reft": plugin}
         loaded = super().load(model, dtype, threads, {**settings, "engine": engine})
         for file in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem)):
-            self._adapters.append(
-                self._llm.collective_rpc("reft_load", args=(file.read_bytes(),))[0]
-            )
+            self._adapters.append(load_adapter(self._llm, file.read_bytes()))
         return loaded
 
     def share(self, prompt: list[int], output_tokens: int, adapters: int) -> dict[str, Any]:

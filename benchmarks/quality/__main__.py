@@ -18,7 +18,8 @@ from rich.console import Console
 from benchmarks.provenance import save
 from benchmarks.quality.domains import TASK as DOMAINS_TASK
 from benchmarks.quality.domains import run_domains, summarise_domains
-from benchmarks.quality.page import PAGE, read_documents, render
+from benchmarks.quality.minute import NAME, measure_all
+from benchmarks.quality.page import PAGE, read_documents, read_minute, render
 from benchmarks.quality.run import base_model, run_part
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import DTYPES, ENCODER, SEEDS, TASKS
@@ -31,7 +32,7 @@ ALL = [*TASKS, DOMAINS_TASK]
 def main() -> None:
     """One of the two commands."""
     arguments = _arguments()
-    {"run": _run, "report": _report}[arguments.command](arguments)
+    {"run": _run, "report": _report, "minute": _minute}[arguments.command](arguments)
 
 
 def _arguments() -> argparse.Namespace:
@@ -43,7 +44,8 @@ def _arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, and keep what came of it")
     report = commands.add_parser("report", help="sum up what is done, and write the page")
-    for command in (run, report):
+    minute = commands.add_parser("minute", help="time one training of each labelling task")
+    for command in (run, report, minute):
         command.add_argument("--data", type=Path, default=os.environ.get("REFT_DATA"))
         command.add_argument("--out", type=Path, default=Path("runs", "quality"))
         command.add_argument("--tasks", nargs="+", choices=ALL, default=ALL)
@@ -94,7 +96,14 @@ def _report(arguments: argparse.Namespace) -> None:
         elif any((arguments.out / name).glob("*/results/final/*/*.json")):
             _check_data(arguments)
             save(f"train-{name}", summarise(TASKS[name], arguments.data, arguments.out))
-    PAGE.write_text(render(read_documents()), encoding="utf-8")
+    PAGE.write_text(render(read_documents(), read_minute()), encoding="utf-8")
+
+
+def _minute(arguments: argparse.Namespace) -> None:
+    """With nothing else running; then the report tells of it."""
+    _check_data(arguments)
+    save(NAME, measure_all(arguments.data, arguments.out, read_documents()))
+    _report(argparse.Namespace(**{**vars(arguments), "tasks": []}))
 
 
 def _check_data(arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance
-from benchmarks.quality.rows import prepare
+from benchmarks.quality.rows import prepare, read_rows
 from benchmarks.quality.run import base_model
 from benchmarks.quality.summary import without_folders
 from benchmarks.quality.tasks import ENCODER, QualityTask
@@ -74,10 +74,10 @@ def run_domains(data: Path, out: Path, *, loaded: LoadedModel, progress: Progres
 def summarise_domains(out: Path) -> dict[str, Any] | None:
     """What is done, as one document; None if nothing is."""
     paths = [out / TASK / f"{method}.json" for method in METHODS]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    found = [_read(path) for path in paths if path.exists()]
     if not found:
         return None
-    runs = {result["method"]: without_folders(result.pop("provenance")) for result in found}
+    runs = {result["method"]: [without_folders(result.pop("provenance"))] for result in found}
     return {"task": TASK, "group": "domains", "results": found, "provenance": runs}
 
 
@@ -98,7 +98,8 @@ def _trained(
     """One domain's adapter file, unless it is there, and what its training took."""
     file = out / TASK / method / f"{domain}.safetensors"
     about = file.with_suffix(".json")
-    if not about.exists():
+    setting = _CONFIG | dict(METHODS[method])
+    if not about.exists() or _read(about)["config"] != setting:
         task = _task(domain)
         config = TrainConfig(
             data=str(prepare(task, data, out)),
@@ -106,18 +107,23 @@ def _trained(
             name=domain,
             output=file,
             report_dir=out / TASK / method / "reports" / domain,
-            **_CONFIG | dict(METHODS[method]),
+            **setting,
         )
         done = train(config, loaded=loaded, progress=progress)
         facts = {
             "domain": domain,
+            "config": setting,
             "parameters": done.num_trainable,
             "training_cpu_seconds": round(done.fit.cpu_seconds, 1),
             "file_bytes": file.stat().st_size,
             "train_rows": len(done.datasets["train"].examples),
         }
         write_durably(about, json.dumps(facts).encode())
-    found: dict[str, Any] = json.loads(about.read_text(encoding="utf-8"))
+    return _read(about)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
@@ -126,7 +132,7 @@ def _texts(data: Path, out: Path) -> Texts:
     found = []
     for domain in DOMAINS:
         folder = prepare(_task(domain), data, out)
-        rows = map(json.loads, (folder / "test.jsonl").read_text(encoding="utf-8").splitlines())
+        rows = read_rows(folder / "test.jsonl")
         found += [(domain, row["text"], row["label"]) for row in rows]
     random.Random(0).shuffle(found)
     return found

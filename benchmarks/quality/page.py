@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import RESULTS
-from benchmarks.quality import together
+from benchmarks.quality import minute, together
 from benchmarks.quality.plan import GROUPS, NOT_RUN
 from benchmarks.quality.tables import number, shown, table
 from benchmarks.quality.tasks import SEEDS
@@ -34,8 +34,9 @@ _READING = """## How to read the tables
   replacement a thousand times. Differences are of the same rows in the same draws. With one seed
   they know nothing of seeds.
 - **No test row chose anything.** Learning rates, and positions where they were searched, are
-  those of the best validation figure with seed 0 (what was tried is listed under each table);
-  the test split is read afterwards, once for each seed.
+  those of the best validation figure with seed 0 (what was tried is listed under each table; a
+  method that is not there has the setting of an earlier development run); the test split is read
+  afterwards, once for each seed.
 - **Untrained** is the base asked as the adapters are. Where answers are labels, the wording of
   its prompt is the best of several on validation rows, and all methods have the same.
 - **LoRA** is ours on causal models, which reads what prompts have in common once, and PEFT's on
@@ -52,9 +53,15 @@ def read_documents(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
-def render(documents: Sequence[Document]) -> str:
+def read_minute(folder: Path = RESULTS) -> dict[str, Any] | None:
+    """How long trainings took with the machine to themselves; None if that is not known."""
+    path = folder / f"{minute.NAME}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def render(documents: Sequence[Document], times: Document | None = None) -> str:
     """The page."""
-    parts = [_INTRO, _in_short(documents), _READING, _how(documents)]
+    parts = [_INTRO, _in_short(documents, times), _READING, _how(documents)]
     for group, (title, text) in GROUPS.items():
         own = [document for document in documents if document["group"] == group]
         if own:
@@ -63,12 +70,14 @@ def render(documents: Sequence[Document]) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _in_short(documents: Sequence[Document]) -> str:
+def _in_short(documents: Sequence[Document], times: Document | None) -> str:
     """One line a task: the smallest LoReFT beside LoRA, and in words where each is ahead."""
     verdicts = [found for document in documents if (found := verdict(document))]
     header = ["task", "base", "metric", "untrained", "head only", "LoReFT", "parameters", "LoRA"]
     rows = [_short_cells(found) for found in verdicts]
     lines = [f"- {line}" for line in _verdict_lines(verdicts)]
+    if times is not None:
+        lines.append(f"- {minute.sentence(times)}")
     summary = table([*header, "parameters", "LoReFT − LoRA", "CPU s"], rows)
     return "\n\n".join(["## In short", summary, "\n".join(lines)])
 
@@ -103,7 +112,7 @@ def _verdict_lines(verdicts: Sequence[Verdict]) -> Iterable[str]:
 
 
 def _how(documents: Sequence[Document]) -> str:
-    runs = [each for document in documents for each in document["provenance"].values()]
+    runs = [each for doc in documents for some in doc["provenance"].values() for each in some]
     machines = sorted({f"{run['cpu']}, {run['threads']} thread" for run in runs})
     versions = sorted({f"torch {run['torch']}, transformers {run['transformers']}" for run in runs})
     commits = sorted({run["commit"] for run in runs})
@@ -138,9 +147,10 @@ def _task(document: Document) -> str:
 
 
 def _about(document: Document) -> str:
+    steps = max(result["steps"] for result in document["results"])
     parts = [
-        f"{document['train_rows']:,} training rows, {document['valid_rows']:,} of validation, "
-        f"{document['test_rows']:,} of {document['of_test_rows']:,} test rows"
+        f"{document['train_rows']:,} training rows, {steps} steps, {document['valid_rows']:,} of "
+        f"validation, {document['test_rows']:,} of {document['of_test_rows']:,} test rows"
         + (f", {document['labels']} labels" if document["labels"] else "")
         + "."
     ]

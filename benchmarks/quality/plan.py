@@ -12,7 +12,7 @@ GROUPS: dict[str, tuple[str, str]] = {
         "Labels and scores, by an encoder with a head",
         "A head on pooled states is trained beside the edits; `head only` is what it reaches "
         "alone. Parameters count the head's. Positions, rank and rates were searched on trec; the "
-        "other tasks take them over without a search of their own.",
+        "other tasks take them over, sst2 with half and twice the rate to choose from.",
     ),
     "domains": (
         "Many adapters in one batch",
@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "choices": (
         "Multiple choice, by a causal model",
         "The answer is one of the choices behind `the correct answer is`, as in the LoReFT paper's "
-        "commonsense tasks; a row is right if its choice is the likeliest whole answer.",
+        "commonsense tasks; a row is right if its choice is the likeliest.",
     ),
     "text": (
         "Written answers, by a causal model",

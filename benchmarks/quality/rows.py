@@ -27,11 +27,15 @@ def prepare(task: QualityTask, data: Path, out: Path) -> Path:
     return folder
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file."""
+    lines = file.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside a text
+    return [json.loads(line) for line in lines if line]
+
+
 def _rows(task: QualityTask, data: Path, split: str) -> Iterator[dict[str, Any]]:
     """The rows of one split that the task wants, in its words."""
-    text = (data / task.folder / f"{split}.jsonl").read_text(encoding="utf-8")
-    for line in text.splitlines():
-        row = json.loads(line)
+    for row in read_rows(data / task.folder / f"{split}.jsonl"):
         if all(row[column] == value for column, value in task.where.items()):
             yield _in_words(task, row)
 

@@ -17,6 +17,9 @@ from trainer.compare.run import compare
 from trainer.config import TrainConfig
 from trainer.progress import Progress
 
+PROVENANCE = "provenance.json"
+"""In a part's folder: of every run that added to its results."""
+
 
 def run_part(
     task: QualityTask,
@@ -32,11 +35,17 @@ def run_part(
     """Do what is missing of one part of ``task``; its results are in ``out/task/part``."""
     config = config_of(task, data, out)
     folder = out / task.name / part
-    about = folder / "provenance.json"
-    if not about.exists():
-        write_durably(about, json.dumps(provenance(), indent=1).encode())
+    _note_provenance(folder / PROVENANCE)
     section = CompareConfig(**{**task.parts[part], "seeds": SEEDS[:num_seeds]}, out=folder)
     compare(config, section, loaded=loaded, command=command, progress=progress)
+
+
+def _note_provenance(file: Path) -> None:
+    """Add this run to those that a part's results are from, unless it is another of the same."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    this = provenance()
+    if not any(each | {"date": this["date"]} == this for each in known):
+        write_durably(file, json.dumps([*known, this], indent=1).encode())
 
 
 def config_of(task: QualityTask, data: Path, out: Path) -> TrainConfig:

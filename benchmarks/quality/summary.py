@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from benchmarks.quality.run import config_of
+from benchmarks.quality.run import PROVENANCE, config_of
 from benchmarks.quality.tasks import CAUSAL, NAMES, QualityTask
 from benchmarks.spreads import spread
 from trainer.compare.answers import Answers, References
@@ -45,8 +44,7 @@ def summarise(task: QualityTask, data: Path, out: Path) -> Document:
                 found.append(group)
             else:
                 missing.append({"part": part, "method": method})
-    about = {part: _json(folder / part / "provenance.json") for part in task.parts}
-    facts = next(_json(path) for path in sorted(folder.glob("*/task.json")))
+    facts = _agreed(folder, sorted({group.part for group in found}))
     return {
         "task": task.name,
         "group": task.group,
@@ -58,13 +56,29 @@ def summarise(task: QualityTask, data: Path, out: Path) -> Document:
         "valid_rows": facts["valid_rows"],
         "test_rows": len(rows.right),
         "of_test_rows": rows.available,
-        "test_sha256": _json(next(iter(sorted(folder.glob("*/test.json")))))["test_sha256"],
+        "test_sha256": facts["test_sha256"],
         "prompt": dict(task.config.get("template", {})),
         "labels": len(rows.labels),
         "results": [group.summary(rows, _reference(found)) for group in found],
         "not_run": missing,
-        "provenance": {part: without_folders(each) for part, each in about.items() if each},
+        "provenance": {
+            part: [without_folders(each) for each in _json(folder / part / PROVENANCE)]
+            for part in sorted({group.part for group in found})
+        },
     }
+
+
+_AGREED = ("metric", "train_sha256", "train_rows", "valid_sha256", "valid_rows", "test_rows")
+
+
+def _agreed(folder: Path, parts: Sequence[str]) -> Document:
+    """What all parts were run on, which must be the same."""
+    found = [_json(folder / part / "task.json") for part in parts]
+    shared = [{name: facts[name] for name in _AGREED} for facts in found]
+    hashes = [_json(folder / part / "test.json") for part in parts]
+    for facts, test in zip(shared, hashes, strict=True):
+        assert (facts, test) == (shared[0], hashes[0]), f"{folder}: parts of other rows"
+    return {**shared[0], **hashes[0]}
 
 
 @dataclass(frozen=True)
@@ -85,10 +99,9 @@ class _TestRows:
     @classmethod
     def of(cls, task: QualityTask, data: Path, out: Path) -> _TestRows:
         config = config_of(task, data, out)
-        section = CompareConfig(**next(iter(task.parts.values())))
         facts = next(_json(path) for path in sorted((out / task.name).glob("*/task.json")))
         test = load_splits(config).datasets["test"]
-        drawn = draw(test, section.test_rows)
+        drawn = draw(test, facts["test_rows"])
         return cls(
             METRICS[facts["metric"]],
             [_metric(name, data / task.folder) for name in task.also],
@@ -142,9 +155,10 @@ class _Group:
     @classmethod
     def read(cls, folder: Path, part: str, method: str, rows: _TestRows) -> _Group | None:
         results = folder / part / "results"
-        finals = _records(results / "final" / method)
+        finals = [r for r in _records(results / "final" / method) if r["status"] == "done"]
         if not finals:
             return None
+        assert len({json.dumps(r["setting"]) for r in finals}) == 1, f"{results}: two settings"
         section = CompareConfig(**_section(folder / part))
         group = cls(part, method, section, finals, _records(results / "search" / method))
         group.shared = _json(folder / part / "task.json")["config"]
@@ -180,12 +194,9 @@ class _Group:
             if other
             else None,
             "parameters": first["num_trainable"],
+            "steps": first.get("num_steps", 0),
             "training_cpu_seconds": spread(seconds or [0.0], 1),
             "file_bytes": first["file_bytes"],
-            "serving": first["serving"]["scope"],
-            "serving_extra_percent": round(
-                fmean(r["serving"]["extra_percent"] for r in self.finals), 4
-            ),
         }
 
     def _setting(self) -> dict[str, Any]:
@@ -216,19 +227,14 @@ def _section(folder: Path) -> dict[str, Any]:
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs of one method, in order of their seeds."""
+    """The runs of one method, failed ones too, in order of their seeds."""
     found = [_json(path) for path in sorted(folder.glob("*.json"))]
-    done = [record for record in found if record["status"] == "done"]
-    return sorted(done, key=lambda record: int(record["seed"]))
+    return sorted(found, key=lambda record: int(record["seed"]))
 
 
 def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The document at ``path``; an empty one where there is none."""
-    if not path.exists():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -157,6 +157,22 @@ ENCODING: dict[str, Settings] = {
 }
 """What the search chose on trec's validation rows, taken over without another search."""
 
+ENCODING_RATES: dict[str, Settings] = {
+    part: {
+        **section,
+        "search": 3,
+        "settings": {
+            method: {
+                **settings,
+                "learning_rate": [settings["learning_rate"] * k for k in (0.5, 1, 2)],
+            }
+            for method, settings in section["settings"].items()
+        },
+    }
+    for part, section in ENCODING.items()
+}
+"""The same with half and twice the rate."""
+
 _ENCODING: Settings = {
     "dtype": DTYPES[ENCODER],
     "epochs": 3,
@@ -207,13 +223,15 @@ _ASKED = {"instruction": "instruction", "input": "input", "completion": "complet
 def _text_task(
     name: str, trigger: str, metric: str, also: Sequence[str] = (), **config: Any
 ) -> QualityTask:
+    by_loss = metric == "loss"
     return QualityTask(
         name,
         "text",
         name,
-        WRITING,
+        {part: {**s, "metric": metric} if by_loss else s for part, s in WRITING.items()},
         _LABELLING
-        | {"batch_size": 8, "metrics": (metric,)}
+        | {"batch_size": 8}
+        | ({} if by_loss else {"metrics": (metric,)})
         | {"template": template("{content}\n", trigger)}
         | config,
         columns={**_ASKED, "references": "references"},
@@ -283,7 +301,7 @@ _ALL = (
         {"0": "negative", "1": "positive"},
     ),
     _encoder_task("trec", ENCODING_SEARCHED),
-    _encoder_task("sst2"),
+    _encoder_task("sst2", ENCODING_RATES),
     _encoder_task("cola", metrics=("matthews",)),
     _encoder_task("mrpc"),
     _encoder_task("rte"),

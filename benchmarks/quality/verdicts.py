@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any, Literal
 
+from benchmarks.quality.minute import smallest
+
 Document = Mapping[str, Any]
 Outcome = Literal["ahead", "level", "behind"]
 
@@ -36,22 +38,15 @@ class Verdict:
             return "level"
         return "ahead" if (low > 0) != self.document["lower_is_better"] else "behind"
 
-    @property
-    def share(self) -> float:
-        """LoReFT's parameters over LoRA's."""
-        return float(self.reft["parameters"] / self.lora["parameters"])
-
 
 def verdict(document: Document) -> Verdict | None:
     """What there is to say of one task; None while one of the two has no figure."""
     results = document["results"]
-    refts = [r for r in results if r["method"] == "loreft" and r.get("difference")]
     loras = [r for r in results if r["method"] in ("lora", "peft_lora")]
-    if not refts or not loras:
+    if not loras or not _only(results, "loreft"):
         return None
-    smallest = min(refts, key=lambda result: int(result["parameters"]))
     untrained, head = (_only(results, name) for name in ("zero_shot", "head_only"))
-    return Verdict(document, smallest, loras[0], untrained, head)
+    return Verdict(document, smallest(document), loras[0], untrained, head)
 
 
 def _only(results: Sequence[Document], method: str) -> Document | None:

@@ -88,24 +88,26 @@ def with_admission(process_inputs: Any) -> Any:
         except ReftError as error:
             raise VLLMValidationError(error.message, parameter=error.field) from None
         request = process_inputs(processor, request_id, prompt, params, *args, **kwargs)
-        if not asked.adapters:
+        # The copy that vLLM made of the caller's params.
+        extra_args = getattr(request.sampling_params, "extra_args", None) or {}
+        if KEY not in extra_args:
             return request
         try:
-            _check_plain(request)
-            result = admit(
-                getattr(processor, CATALOG),
-                asked.adapters,
-                _prompt_len(asked, request),
-                reads_all=request.sampling_params.prompt_logprobs is not None,
-            )
+            result = _admit(getattr(processor, CATALOG), asked, request) if asked.adapters else None
         except ReftError as error:
             raise VLLMValidationError(error.message, parameter=error.field) from None
-        # The copy that vLLM made of the caller's params.
-        rest = {k: v for k, v in request.sampling_params.extra_args.items() if k != KEY}
+        rest = {k: v for k, v in extra_args.items() if k != KEY}
         request.sampling_params.extra_args = rest | (result.to_extra_args() if result else {})
         return request
 
     return process
+
+
+def _admit(catalog: Catalog, asked: Asked, request: Any) -> Admitted | None:
+    """:func:`admit` for one of vLLM's requests."""
+    _check_plain(request)
+    reads_all = request.sampling_params.prompt_logprobs is not None
+    return admit(catalog, asked.adapters, _prompt_len(asked, request), reads_all=reads_all)
 
 
 def _prompt_len(asked: Asked, request: Any) -> int:

@@ -16,6 +16,7 @@ from reft_core.engine.config import EngineConfig
 from reft_core.errors import InvalidRequest, UnsupportedFeature, UnsupportedModel
 from reft_core.loading import Dtype, LoadedModel
 from reft_core.sites import ModelDescription
+from reft_core.vllm.settings import KEY
 
 FIELD = "vllm_args"
 """The setting that the passed-through arguments come from; named in errors."""
@@ -71,6 +72,8 @@ class VllmOptions:
     """``mp`` or ``ray``."""
     gpu_memory_utilization: float | None = None
     """Share of each device's memory that vLLM takes."""
+    resident_bytes: int | None = None
+    """Memory of each device for adapters at rest, unless ``extra`` says it."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of vLLM's ``AsyncEngineArgs``."""
 
@@ -137,7 +140,12 @@ def engine_args(
         given["gpu_memory_utilization"] = opts.gpu_memory_utilization
     if config.max_prefill_tokens != EngineConfig().max_prefill_tokens:  # else vLLM's own choice
         given["max_num_batched_tokens"] = max(config.max_prefill_tokens, config.max_num_seqs)
-    return AsyncEngineArgs(**(given | dict(opts.extra)))
+    given |= opts.extra
+    if opts.resident_bytes is not None:
+        others = given.get("additional_config") or {}
+        ours = {"resident_bytes": opts.resident_bytes} | others.get(KEY, {})
+        given["additional_config"] = others | {KEY: ours}
+    return AsyncEngineArgs(**given)
 
 
 def vllm_config(args: Any) -> Any:

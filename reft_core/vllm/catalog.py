@@ -95,8 +95,8 @@ class Catalog:
         adapter = decode_adapter(data)
         with self._lock:
             self._know(adapter)
-            self._files.put(data)
             self._added.add(adapter.digest)
+            self._files.put(data, held=self._added)
             self._spooled.add(adapter.digest)
             self._removed.discard(adapter.digest)
             self._name_all()

@@ -1,4 +1,4 @@
-"""What vLLM tells of its steps, added up for :class:`interface.EngineStats`."""
+"""What vLLM tells of its steps and answers, added up for :class:`interface.EngineStats`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerBase
 from reft_core.adapter import Adapter
 from reft_core.engine.interface import EngineStats
 from reft_core.sites import ModelDescription
+from reft_core.vllm.running import Running
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Counters:
     """Computed, of prompts that have been read to their end."""
     cached_tokens: int = 0
     generated_tokens: int = 0
+    """Delivered: after a prompt that is only read, vLLM counts a token that nobody is shown."""
+    num_edits_applied: int = 0
     prefill_steps: int = 0
     """Steps in which a prompt was read to its end; vLLM does not tell of earlier chunks."""
     decode_steps: int = 0
@@ -60,7 +63,6 @@ class Counters:
         token_bytes: int,
         num_open: int,
         adapters: Sequence[Adapter],
-        num_edits_applied: int,
     ) -> EngineStats:
         """All that is known, with what the engine knows itself; ``token_bytes`` of one number of
         a key or value."""
@@ -78,7 +80,7 @@ class Counters:
             resident_adapter_bytes=sum(adapter.resident_bytes for adapter in adapters),
             prompt_tokens_total=self.prompt_tokens,
             generated_tokens_total=self.generated_tokens,
-            edits_applied_total=num_edits_applied,
+            edits_applied_total=self.num_edits_applied,
             prefill_steps_total=self.prefill_steps,
             decode_steps_total=self.decode_steps,
             cached_tokens_total=self.cached_tokens,
@@ -90,6 +92,12 @@ class Counters:
             block_tokens=cache.block_size,
         )
 
+    def count_prompt(self, running: Running, num_cached: int) -> None:
+        """Count a prompt that has been read to its end."""
+        self.prompt_tokens += len(running.request.prompt) - num_cached
+        self.cached_tokens += num_cached
+        self.num_edits_applied += running.num_edits
+
     def add(self, scheduler: Any, iteration: Any, rank: int) -> None:
         """Count one step of one rank, given vLLM's ``SchedulerStats`` and ``IterationStats``."""
         if scheduler is not None:
@@ -97,10 +105,6 @@ class Counters:
             self.kv_usage[rank] = scheduler.kv_cache_usage
         if iteration is None:
             return
-        prompts = iteration.prompt_token_stats
-        self.prompt_tokens += prompts.computed
-        self.cached_tokens += prompts.cached_tokens
-        self.generated_tokens += iteration.num_generation_tokens
         self.preemptions += iteration.num_preempted_reqs
-        self.prefill_steps += bool(prompts.total)
+        self.prefill_steps += bool(iteration.prompt_token_stats.total)
         self.decode_steps += bool(iteration.inter_token_latencies_iter)

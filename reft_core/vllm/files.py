@@ -13,6 +13,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from fsspec.core import url_to_fs
 from reft_core.adapter import MAX_ADAPTER_BYTES
 
 _SUFFIX = ".safetensors"
+_FACTS_OF_ANY = {"name", "size", "type"}
+"""What every place says of a file. They alone do not tell it from the one that replaces it."""
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,8 @@ log = logging.getLogger(__name__)
 class _Listed:
     """A file in a shared place, as it was when it was read."""
 
-    version: object
+    facts: dict[str, Any]
+    """What the place says of it: of most, times and tags that change with the file."""
     digest: str
 
 
@@ -43,6 +47,7 @@ class AdapterFiles:
         self._places = [url_to_fs(place) for place in places]
         self._listed: list[dict[str, _Listed]] = [{} for _ in self._places]
         """For each place, its files by path."""
+        self._held: Collection[str] = ()
         spool.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def get(self, digest: str) -> bytes | None:
@@ -50,25 +55,27 @@ class AdapterFiles:
 
         One from a shared place is in the spool afterwards, so that it outlives its owner's.
         """
-        data = self._in_spool(digest) or self._in_places(digest)
+        data = self._in_spool(digest)
+        if data is not None:
+            return data
+        data = self._in_places(digest)
         if data is None and self._places:
             data = self.refresh().get(digest) or self._in_places(digest)
         if data is not None:
-            self.put(data)
+            self._write(digest, data)
         return data
 
-    def put(self, data: bytes, held: Collection[str] = ()) -> str:
+    def put(self, data: bytes, held: Collection[str] | None = None) -> str:
         """Keep a file in the spool for every process of this machine; returns its digest.
 
-        If the spool grows too large, the oldest files go whose digests are not ``held``.
+        If the spool grows too large, now or later, those that were not used for longest go. Files
+        of digests that are in ``held`` then, if it is given, stay.
         """
+        if held is not None:
+            self._held = held
         digest = _digest(data)
-        if not self._path(digest).is_file() or self._in_spool(digest) is None:
-            # Read back by its hash, so it need not survive a power cut, only never be half there.
-            with tempfile.NamedTemporaryFile(dir=self._spool, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, self._path(digest))
-            self._trim({digest, *held})
+        if self._in_spool(digest) is None:
+            self._write(digest, data)
         return digest
 
     def refresh(self) -> dict[str, bytes]:
@@ -78,20 +85,24 @@ class AdapterFiles:
         fresh: dict[str, bytes] = {}
         for number, (system, root) in enumerate(self._places):
             try:
+                system.invalidate_cache()
                 facts_by_path = system.find(root, detail=True)
-            except OSError as error:
-                log.warning("adapters: %s cannot be listed: %s", root, error)
+            except Exception as error:  # each kind of place has its own
+                log.warning("adapters: %s cannot be listed: %r", root, error)
                 continue
             before, now = self._listed[number], {}
             for path, facts in facts_by_path.items():
                 if not path.endswith(_SUFFIX) or (facts.get("size") or 0) > MAX_ADAPTER_BYTES:
                     continue
-                version = [facts.get(key) for key in ("ino", "mtime", "size", "ETag")]
-                if path in before and before[path].version == version:
-                    now[path] = before[path]
+                old = before.get(path)
+                if old is not None and old.facts == facts and facts.keys() - _FACTS_OF_ANY:
+                    now[path] = old
                 elif (data := _read(system, path)) is not None:
-                    now[path] = _Listed(version, _digest(data))
-                    fresh[now[path].digest] = data
+                    now[path] = _Listed(facts, _digest(data))
+                    if old is None or old.digest != now[path].digest:
+                        fresh[now[path].digest] = data
+                elif old is not None:
+                    now[path] = old
             self._listed[number] = now
         return fresh
 
@@ -109,27 +120,42 @@ class AdapterFiles:
         return None
 
     def _in_spool(self, digest: str) -> bytes | None:
+        """The file of this digest, which counts as used now."""
+        path = self._path(digest)
         try:
-            data = self._path(digest).read_bytes()
+            data = path.read_bytes()
+            os.utime(path)
         except OSError:
             return None
         return data if _digest(data) == digest else None
 
+    def _write(self, digest: str, data: bytes) -> None:
+        """Put a file into the spool, and make room for it."""
+        # Read back by its hash, so it need not survive a power cut, only never be half there.
+        with tempfile.NamedTemporaryFile(dir=self._spool, delete=False) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.replace(file.name, self._path(digest))
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        self._trim({digest, *self._held})
+
     def _path(self, digest: str) -> Path:
         return self._spool / f"{digest}{_SUFFIX}"
 
-    def _trim(self, held: Collection[str]) -> None:
-        """Remove the oldest files beyond the budget, but for those held."""
-        files = [
-            (entry.stat(), Path(entry.path))
-            for entry in os.scandir(self._spool)
-            if entry.name.endswith(_SUFFIX)
-        ]
+    def _trim(self, keep: Collection[str]) -> None:
+        """Remove what was not used for longest, beyond the budget, but for these digests."""
+        files = []
+        for path in self._spool.glob(f"*{_SUFFIX}"):
+            with suppress(FileNotFoundError):  # another process has been quicker
+                files.append((path.stat(), path))
         excess = sum(facts.st_size for facts, _ in files) - self._spool_bytes
         for facts, path in sorted(files, key=lambda file: file[0].st_mtime):
             if excess <= 0:
                 return
-            if path.name.removesuffix(_SUFFIX) not in held:
+            if path.name.removesuffix(_SUFFIX) not in keep:
                 path.unlink(missing_ok=True)
                 excess -= facts.st_size
 
@@ -141,7 +167,7 @@ def _digest(data: bytes) -> str:
 def _read(system: Any, path: str) -> bytes | None:
     try:
         found: bytes = system.cat_file(path)
-    except OSError as error:
-        log.warning("adapters: %s cannot be read: %s", path, error)
+    except Exception as error:
+        log.warning("adapters: %s cannot be read: %r", path, error)
         return None
     return found

@@ -29,11 +29,9 @@ def check_version() -> None:
 def check_config(config: Any, settings: Settings) -> None:
     """Raise unless the plugin's edits are right under this ``VllmConfig``."""
     parallel, scheduler = config.parallel_config, config.scheduler_config
-    passes = config.compilation_config.pass_config
     impossible = {
         "speculative decoding": config.speculative_config is not None,
-        "sequence parallelism": bool(getattr(passes, "enable_sp", False))
-        or parallel.use_sequence_parallel_moe,
+        "sequence parallelism": parallel.use_sequence_parallel_moe or parallel.enable_hc_sp,
         "context parallelism": parallel.prefill_context_parallel_size > 1
         or parallel.decode_context_parallel_size > 1,
         "micro-batches (DBO)": parallel.use_ubatching,

@@ -39,6 +39,7 @@ def _arm() -> None:
     _wrap("vllm.v1.engine.input_processor:InputProcessor.process_inputs", admission.with_admission)
     _wrap("vllm.v1.core.sched.scheduler:Scheduler.update_from_output", scheduling.failing_requests)
     _wrap("vllm.v1.engine.core:EngineCore.__init__", startup.checking_workers)
+    _wrap("vllm.v1.engine.core:EngineCore.preprocess_add_request", startup.refusing_unadmitted)
     _wrap("vllm.v1.engine.core:EngineCoreProc._make_ready_response", startup.saying_so)
     _wrap("vllm.v1.engine.core_client:MPClient._apply_ready_response", startup.checking_core)
     _wrap("vllm.config.vllm:VllmConfig.compute_hash", startup.with_salt)

@@ -21,6 +21,8 @@ class Running:
     num_edits: int
     params: Any
     """vLLM's sampling parameters."""
+    files: tuple[str, ...] = ()
+    """Digests of the adapter files that it needs."""
     submitted_at: float = field(default_factory=time.monotonic)
     task: asyncio.Future[None] | None = None
     """What delivers its outputs; None before the engine has started."""
@@ -33,12 +35,11 @@ class Running:
     _prefill_s: float = 0.0
     _clock: asyncio.TimerHandle | None = None
 
-    def start_clock(
-        self, loop: asyncio.AbstractEventLoop, expire: Callable[[Running], None]
-    ) -> None:
-        """Have ``expire`` called when the request's deadline has passed, if it has one."""
+    def start_clock(self, expire: Callable[[Running], None]) -> None:
+        """Have the running loop call ``expire`` when the request's deadline, if any, has passed."""
         if self.request.deadline_s is not None:
             left_s = self.submitted_at + self.request.deadline_s - time.monotonic()
+            loop = asyncio.get_running_loop()
             self._clock = loop.call_later(max(0.0, left_s), expire, self)
 
     def stop_clock(self) -> None:

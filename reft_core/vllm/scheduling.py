@@ -21,6 +21,25 @@ def failing_requests(update_from_output: Any) -> Any:
                 scheduler.kv_cache_manager.evict_blocks({b for group in blocks for b in group})
                 # The scheduler's own list of requests to end with an error after this step.
                 scheduler.grammar_compile_error_reqs.add(request_id)
-        return update_from_output(scheduler, scheduler_output, model_runner_output)
+        outputs = update_from_output(scheduler, scheduler_output, model_runner_output)
+        if failed:
+            _fail(outputs, frozenset(failed))
+        return outputs
 
     return update
+
+
+def _fail(outputs: Any, failed: frozenset[str]) -> None:
+    """Take back what a step answered to requests that failed in it.
+
+    The scheduler takes in a step's tokens before its errors: a request whose last token this was
+    has ended by then, as if nothing were wrong.
+    """
+    from vllm.v1.engine import FinishReason
+
+    for of_client in outputs.values():
+        for output in of_client.outputs:
+            if output.request_id in failed:
+                output.finish_reason, output.stop_reason = FinishReason.ERROR, None
+                output.new_token_ids = []
+                output.new_logprobs = output.new_prompt_logprobs_tensors = None

@@ -46,7 +46,9 @@ class Settings(BaseModel):
         description="folder of this machine for the files that arrive while it runs",
     )
     spool_bytes: int = Field(
-        default=16 << 30, ge=0, description="above, files that are no longer held go"
+        default=16 << 30,
+        ge=0,
+        description="above, those go that were not used for longest, but for those held",
     )
     allow_unproved: frozenset[Unproved] = Field(
         default=frozenset(), description="ways to run vLLM that no test of ours has been through"

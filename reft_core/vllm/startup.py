@@ -13,6 +13,7 @@ from typing import Any
 from reft_core import __version__
 from reft_core.errors import UnsupportedFeature
 from reft_core.vllm.apply import OPERATOR
+from reft_core.vllm.request import KEY
 from reft_core.vllm.settings import Settings
 
 _SUFFIX = f"+reft{__version__}"
@@ -64,6 +65,26 @@ def checking_core(apply_ready_response: Any) -> Any:
         apply_ready_response(client, payload)
 
     return apply
+
+
+def refusing_unadmitted(preprocess: Any) -> Any:
+    """``EngineCore.preprocess_add_request`` that raises for adapters that no front end admitted.
+
+    vLLM ends such a request in error. A front end that is not armed would send them, and so would
+    a caller that passes its input processor by.
+    """
+
+    @wraps(preprocess)
+    def add(core: Any, request: Any) -> Any:
+        params = request.sampling_params
+        if params is not None and KEY in (params.extra_args or {}):
+            raise UnsupportedFeature(
+                f"extra_args.{KEY}: the front end has not admitted the adapters; is reft-serve "
+                "installed there, and does VLLM_PLUGINS name reft if it is set?"
+            )
+        return preprocess(core, request)
+
+    return add
 
 
 def with_salt(compute_hash: Any) -> Any:

@@ -7,6 +7,7 @@ a request keeps what it uses until its prompt is done, whatever happens here mea
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from reft_core.adapter import Adapter, decode_adapter
-from reft_core.errors import AdapterError
+from reft_core.errors import AdapterFileInvalid
 from reft_core.vllm.files import AdapterFiles
 
 log = logging.getLogger(__name__)
@@ -45,18 +46,21 @@ class WorkerStore:
         """Digests of the adapters held."""
         return sorted(self._held)
 
-    def load(self, data: bytes) -> str:
-        """Hold an adapter and bring it to the device; returns its digest. Idempotent.
+    def load(self, data: bytes, digest: str) -> None:
+        """Hold an adapter and bring it to the device. Idempotent.
 
-        Raises :class:`AdapterError` if the file is not one of an adapter for this model.
+        Raises :class:`AdapterError` if the file is not the one of this digest, or not one of an
+        adapter for this model.
         """
-        adapter = decode_adapter(data)
+        arrived = hashlib.sha256(data).hexdigest()
+        if arrived != digest:
+            raise AdapterFileInvalid.because("body", arrived, f"the file of digest {digest}")
+        adapter = decode_adapter(data, digest=digest)
         self._check(adapter)
         self._files.put(data, self._held)
-        self._held.add(adapter.digest)
-        if adapter.digest not in self._resident:
+        if digest not in self._resident:
             self._bring(adapter)
-        return adapter.digest
+        self._held.add(digest)
 
     def unload(self, digest: str) -> None:
         """Hold an adapter no longer. Its file stays a while, for requests that wait."""
@@ -64,7 +68,8 @@ class WorkerStore:
         self._drop(digest)
 
     def get(self, digest: str) -> Adapter | None:
-        """An adapter for use, or None if its file is not to be had or is not for this model."""
+        """An adapter for use, or None if its file is not to be had, is not for this model, or finds
+        no room on the device."""
         adapter = self._resident.get(digest)
         if adapter is not None:
             self._resident.move_to_end(digest)
@@ -76,10 +81,10 @@ class WorkerStore:
                 return None
             adapter = decode_adapter(data, digest=digest)
             self._check(adapter)
-        except (AdapterError, OSError) as error:
+            return self._bring(adapter)
+        except Exception as error:  # it is this adapter's requests that fail, not the worker
             log.error("adapter %s: %s", digest, error)
             return None
-        return self._bring(adapter)
 
     def _bring(self, adapter: Adapter) -> Adapter:
         """Put this rank's part of an adapter on the device, and make room for it."""

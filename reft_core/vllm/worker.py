@@ -9,14 +9,15 @@ with :data:`REFUSED` says why.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reft_core.adapter import check_fits
-from reft_core.errors import AdapterError, AdapterNotFound, ReftError, UnsupportedModel
+from reft_core.errors import AdapterError, UnsupportedModel
 from reft_core.vllm.apply import Step, arm_site, begin_step, end_step
 from reft_core.vllm.catalog import describe_base
 from reft_core.vllm.files import AdapterFiles
@@ -28,6 +29,8 @@ from reft_core.vllm.store import WorkerStore
 
 REFUSED = "refused: "
 _STATE = "_reft"
+_TAG = 0x7EF7
+"""Of our messages between pipeline stages, among vLLM's own."""
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ class Armed:
         self.planner = Planner(self.store, runner.device)
         self.failed: set[str] = set()
         """Requests of the running step that must not go on."""
+        self._sent: Any = None
+        """The last flags sent to the next pipeline stage, whose memory must live until then."""
         self.requests: dict[str, tuple[Any, int]] = {}
         """Sampling parameters and prompt length of requests with adapters, for runners that do
         not keep them."""
@@ -72,11 +77,7 @@ class Armed:
         return begin_step(plan)
 
     def end(self, chunks: Sequence[Chunk], step: Step) -> None:
-        """Have them apply nothing, and note whose edits came to no number.
-
-        Of a pipeline only the last stage's notes reach the scheduler; what overflows in an earlier
-        one is left unedited, and only logged.
-        """
+        """Have them apply nothing, and note whose edits came to no number."""
         end_step()
         if overflowed := step.overflowed_rows():
             self.failed.update(
@@ -84,32 +85,77 @@ class Armed:
                 for chunk in chunks
                 if not overflowed.isdisjoint(range(chunk.row, chunk.row + chunk.length))
             )
+        self._pass_on(chunks)
+
+    def _pass_on(self, chunks: Sequence[Chunk]) -> None:
+        """Tell the next pipeline stage what failed up to here; the scheduler hears the last one.
+
+        All stages have the same chunks in a step.
+        """
+        from vllm.distributed.parallel_state import get_pp_group
+
+        stages = get_pp_group()
+        if stages.world_size == 1:
+            return
+        flags = _flags(chunks, self.failed)
+        if not stages.is_first_rank:
+            before = torch.empty_like(flags)
+            torch.distributed.recv(before, stages.prev_rank, stages.cpu_group, _TAG)
+            flags |= before
+        self.failed = set(_flagged(chunks, flags))
+        if not stages.is_last_rank:
+            if self._sent is not None:
+                self._sent.wait()
+            # It arrives when the next stage has run this step, which waits for this one's states.
+            self._sent = torch.distributed.isend(flags, stages.next_rank, stages.cpu_group, _TAG)
+            self.failed.clear()
 
     def name_failures(self, output: Any) -> None:
         """Have a step's output tell the scheduler which requests must fail."""
-        if self.failed:
-            log.error("reft: failing requests %s", sorted(self.failed))
-            if output is not None:
-                output.reft_failed = sorted(self.failed)
-            self.failed.clear()
+        if not self.failed:
+            return
+        failed = sorted(self.failed)
+        self.failed.clear()
+        log.error("reft: failing requests %s", failed)
+        if hasattr(output, "get_output"):  # it is still on its way from the device
+            output.get_output = _naming(output.get_output, failed)
+        else:
+            output.reft_failed = failed
+
+
+def _naming(get_output: Callable[[], Any], failed: list[str]) -> Callable[[], Any]:
+    """The ``get_output`` of an output to come, which names what failed."""
+
+    def get() -> Any:
+        output = get_output()
+        output.reft_failed = failed
+        return output
+
+    return get
 
 
 def _failed_anywhere(chunks: Sequence[Chunk], failed: Sequence[str]) -> list[str]:
     """Requests of a step that this rank, or another one with the same layers, cannot edit.
 
-    All tensor-parallel ranks call it in the same step. One pipeline stage alone tells the scheduler
-    what failed, the last; on another one nothing is left but to stop, or the answer would be wrong.
+    All tensor-parallel ranks call it in the same step.
     """
-    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+    from vllm.distributed.parallel_state import get_tp_group
 
     ranks = get_tp_group()
-    if ranks.world_size > 1:
-        flags = torch.tensor([chunk.request_id in failed for chunk in chunks], dtype=torch.int32)
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, ranks.cpu_group)
-        failed = [chunk.request_id for chunk, flag in zip(chunks, flags, strict=True) if flag]
-    if failed and not get_pp_group().is_last_rank:
-        raise AdapterNotFound(f"adapters of the running requests {failed} are lost, see above")
-    return list(failed)
+    if ranks.world_size == 1:
+        return list(failed)
+    flags = _flags(chunks, failed)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, ranks.cpu_group)
+    return _flagged(chunks, flags)
+
+
+def _flags(chunks: Sequence[Chunk], failed: Collection[str]) -> Tensor:
+    """Which chunks are of requests that failed, (num_chunks,) int32."""
+    return torch.tensor([chunk.request_id in failed for chunk in chunks], dtype=torch.int32)
+
+
+def _flagged(chunks: Sequence[Chunk], flags: Tensor) -> list[str]:
+    return [chunk.request_id for chunk, flag in zip(chunks, flags.tolist(), strict=True) if flag]
 
 
 def armed(runner: Any) -> Armed:
@@ -135,12 +181,13 @@ class ReftWorker:
 
     model_runner: Any
 
-    def reft_load(self, file: bytes) -> str:
-        """Hold an adapter from now on, given its file; the answer is its digest. Idempotent."""
+    def reft_load(self, file: bytes, digest: str) -> str:
+        """Hold the adapter of this file and digest from now on; answers the digest. Idempotent."""
         try:
-            return armed(self.model_runner).store.load(bytes(file))
-        except (ReftError, OSError, MemoryError) as error:
+            armed(self.model_runner).store.load(bytes(file), digest)
+        except Exception as error:
             return f"{REFUSED}{error}"
+        return digest
 
     def reft_unload(self, digest: str) -> None:
         """Hold an adapter no longer; no-op if it is not held. Requests that run keep it."""
@@ -156,12 +203,9 @@ class ReftWorker:
         return {"num_sites": len(ours.sites), "resident_bytes": ours.store.resident_bytes}
 
 
-def digest_of(answers: Sequence[str]) -> str:
-    """The digest that all workers answered ``reft_load`` with.
-
-    Raises :class:`AdapterError` with what one of them said instead.
-    """
+def check_loaded(answers: Sequence[str], digest: str) -> None:
+    """Raise :class:`AdapterError` unless all workers answered ``reft_load`` with this digest, with
+    what one of them said instead."""
     for answer in answers:
-        if answer.startswith(REFUSED):
-            raise AdapterError(answer.removeprefix(REFUSED))
-    return answers[0]
+        if answer != digest:
+            raise AdapterError(f"a worker {answer}")

@@ -396,6 +396,7 @@ class Settings(BaseSettings):
             data_parallel_size=self.data_parallel_size,
             distributed_executor_backend=self.distributed_executor_backend,
             gpu_memory_utilization=self.gpu_memory_utilization,
+            resident_bytes=self.adapter_memory_bytes,
             extra=dict(parse_argument(text) for text in self.vllm_args),
         )
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality.page import PAGE, read_documents, render, setting_text
+from benchmarks.quality.page import PAGE, read_documents, read_minute, render, setting_text
 from benchmarks.quality.plan import GROUPS, NOT_RUN
 from benchmarks.quality.rows import prepare
+from benchmarks.quality.run import PROVENANCE
 from benchmarks.quality.summary import summarise
 from benchmarks.quality.tasks import TASKS, QualityTask, template
 from benchmarks.quality.verdicts import verdict
@@ -53,7 +54,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_page_is_what_the_committed_results_make() -> None:
-    assert PAGE.read_text(encoding="utf-8") == render(read_documents())
+    assert PAGE.read_text(encoding="utf-8") == render(read_documents(), read_minute())
 
 
 def test_every_task_is_planned_and_compares_with_settings_that_exist() -> None:
@@ -95,6 +96,25 @@ def test_a_summary_counts_right_answers_and_says_what_is_missing(
     assert found["loreft"]["training_cpu_seconds"] == [10.0, 25.0, 40.0]  # the search's too
     assert found["lora"]["difference"] is None
     assert document["not_run"] == [{"part": "direft", "method": "direft"}]
+    tried = [
+        (each["setting"]["learning_rate"], each["error"]) for each in found["loreft"]["searched"]
+    ]
+    assert tried == [(1e-3, None), (1e-2, None), (9.0, "diverged")]
+
+
+def test_parts_of_other_rows_or_settings_are_not_summed_up(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "colours"
+    _write_results(folder)
+    task = folder / "lora" / "task.json"
+    facts = json.loads(task.read_text())
+    task.write_text(json.dumps(facts | {"train_sha256": "other"}))
+    with pytest.raises(AssertionError, match="parts of other rows"):
+        summarise(COLOURS, data, tmp_path / "out")
+    task.write_text(json.dumps(facts))
+    store = Store(folder / "loreft", json.loads((folder / "loreft" / "task.json").read_text()))
+    store.write(Job.of("final", "loreft", {"learning_rate": 1e-3}, 2), _record([" red"] * 4, 1.0))
+    with pytest.raises(AssertionError, match="two settings"):
+        summarise(COLOURS, data, tmp_path / "out")
 
 
 def test_written_answers_are_scored_in_several_ways(tmp_path: Path) -> None:
@@ -123,6 +143,7 @@ def test_written_answers_are_scored_in_several_ways(tmp_path: Path) -> None:
     task = QualityTask("towns", "text", "towns", parts, columns=asked, also=also)
     store = Store(tmp_path / "out" / "towns" / "loreft", _FACTS | {"settings": {}})
     store.agree("test.json", {"test_sha256": "0"})
+    (store.folder / PROVENANCE).write_text(json.dumps([_PROVENANCE]))
     answers = {"choices": [], "texts": ["select 2", f"{_QUERY} order by name"], "losses": []}
     record = _record([" red"] * 4, 0.0) | {"test": {"exact_match": 0.5}, "answers": answers}
     store.write(Job.of("final", "loreft", {}, 0), record)
@@ -177,12 +198,14 @@ def _write_results(folder: Path) -> None:
     for part, section in COLOURS.parts.items():
         store = Store(folder / part, facts | {"settings": section.get("settings", {})})
         store.agree("test.json", {"test_sha256": "0"})
-        (folder / part / "provenance.json").write_text(json.dumps(_PROVENANCE))
+        (folder / part / PROVENANCE).write_text(json.dumps([_PROVENANCE]))
         if part == "loreft":
             store.write(Job.of("final", "zero_shot", {}, 0), _record([" red"] * 4, 0.0))
             for rate in (1e-3, 1e-2):
                 job = Job.of("search", "loreft", {"learning_rate": rate}, 0)
                 store.write(job, {"status": "done", "valid": {"likelihood_accuracy": rate}} | _COST)
+            failed = {"status": "failed", "error": "diverged"}
+            store.write(Job.of("search", "loreft", {"learning_rate": 9.0}, 0), failed)
             for seed, choices in enumerate((all_right, one_wrong)):
                 job = Job.of("final", "loreft", {"learning_rate": 1e-2}, seed)
                 store.write(job, _record(choices, 10.0))
@@ -195,7 +218,10 @@ _FACTS: dict[str, Any] = {
     "model": "tiny",
     "metric": "exact_match",
     "train_rows": 4,
+    "train_sha256": "1",
     "valid_rows": 4,
+    "valid_sha256": "2",
+    "test_rows": None,
     "config": {"labels": None, "positions": "l1", "layers": "all"},
 }
 _COST = {"training_cpu_seconds": 40.0}

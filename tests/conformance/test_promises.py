@@ -285,6 +285,22 @@ def test_counters_and_gauges(lab: Lab) -> None:
     assert stats.kv_token_bytes == 2 * 4 * model.num_layers * model.num_kv_heads * model.head_dim
 
 
+def test_counters_are_of_what_was_read_and_delivered(lab: Lab) -> None:
+    """Of prompts alone, whether computed or known, and of no token that nobody was shown."""
+    lab.load("last")
+    prompt, choice = random_prompt(70, seed=18), lab.choice("last")
+    before = lab.engine.stats()
+    lab.run(prompt, greedy(5), choice)
+    lab.run(prompt, greedy(0), choice)
+    lab.run(prompt, greedy(0, prompt_logprobs=0), choice)
+    lab.run(prompt, greedy(1), choice, completion=(3, 5, 2))
+    after = lab.engine.stats()
+    assert after.generated_tokens_total - before.generated_tokens_total == 5 + 3
+    cached = after.cached_tokens_total - before.cached_tokens_total
+    assert after.prompt_tokens_total - before.prompt_tokens_total + cached == 4 * 70
+    assert 0 < cached < 4 * 70
+
+
 # The end ------------------------------------------------------------------------------------
 
 
@@ -318,7 +334,7 @@ def test_from_before_the_start_to_after_the_stop(idle_lab: Lab) -> None:
 def test_draining_waits_for_those_accepted(idle_lab: Lab) -> None:
     """Only on an engine that is quick to start; the other has been seen to refuse and to end."""
     if idle_lab.kind != "embedded":
-        pytest.skip("one more start of vLLM would show nothing new")
+        pytest.skip("another test of vLLM's does this, without one more start")
     _, sink = idle_lab.submit(SHORT, greedy(5))
     idle_lab.engine.start()
     assert idle_lab.engine.drain(WAIT_S) is True

@@ -48,6 +48,23 @@ def test_settings_become_vllms_arguments(world: TinyWorld) -> None:
     assert (args.distributed_executor_backend, args.gpu_memory_utilization) == ("ray", 0.5)
 
 
+@pytest.mark.parametrize(
+    ("given", "reft"),
+    [
+        (None, {"resident_bytes": 4096}),
+        ({"reft": {"look_interval_s": 1}}, {"resident_bytes": 4096, "look_interval_s": 1}),
+        ({"reft": {"resident_bytes": 512}}, {"resident_bytes": 512}),
+    ],
+)
+def test_the_servers_room_for_adapters_is_each_devices(
+    world: TinyWorld, given: dict[str, Any] | None, reft: dict[str, int]
+) -> None:
+    rest = {"other": 1}
+    extra = {} if given is None else {"additional_config": given | rest}
+    args = args_of(world, resident_bytes=4096, extra=extra)
+    assert args.additional_config == {"reft": reft} | (rest if given else {})
+
+
 def test_grammars_are_for_models_with_a_fast_tokenizer(world: TinyWorld) -> None:
     args = args_of(world, tokenizer=make_tokenizer())
     assert args.skip_tokenizer_init is False

@@ -8,8 +8,18 @@ import pytest
 
 from reft_core.engine.generate import generate
 from reft_core.engine.interface import Request
+from reft_core.vllm.loading import ask_workers
 from tests.conformance.lab import MAX_NUM_SEQS, WAIT_S, greedy, make_lab
+from tests.factories import random_prompt
 from tests.vllm.tiny import ADAPTERS, TinyWorld, mixed_jobs
+
+
+def held(engine: Any) -> list[list[str]]:
+    """What each worker of each rank holds, once it has done what it was told before."""
+    found: list[list[str]] = engine._loop.call(
+        ask_workers(engine._delivery.llm, "reft_list"), WAIT_S
+    )
+    return found
 
 
 @pytest.mark.parametrize("spread", ["tensor_parallel_size", "data_parallel_size"])
@@ -38,9 +48,14 @@ def test_a_mixed_batch_equals_the_reference(
         num_ranks = 2 if spread == "data_parallel_size" else 1
         assert stats.num_slots == num_ranks * MAX_NUM_SEQS
         assert stats.generated_tokens_total == sum(job.max_tokens for job in jobs)
-        for name in ADAPTERS:
-            engine.unload_adapter(lab.adapters[name].digest)
-        held = engine._loop.call(engine._llm.collective_rpc("reft_list"), WAIT_S)
-        assert all(of_one == [] for of_one in held)
+        assert set(engine._counters.running) == set(range(num_ranks)), "each has run some"
+        digests = sorted(lab.adapters[name].digest for name in ADAPTERS)
+        assert held(engine) == [digests, digests]
+        for digest in digests:
+            engine.unload_adapter(digest)
+        assert held(engine) == [[], []]
+        _, last = lab.submit(random_prompt(5), greedy(5))
+        assert engine.drain(WAIT_S) is True
+        assert last.token_ids == lab.expected(random_prompt(5), 5)
     finally:
         engine.stop()

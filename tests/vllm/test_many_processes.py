@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from tests.factories import random_adapter_bytes, random_prompt
+from tests.factories import random_prompt
 from tests.vllm.tiny import (
     Job,
     TinyWorld,
     answers,
+    check_lost_file,
+    check_overflow,
     load_all,
     mixed_jobs,
     num_wrong,
@@ -64,30 +65,22 @@ def test_compiled_and_preempting(world: TinyWorld) -> None:
 
 
 def test_tensor_parallel(world: TinyWorld) -> None:
-    from reft_core.vllm.loading import load_adapter
-
     # No adapter stays on the workers but the latest.
     with running(world, reft={"resident_bytes": 0}, tensor_parallel_size=2) as llm:
         held = llm.collective_rpc("reft_list")
         assert len(held) == 2
         assert held[0] == held[1] == sorted(world.adapter(name).digest for name in world.files)
         check_exact(llm, world)
-        lost = random_adapter_bytes(world.description, seed=30, name="lost", positions="l3")
-        digest = load_adapter(llm, lost)
-        load_adapter(llm, world.files["last"])
-        (Path(world.spool) / f"{digest}.safetensors").unlink()
-        good = Job(random_prompt(40, seed=1), (("last", 1.0),))
-        params = [world.params(good), world.params(good)]
-        params[0].extra_args = {"reft": {"adapters": [{"digest": digest}]}}
-        prompts = [{"prompt_token_ids": list(good.prompt)}] * 2
-        failing, fine = llm.generate(prompts, params, use_tqdm=False)
-        assert failing.outputs[0].finish_reason == "error"
-        assert list(fine.outputs[0].token_ids) == world.expected(good)
+        check_lost_file(llm, world)
 
 
 def test_pipeline_parallel(world: TinyWorld) -> None:
     """Compiled: vLLM's CPU workers do not run a pipeline eagerly, with or without the plugin."""
-    with running(world, pipeline_parallel_size=2, enforce_eager=False) as llm:
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    with running(world, reft={"resident_bytes": 0}, **options) as llm:
         statuses = llm.collective_rpc("reft_status")
         assert [status["num_sites"] for status in statuses] == [2 * len(SITES)] * 2
+        check_exact(llm, world)
+        check_overflow(llm, world)  # of the first stage's layers
+        check_lost_file(llm, world)
         check_exact(llm, world)

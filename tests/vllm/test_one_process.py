@@ -8,20 +8,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from reft_core.adapter import Adapter, encode_adapter
 from reft_core.errors import AdapterError, AdapterMismatch, AdapterNotFound, UnsupportedFeature
-from tests.factories import random_adapter_bytes, random_prompt, shift_adapter
+from tests.factories import random_adapter_bytes, random_prompt
+from tests.reft_core.vllm.test_guard import GOOD
 from tests.vllm.tiny import (
     ADAPTERS,
     BLOCK_TOKENS,
     Job,
     TinyWorld,
     answers,
+    check_lost_file,
+    check_overflow,
     load_all,
     mixed_jobs,
     num_wrong,
@@ -286,41 +289,17 @@ def test_a_thousand_adapters_under_a_small_budget(
     assert not set(digests) & set(store.held())
 
 
-def test_a_lost_file_fails_its_requests_alone(llm: Any, world: TinyWorld) -> None:
-    from reft_core.vllm.loading import load_adapter
-
-    data = random_adapter_bytes(world.description, seed=30, name="lost", positions="l3")
-    digest = load_adapter(llm, data)
-    store_of(llm)._drop(digest)
-    (Path(world.spool) / f"{digest}.safetensors").unlink()
-    good = Job(random_prompt(40, seed=1), (("last", 1.0),))
-    params = world.params(good)
-    params.extra_args = {"reft": {"adapters": [{"digest": digest}]}}
-    lost, fine = llm.generate(
-        [{"prompt_token_ids": list(good.prompt)}] * 2, [params, world.params(good)], use_tqdm=False
-    )
-    assert lost.outputs[0].finish_reason == "error"
-    assert list(fine.outputs[0].token_ids) == world.expected(good)
+def test_a_lost_file_fails_its_requests_alone(
+    llm: Any, world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_of(llm), "_budget_bytes", 0)
+    check_lost_file(llm, world)
 
 
 def test_an_adapter_that_overflows_fails_its_requests_alone(llm: Any, world: TinyWorld) -> None:
-    from reft_core.vllm.loading import load_adapter
-
-    adapter: Adapter = shift_adapter(world.description, shift=3e38, gain=3e38)
-    digest = load_adapter(llm, encode_adapter(adapter.spec, adapter.edits))
+    check_overflow(llm, world)
     jobs = mixed_jobs(1)
-    params = world.params(Job(jobs[0].prompt))
-    params.extra_args = {"reft": {"adapters": [{"digest": digest}]}}
-    prompts = [random_prompt(60, seed=1), *(job.prompt for job in jobs)]
-    bad, *good = llm.generate(
-        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-        [params, *(world.params(job) for job in jobs)],
-        use_tqdm=False,
-    )
-    assert bad.outputs[0].finish_reason == "error"
-    assert num_wrong([list(o.outputs[0].token_ids) for o in good], world, jobs) == 0
-    again = answers(llm, world, jobs)
-    assert num_wrong(again, world, jobs) == 0
+    assert num_wrong(answers(llm, world, jobs), world, jobs) == 0
 
 
 @pytest.mark.parametrize(
@@ -384,10 +363,21 @@ def test_bad_adapters_are_refused_before_any_worker_sees_them(llm: Any, world: T
 def test_workers_refuse_too_without_raising(llm: Any, world: TinyWorld) -> None:
     from reft_core.vllm.worker import REFUSED
 
-    (answer,) = llm.collective_rpc("reft_load", args=(b"nothing",))
+    digest = world.adapter("last").digest
+    (answer,) = llm.collective_rpc("reft_load", args=(b"nothing", digest))
     assert answer.startswith(REFUSED)
-    (digest,) = llm.collective_rpc("reft_load", args=(world.files["last"],))
-    assert digest == world.adapter("last").digest
+
+
+def test_a_second_load_changes_nothing(llm: Any, world: TinyWorld) -> None:
+    from reft_core.vllm.loading import load_adapter
+
+    store = store_of(llm)
+    before = []
+    for _ in range(2):
+        load_adapter(llm, world.files["last"])
+        before.append((store.held(), store.resident_bytes))
+    assert before[0] == before[1]
+    assert world.adapter("last").digest in before[0][0]
 
 
 def test_an_unloaded_adapter_is_not_found(llm: Any, world: TinyWorld) -> None:
@@ -429,8 +419,82 @@ def test_what_is_not_found_in_vllm_is_named() -> None:
         _wrap("vllm.v1.worker.gpu_model_runner:GPUModelRunner.gone", lambda found: found)
 
 
-def test_an_engine_core_that_is_not_armed_is_refused() -> None:
+@pytest.mark.parametrize("path", GOOD)
+def test_vllm_has_the_settings_that_are_checked(llm: Any, path: str) -> None:
+    attrgetter(path)(llm.llm_engine.vllm_config)
+
+
+def test_what_no_front_end_admitted_is_refused_by_the_core(
+    llm: Any, world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a front end without the plugin, which leaves the adapters as they were asked for."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    job = Job(random_prompt(5), (("last", 1.0),))
+    with monkeypatch.context() as unarmed:
+        unarmed.setattr(InputProcessor, "process_inputs", InputProcessor.process_inputs.__wrapped__)
+        with pytest.raises(UnsupportedFeature, match="not admitted"):
+            llm.generate([{"prompt_token_ids": list(job.prompt)}], world.params(job))
+    llm.llm_engine.output_processor.abort_requests(
+        list(llm.llm_engine.output_processor.request_states), internal=True
+    )
+    assert answers(llm, world, [job]) == [world.expected(job)]
+
+
+@pytest.mark.parametrize("nothing", [None, {"adapters": []}])
+def test_no_adapters_are_the_base_model(llm: Any, world: TinyWorld, nothing: Any) -> None:
+    job = Job(random_prompt(5))
+    params = world.params(job)
+    params.extra_args = {"reft": nothing}
+    (output,) = llm.generate([{"prompt_token_ids": list(job.prompt)}], params, use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == world.expected(job)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "message"),
+    [([], "in every worker"), ([{"num_sites": 4}, {"num_sites": 0}], "no layer")],
+)
+def test_an_engine_core_whose_workers_are_not_armed_does_not_start(
+    statuses: list[dict[str, int]], message: str
+) -> None:
+    from reft_core.vllm.startup import checking_workers
+
+    class Core:
+        def __init__(self) -> None:
+            self.has_begun = True
+
+        def collective_rpc(self, method: str) -> list[dict[str, int]]:
+            assert self.has_begun
+            if not statuses:
+                raise AttributeError(method)
+            return statuses
+
+    with pytest.raises(UnsupportedFeature, match=message):
+        checking_workers(Core.__init__)(Core())
+
+
+def test_an_engine_core_that_is_not_armed_is_refused(llm: Any) -> None:
+    import msgspec
+    from vllm.v1.engine.core import EngineCoreProc
+
     from reft_core.vllm.startup import checking_core
 
+    core = SimpleNamespace(
+        vllm_config=llm.llm_engine.vllm_config,
+        scheduler=llm.llm_engine.engine_core.engine_core.scheduler,
+        frontend_stats_publish_address=None,
+        engine_index=0,
+    )
+    taken = []
+    apply = checking_core(lambda client, payload: taken.append(payload))
+    armed, unarmed = (
+        msgspec.msgpack.encode(make(core))
+        for make in (
+            EngineCoreProc._make_ready_response,
+            EngineCoreProc._make_ready_response.__wrapped__,
+        )
+    )
+    apply(None, armed)
     with pytest.raises(UnsupportedFeature, match="not armed"):
-        checking_core(lambda client, payload: None)(None, b"\x81\xacvllm_version\xa60.32.0")
+        apply(None, unarmed)
+    assert taken == [armed]

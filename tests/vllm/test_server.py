@@ -43,7 +43,7 @@ def server(world: TinyWorld, folder: Path) -> Iterator[httpx.Client]:
     command += ["--model", world.model_path, "--served-model-name", "base", "--dtype", "float32"]
     command += ["--data-parallel-size", "2", "--port", str(port), "--host", "127.0.0.1"]
     command += ["--max-model-len", "512", "--max-num-batched-tokens", "17", "--max-num-seqs", "8"]
-    command += ["--block-size", str(BLOCK_TOKENS), "--enforce-eager"]
+    command += ["--block-size", str(BLOCK_TOKENS), "--enforce-eager", "--enable-scale-out"]
     command += ["--additional-config", json.dumps(settings)]
     environment = os.environ | {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": "1"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -111,16 +111,47 @@ def test_adapters_are_models(server: httpx.Client, world: TinyWorld) -> None:
         assert tokens_of(complete(server, job, model=name)) == world.expected(job)
 
 
-def test_bad_requests_get_a_400_or_404(server: httpx.Client) -> None:
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("nobody", "a name of one adapter"),
+        ("0" * 64, "a known digest"),
+        ("{", "reft: "),
+        ('{"adapters": [{"name": "last", "strength": 1e9}]}', "strength: "),
+    ],
+)
+def test_bad_adapters_get_a_400(server: httpx.Client, asked: str, message: str) -> None:
+    answer = complete(server, Job(random_prompt(5)), vllm_xargs={"reft": asked})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
+def test_bad_models_get_a_400_or_404(server: httpx.Client) -> None:
     job = Job(random_prompt(5))
     assert complete(server, job, model="nobody").status_code == 404
-    for asked in ("nobody", "0" * 64, "{", '{"adapters": [{"name": "last", "strength": 1e9}]}'):
-        answer = complete(server, job, vllm_xargs={"reft": asked})
-        assert answer.status_code == 400, answer.text
-        assert "reft" in answer.text or "expected" in answer.text
-    answer = complete(server, job, model="last", use_beam_search=True, n=2)
-    assert answer.status_code == 400
-    assert "beam" in answer.text
+    for more in ({"use_beam_search": True, "n": 2}, {"vllm_xargs": {"reft": "untied"}}):
+        answer = complete(server, job, model="last", **more)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] in ("use_beam_search", "vllm_xargs.reft")
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": "w5"}]]}),
+        ("/inference/v1/generate", {"token_ids": [5, 6], "sampling_params": {"max_tokens": 1}}),
+        (
+            "/generative_scoring",
+            {"query": "w5", "items": ["w6"], "label_token_ids": [5, 6], "item_first": False},
+        ),
+    ],
+)
+def test_routes_without_adapters_do_not_answer_as_the_base_model(
+    server: httpx.Client, route: str, body: dict[str, Any]
+) -> None:
+    answer = server.post(route, json={"model": "last", **body})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "model"
 
 
 def test_promotion_and_deletion_while_requests_run(
@@ -135,19 +166,22 @@ def test_promotion_and_deletion_while_requests_run(
     there = replace(world, files={**world.files, **versions})
     jobs = {v: Job(random_prompt(300, seed=3), ((v, 1.0),), 60) for v in versions}
     path = folder / "news.safetensors"
-    background = [Job(random_prompt(80, seed=s), (("last", 1.0),), 40) for s in range(6)]
+    # Longer than all that happens meanwhile.
+    background = [Job(random_prompt(80, seed=s), (("last", 1.0),), 400) for s in range(4)]
     with ThreadPoolExecutor(12) as pool:
         others = [pool.submit(complete, server, job, model="last") for job in background]
         found = {}
         for version, data in versions.items():
             path.with_suffix(".new").write_bytes(data)
             path.with_suffix(".new").rename(path)
+            assert not any(other.done() for other in others), "requests run during the swap"
             found[version] = [
                 pool.submit(complete, server, jobs[version], model="news") for _ in range(2)
             ]
             found[version][0].result()
         path.unlink()
         gone = complete(server, jobs["v51"], model="news")
+        assert not any(other.done() for other in others), "requests run during the deletion"
         wanted = {version: there.expected(job) for version, job in jobs.items()}
         for version, futures in found.items():
             assert [tokens_of(future.result()) for future in futures] == [wanted[version]] * 2

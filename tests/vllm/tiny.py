@@ -13,9 +13,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from reft_core.adapter import Adapter, decode_adapter
+from reft_core.adapter import Adapter, decode_adapter, encode_adapter
 from reft_core.sites import ModelDescription, describe_model
-from tests.factories import random_adapter_bytes, random_prompt
+from tests.factories import random_adapter_bytes, random_prompt, shift_adapter
 from tests.reference.slow import reference_generate
 
 BLOCK_TOKENS = 32
@@ -193,3 +193,47 @@ def load_all(llm: Any, world: TinyWorld) -> None:
 
     for data in world.files.values():
         load_adapter(llm, data)
+
+
+def check_fails_alone(llm: Any, world: TinyWorld, digest: str) -> None:
+    """Requests under an adapter that cannot be applied end in error, though the step in which they
+    fail is their last; others are answered."""
+    ends = [
+        Job(random_prompt(40), max_tokens=8),
+        Job(random_prompt(5)),
+        Job(random_prompt(5), max_tokens=1),
+    ]
+    params = [world.params(job) for job in (*ends, ends[-1])]
+    for failing in params:
+        failing.extra_args = {"reft": {"adapters": [{"digest": digest}]}}
+    params[-1].extra_args["reft"]["prompt_len"] = 3  # an answer to be scored follows
+    params[-1].prompt_logprobs = 0
+    good = Job(random_prompt(40, seed=1), (("last", 1.0),))
+    jobs = [*ends, ends[-1], good]
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(job.prompt)} for job in jobs],
+        [*params, world.params(good)],
+        use_tqdm=False,
+    )
+    *failed, fine = [output.outputs[0] for output in outputs]
+    assert [(bad.finish_reason, list(bad.token_ids)) for bad in failed] == [("error", [])] * 4
+    assert list(fine.token_ids) == world.expected(good)
+
+
+def check_lost_file(llm: Any, world: TinyWorld) -> None:
+    """:func:`check_fails_alone` with an adapter whose file is gone, where workers keep but one."""
+    from reft_core.vllm.loading import load_adapter
+
+    data = random_adapter_bytes(world.description, seed=30, name="lost", positions="l3")
+    digest = load_adapter(llm, data)
+    load_adapter(llm, world.files["last"])
+    (Path(world.spool) / f"{digest}.safetensors").unlink()
+    check_fails_alone(llm, world, digest)
+
+
+def check_overflow(llm: Any, world: TinyWorld) -> None:
+    """:func:`check_fails_alone` with an adapter whose edits of the first layer are no numbers."""
+    from reft_core.vllm.loading import load_adapter
+
+    adapter = shift_adapter(world.description, shift=3e38, gain=3e38)
+    check_fails_alone(llm, world, load_adapter(llm, encode_adapter(adapter.spec, adapter.edits)))

@@ -23,6 +23,8 @@ class Answers:
 
     def against(self, references: Sequence[References]) -> list[Answered]:
         """The rows as metrics look at them."""
+        for answers in (self.choices, self.texts, self.losses):
+            assert not answers or len(answers) == len(references), "answers to other rows"
         return [
             Answered(
                 right,

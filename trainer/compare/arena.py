@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from reft_core.errors import TrainingError, explain
 from trainer.compare.answers import Answers, References
 from trainer.compare.contenders import Contender
 from trainer.compare.learners import Saved
@@ -91,8 +92,14 @@ class Arena(ABC):
         return fit, {c.name: reason for c, reason in reasons.items() if reason is not None}
 
 
-def arena_for(task: Task) -> Arena:
-    """The arena of a task's kind of base."""
+def arena_for(task: Task, metric: str | None = None) -> Arena:
+    """The arena of a task's kind of base; ``metric`` is in place of the one its config says.
+
+    Raises :class:`TrainingError` for a base that cannot be asked for ``metric``.
+    """
+    if metric is not None and (task.kind != "causal" or task.config.labels):
+        allowed = "none: only a causal model's free answers are compared by it"
+        raise TrainingError(explain("metric", metric, allowed), field="metric")
     if task.kind == "encoder":
         from trainer.compare.encoder import EncoderArena
 
@@ -103,4 +110,4 @@ def arena_for(task: Task) -> Arena:
         return Seq2SeqArena(task)
     from trainer.compare.causal import CausalArena
 
-    return CausalArena(task)
+    return CausalArena(task, metric)

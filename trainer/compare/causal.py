@@ -26,12 +26,15 @@ from trainer.outcome import FitResult
 class CausalArena(Arena):
     """Implements :class:`Arena`."""
 
+    by: str | None = None
+    """A metric in place of the config's first."""
+
     @property
     @override
     def metric(self) -> Metric:
         """Choosing among labels, or the config's first metric."""
         config = self.task.config
-        return METRICS["likelihood_accuracy" if config.labels else config.metrics[0]]
+        return METRICS["likelihood_accuracy" if config.labels else self.by or config.metrics[0]]
 
     @override
     def why_not(self, contender: Contender) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from reft_core.errors import InvalidRequest
 from trainer.compare.contenders import DEFAULT_METHODS, get_contenders
+from trainer.nearest import nearest
 
 
 def _split(value: object) -> object:
@@ -53,6 +54,11 @@ class CompareConfig(BaseModel):
     reference: str | None = Field(
         default=None, description="method that the others' differences are from; absent: none"
     )
+    metric: Literal["loss", "perplexity"] | None = Field(
+        default=None,
+        description="of a causal model's free answers, in place of the config's first metric: how "
+        "likely the references are; absent: that metric",
+    )
     measure_serving: int = Field(
         default=0,
         ge=0,
@@ -69,6 +75,14 @@ class CompareConfig(BaseModel):
             get_contenders(value)
         except InvalidRequest as error:
             raise ValueError(error.message) from None
+        return value
+
+    @field_validator("reference")
+    @classmethod
+    def _compared(cls, value: str | None, info: ValidationInfo) -> str | None:
+        methods = info.data.get("methods")  # absent: they are the mistake
+        if value is not None and methods is not None and value not in methods:
+            raise ValueError(f"one of the methods{nearest(value, methods)}")
         return value
 
     @field_validator("seeds")

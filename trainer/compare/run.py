@@ -82,7 +82,7 @@ def compare(
         steps=comparison.steps,
         spare_tokens=spare,
     )
-    arena = arena_for(task)
+    arena = arena_for(task, comparison.metric)
     if comparison.measure_serving and task.kind != "causal":
         allowed = "0: requests are timed on a causal model's engine alone"
         raise TrainingError(explain("measure_serving", comparison.measure_serving, allowed))

@@ -20,7 +20,7 @@ from trainer.compare.config import CompareConfig
 from trainer.compare.contenders import CONTENDERS, Contender, Setting
 from trainer.compare.jobs import search_jobs, search_settings
 from trainer.compare.learners import open_learner
-from trainer.compare.settings import training_config
+from trainer.compare.settings import shots_of, training_config
 from trainer.compare.store import Job, Record, Store
 from trainer.compare.task import Split, fit_on
 from trainer.config import TrainConfig
@@ -29,6 +29,9 @@ from trainer.progress import Progress
 
 _POLL_S = 2.0
 """Between looks at what other processes are still doing."""
+
+FAILURES = (ReftError, SafetensorError, torch.linalg.LinAlgError, torch.OutOfMemoryError)  # type: ignore[attr-defined]
+"""What a run may end in without ending the others: its settings suit neither base nor machine."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,10 @@ class Runner:
             start = time.perf_counter()
             try:
                 found = {"status": "done", **work(job)}
-            except (ReftError, SafetensorError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            except FAILURES as error:
                 found = {"status": "failed", "error": str(error)}
+            if found["status"] == "failed":
+                torch.cuda.empty_cache()  # what it allocated is the next one's
         return found | {
             "seconds": round(time.perf_counter() - start, 2),
             "provenance": {
@@ -98,8 +103,8 @@ class Runner:
 
     def _prompted(self, job: Job, test: Split | None) -> Record:
         """The base with nothing, or with examples, before the question."""
-        shots = dict(job.setting).get("shots", 0)
-        assert isinstance(shots, int)
+        contender = CONTENDERS[job.method]
+        shots = shots_of(self.arena.task, contender, dict(job.setting), self.comparison)
         record: Record = {
             "num_trainable": 0,
             "file_bytes": 0,

@@ -58,7 +58,9 @@ def training_config(
     task = arena.task
     changes = setting | given_values(task, contender, comparison)
     changes |= {"seed": seed, "name": f"{contender.name}-{seed}"[:64]}
-    changes.pop("shots", None)
+    if contender.size == "shots":
+        shots_of(task, contender, setting, comparison)
+        changes.pop("shots", None)
     try:
         config = _config(task, contender, changes)
         if contender.kind == "registry":
@@ -66,6 +68,15 @@ def training_config(
     except TrainingError as error:
         raise TrainingError(f"settings of {contender.name}: {error.message}") from None
     return config
+
+
+def shots_of(task: Task, contender: Contender, setting: Setting, comparison: CompareConfig) -> int:
+    """How many examples one run shows before each prompt. Raises :class:`TrainingError`."""
+    count = (setting | given_values(task, contender, comparison)).get("shots", 0)
+    if type(count) is not int or count < 0:
+        field = f"settings of {contender.name}: shots"
+        raise TrainingError(explain(field, count, "a whole number of at least 0"), field=field)
+    return count
 
 
 def _config(task: Task, contender: Contender, changes: Mapping[str, Any]) -> TrainConfig:

@@ -30,7 +30,7 @@ KEPT = (
 COLUMNS = (*dict.fromkeys(name for both in KINDS.values() for part in both for name in part), *KEPT)
 """Every column that means something here."""
 
-ALIASES = {
+_ALIASES = {
     "sentence": "text",
     "sentence1": "text",
     "premise": "text",
@@ -97,7 +97,7 @@ class ColumnNames:
             return None if name in self.given else name
         if self.ignored == "all" and _is_whole(row):
             return None
-        alias = ALIASES.get(name)
+        alias = _ALIASES.get(name)
         return None if alias is None or alias in row or alias in self.given else alias
 
     def _ignores(self, name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from reft_core.errors import TrainingError, explain
 from trainer.data import Example, RowFormat, Turn
-from trainer.data.columns import ALIASES, KINDS, ColumnNames
+from trainer.data.columns import KINDS, ColumnNames
 from trainer.data.reading import read_source
 from trainer.data.sources import find_split
 
@@ -80,7 +80,7 @@ def read_rows(
         rows = tuple(_text_row(dict(row), where) for where, row in source.rows)
         return RowSet(source.path, rows, (), source.sha256, len(rows))
     # With labels that stand beside it, a file may still hold other rows than these choose among.
-    is_labelled = any(isinstance(row, dict) and "label" in row for _, row in source.rows[:1])
+    is_labelled = any("label" in _columns(row) for _, row in source.rows[:1])
     names = source.labels if is_labelled else ()
     dataset = read_source(
         replace(source, labels=names), RowFormat(ColumnNames(ignored="all"), system)
@@ -156,8 +156,14 @@ def with_labels(rows: RowSet, labels: Sequence[str]) -> RowSet:
 def _is_text_alone(row: object) -> bool:
     """Whether a row has a text and nothing that would be asked or answered."""
     asked = {"label", "text_pair", *KINDS["instruction"][0], *KINDS["messages"][0]}
-    asked |= {theirs for theirs, ours in ALIASES.items() if ours in asked}
-    return isinstance(row, Mapping) and "text" in row and not asked & set(row)
+    return isinstance(row, Mapping) and "text" in row and not asked & _columns(row)
+
+
+def _columns(row: object) -> set[str]:
+    """A row's columns under our names, empty ones too; none of what is no row."""
+    if not isinstance(row, Mapping):
+        return set()
+    return set(ColumnNames(ignored="all").rename(dict.fromkeys(row, True))[0])
 
 
 def _text_row(row: Mapping[str, Any], where: str) -> Row:

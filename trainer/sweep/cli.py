@@ -16,7 +16,6 @@ from trainer.sections import read_section
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.report import best_trial, param_importances, write_report
 from trainer.sweep.run import sweep
-from trainer.sweep.study import FACTS
 
 
 def sweep_command(
@@ -41,8 +40,7 @@ def sweep_command(
         config = read_config(str(path), overrides)
         settings = read_section(path, "sweep", SweepConfig, given)
         study = sweep(config, settings, on_trial=on_trial)
-        num_layers = study.user_attrs[FACTS]["num_layers"]
-        found = write_report(study, config, settings, num_layers, command)
+        found = write_report(study, config, settings, command)
     best = best_trial(study)
     if best is None:
         console.print("error: no trial was completed; see the report", style="red")

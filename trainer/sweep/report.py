@@ -18,7 +18,7 @@ from trainer.config import TrainConfig
 from trainer.sections import validated
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.run import to_json
-from trainer.sweep.space import settings_of
+from trainer.sweep.trial import SETTINGS
 
 _FEWEST_FOR_IMPORTANCE = 4
 _TOP_TRIALS = 5
@@ -27,7 +27,7 @@ _SHOWN = 15
 
 
 def write_report(
-    study: optuna.Study, config: TrainConfig, settings: SweepConfig, num_layers: int, command: str
+    study: optuna.Study, config: TrainConfig, settings: SweepConfig, command: str
 ) -> dict[str, Any]:
     """Write ``report.md``, ``report.json`` and ``best.yaml`` into the sweep's folder.
 
@@ -38,7 +38,7 @@ def write_report(
     importances = param_importances(study)
     found: dict[str, Any] = {}
     if best is not None:
-        found = best_settings(best, settings, num_layers)
+        found = best_settings(best)
         write_durably(settings.out / "best.yaml", to_yaml(config, found, best, command).encode())
     document = {
         "command": command,
@@ -62,9 +62,9 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
     return min(done, key=lambda t: (sign * (t.value or 0.0), t.number), default=None)
 
 
-def best_settings(best: FrozenTrial, settings: SweepConfig, num_layers: int) -> dict[str, Any]:
-    """The settings of a training config that a trial drew."""
-    return settings_of(settings.space.draw(optuna.trial.FixedTrial(best.params)), num_layers)
+def best_settings(best: FrozenTrial) -> dict[str, Any]:
+    """What a trial that was trained changed of the training config."""
+    return dict(best.user_attrs[SETTINGS])
 
 
 def param_importances(study: optuna.Study) -> dict[str, float]:
@@ -158,4 +158,4 @@ def _trial_table(study: optuna.Study, settings: SweepConfig, unit: str) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

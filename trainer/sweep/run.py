@@ -64,7 +64,10 @@ def without_test(config: TrainConfig) -> TrainConfig:
 
 def facts_of(arena: Arena, settings: SweepConfig) -> dict[str, Any]:
     """All that every trial depends on, as JSON values."""
-    return arena.task.facts | {
+    space = settings.space.model_dump(mode="json")
+    return {
+        **arena.task.facts,
+        **{f"space.{name}": options for name, options in space.items()},
         "objective": settings.objective,
         "num_layers": arena.task.loaded.description.num_layers,
     }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Protocol, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from reft_core.errors import TrainingError, explain
 from reft_core.methods import METHODS
@@ -67,8 +67,33 @@ def _as_choices(value: object) -> object:
     return [value] if isinstance(value, bool | int | float | str) else value
 
 
-_Numbers = Annotated[Range | tuple[int | float, ...], BeforeValidator(_as_choices)]
-_Whole = Annotated[Range | tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_choices)]
+Options = Range | tuple[int | float, ...]
+
+
+def _counts(least: int, options: Options) -> Options:
+    """``options`` if they are whole numbers, one or more, none below ``least``."""
+    numbers = _numbers(options)
+    if not numbers or min(numbers) < least or not all(isinstance(n, int) for n in numbers):
+        raise ValueError(f"one or more whole numbers of at least {least}")
+    return options
+
+
+def _rates(options: Options) -> Options:
+    numbers = _numbers(options)
+    if not numbers or min(numbers) <= 0:
+        raise ValueError("one or more numbers above 0")
+    return options
+
+
+def _numbers(options: Options) -> tuple[int | float, ...]:
+    """The choices, or both ends of a range."""
+    return (options.low, options.high) if isinstance(options, Range) else options
+
+
+_Choices = Annotated[Options, BeforeValidator(_as_choices)]
+_PerSide = Annotated[_Choices, AfterValidator(partial(_counts, 0))]
+_Ranks = Annotated[_Choices, AfterValidator(partial(_counts, 1))]
+_Rates = Annotated[_Choices, AfterValidator(_rates)]
 
 
 class Space(BaseModel):
@@ -76,14 +101,17 @@ class Space(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    first: _Whole = (0, 1, 3)
-    last: _Whole = (1, 2, 4, 7)
+    first: _PerSide = (0, 1, 3)
+    last: _PerSide = (1, 2, 4, 7)
     layers: Annotated[
         tuple[str | tuple[int, ...], ...], BeforeValidator(_as_choices), Field(min_length=1)
     ] = ("all", "every:2", "every:3", "upper_half")
-    tied: Annotated[tuple[bool, ...], BeforeValidator(_as_choices)] = (True, False)
-    rank: _Whole = (1, 2, 4, 8)
-    learning_rate: _Numbers = Range(low=5e-4, high=1.2e-2, log=True)
+    tied: Annotated[tuple[bool, ...], BeforeValidator(_as_choices), Field(min_length=1)] = (
+        True,
+        False,
+    )
+    rank: _Ranks = (1, 2, 4, 8)
+    learning_rate: _Rates = Range(low=5e-4, high=1.2e-2, log=True)
     positions: Annotated[tuple[str, ...], BeforeValidator(_as_choices)] = Field(
         default=(), description="rules instead of first and last, such as prompt"
     )
@@ -103,7 +131,7 @@ class Space(BaseModel):
                 raise ValueError(explain("method", name, f"some of {known}"))
         for rule in self.positions:
             as_value_error(partial(PositionRule.parse, rule))
-        if not _most(self.first) and not _most(self.last):
+        if not max(*_numbers(self.first), *_numbers(self.last)):
             raise ValueError("first and last are 0 in every choice: no position is edited")
         return self
 
@@ -158,10 +186,6 @@ def settings_of(drawn: Mapping[str, Value], num_layers: int) -> dict[str, Any]:
     if isinstance(layers, str) and layers in PARTS:
         settings["layers"] = tuple(PARTS[layers](num_layers))
     return settings
-
-
-def _most(options: Range | tuple[int, ...]) -> int | float:
-    return options.high if isinstance(options, Range) else max(options, default=0)
 
 
 def _is_layers(text: str) -> bool:

@@ -240,3 +240,12 @@ def test_ids_differ_and_the_fingerprint_stays(server):
     assert len({answer["id"] for answer in answers} | {c["id"] for c in chunks}) == 3
     assert len({(chunk["created"], chunk["object"]) for chunk in chunks}) == 1
     assert len({each["system_fingerprint"] for each in (*answers, *chunks)}) == 1
+
+
+def test_engines_differ_in_their_fingerprint(in_process):
+    """A seed does not promise the same answer of both."""
+    found = set()
+    for engine in ("embedded", "vllm"):
+        with in_process(engine=engine) as server:
+            found.add(server.services.fingerprint)
+    assert len(found) == 2

@@ -41,6 +41,19 @@ def test_misspelt_names_are_told_the_nearest() -> None:
         validated(CompareConfig, "compare", {"methods": "peft_lra"})
 
 
+def test_a_reference_is_one_of_the_methods() -> None:
+    given = {"methods": "peft_lora,loreft", "reference": "peft_lora"}
+    assert validated(CompareConfig, "compare", given).reference == "peft_lora"
+    with pytest.raises(
+        TrainingError, match=r"reference: got 'peft_lra', expected .*did you mean 'peft_lora'\?"
+    ):
+        validated(CompareConfig, "compare", given | {"reference": "peft_lra"})
+    with pytest.raises(
+        TrainingError, match=r"reference: got 'lora', expected .*; known are red, direft"
+    ):
+        validated(CompareConfig, "compare", {"methods": "red,direft", "reference": "lora"})
+
+
 def test_lists_may_be_written_as_one_text() -> None:
     config = CompareConfig.model_validate({"methods": "loreft, red", "seeds": "3,4"})
     assert config.methods == ("loreft", "red")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from reft_core.adapter import decode_adapter
 from reft_core.errors import TrainingError
@@ -153,6 +154,23 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert "Runs that failed" in to_markdown(found, [red, zero], "")
 
 
+def test_a_run_without_memory_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[bool] = []
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(runner, "fit_on", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    found = run(make_config(tmp_path, **LABELS), tmp_path, methods=("red", "zero_shot"))
+    red, zero = table_rows(found)
+    assert "out of memory" in red.error
+    assert zero.quality is not None
+    assert emptied == [True]
+
+
 def test_results_of_another_task_are_not_mixed_in(tmp_path: Path) -> None:
     config = make_config(tmp_path, **LABELS)
     run(config, tmp_path, methods=("zero_shot",))
@@ -170,15 +188,32 @@ def test_results_of_another_task_are_not_mixed_in(tmp_path: Path) -> None:
     [
         ({"settings": {"red": {"rnak": 1}}}, r"settings of red: .*did you mean 'rank'"),
         ({"settings": {"loreft": {}}}, r"settings: got 'loreft', expected some of red"),
+        ({"settings": {"few_shot": {"shots": -1}}}, r"few_shot: shots: got -1, expected a whole"),
+        ({"settings": {"few_shot": {"shots": [2.5, 2]}}}, r"few_shot: shots: got 2.5, expected"),
+        ({"settings": {"zero_shot": {"shots": 2}}}, r"of zero_shot: .*shots: unknown setting"),
+        ({"settings": {"red": {"shots": 2}}}, r"settings of red: .*shots: unknown setting"),
         ({"settings": {"red": {"layers": [9]}}}, r"settings of red: layers: got 9"),
     ],
 )
 def test_settings_are_checked_before_anything_runs(
     tmp_path: Path, fields: dict, problem: str
 ) -> None:
+    methods = ("red", "zero_shot", "few_shot")
     with pytest.raises(TrainingError, match=problem):
-        run(make_config(tmp_path, **LABELS), tmp_path, methods=("red",), **fields)
+        run(make_config(tmp_path, **LABELS), tmp_path, methods=methods, **fields)
     assert not (tmp_path / "compared").exists()
+
+
+def test_a_fixed_number_of_shots_is_shown_as_a_searched_one_is(tmp_path: Path) -> None:
+    config = make_config(tmp_path, **LABELS)
+    asked = [
+        run(config, tmp_path / name, methods=("few_shot",), settings={"few_shot": {"shots": shots}})
+        for name, shots in (("fixed", 2), ("listed", [2]))
+    ]
+    fixed, listed = (found.finals["few_shot"][0] for found in asked)
+    assert fixed["serving"] == listed["serving"]
+    assert fixed["serving"]["scope"] == "longer prompt"
+    assert fixed["answers"] == listed["answers"]
 
 
 def test_texts_are_compared_where_there_are_no_labels(tmp_path: Path) -> None:
@@ -208,6 +243,16 @@ def test_a_text_is_right_if_it_is_any_of_its_rows_references(tmp_path: Path) -> 
     assert split.references == [("yes", "x"), ("no",)]
     answers = Answers(texts=("x", "x"))
     assert arena_for(task).value(answers, split) == 0.5
+
+
+def test_free_answers_are_compared_by_their_loss_if_that_is_asked_for(tmp_path: Path) -> None:
+    config = make_config(tmp_path, epochs=2, labels=None)
+    found = run(config, tmp_path, methods=("zero_shot", "loreft"), metric="loss")
+    base, edited = (found.finals[name][0] for name in ("zero_shot", "loreft"))
+    assert 0 < edited["test"]["loss"] < base["test"]["loss"]
+    assert len(edited["answers"]["losses"]) == 6
+    with pytest.raises(TrainingError, match="metric: got 'loss', expected none"):
+        run(make_config(tmp_path, **LABELS), tmp_path / "b", metric="loss")
 
 
 def test_a_method_is_asked_with_its_own_positions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.factories import random_adapter
 from tests.reference.slow import reference_generate, reference_logits
 from tests.trainer.factories import byte_model, write_rows
 from trainer.evaluation.asking import Contender, EngineAsker, Question, Reply, Wanted
+from trainer.evaluation.asking import engine as asking_engine
 from trainer.evaluation.evaluate import Options, evaluate_model
 from trainer.evaluation.local import LocalAsker, contenders_of
 from trainer.evaluation.rows import Row, RowSet, read_rows
@@ -94,6 +96,16 @@ def test_base_and_adapters_in_one_batch_equal_each_row_alone(
         assert_alike(reply, expected[place])
     # The contenders differ, or the test could not tell them apart.
     assert len({reply.logprobs for reply in expected[:3]}) == 3
+
+
+def test_choices_that_are_not_wanted_are_not_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking_engine, "answer_tokens", Mock(side_effect=AssertionError))
+    base = Contender("base", "base")
+    questions = [Question(base, row, Wanted()) for row in rows_in(tmp_path).rows]
+    found = dict(LocalAsker(byte_model()).ask(questions))
+    assert [found[place].logprobs for place in range(6)] == [()] * 6
 
 
 def test_a_queue_that_is_full_is_waited_for(tmp_path: Path) -> None:

@@ -53,15 +53,25 @@ def test_rows_of_text_alone_are_read_and_not_asked(tmp_path: Path) -> None:
         ("2", (), ("Twice.",)),
     ]
     assert task_of(found.rows).metrics == ("loss", "perplexity")
-    # Others' names for what is asked or answered are no lesser columns.
-    (labelled,) = rows_of(tmp_path, {"text": "x", "intent": "a"}).rows
-    assert (labelled.answer, labelled.choices) == ("a", ("a",))
     with pytest.raises(InvalidRequest, match=r"metrics: got 'bleu'.*no question.*test.jsonl:1"):
         chosen_metrics(["bleu"], found.rows)
     with pytest.raises(TrainingError, match=r"test.jsonl:2: has no 'label'"):
         rows_of(tmp_path, {"text": "x", "label": "a"}, {"text": "y"})
     with pytest.raises(TrainingError, match=r"test.jsonl:1: text: got ' ', expected text"):
         rows_of(tmp_path, {"text": " "})
+
+
+def test_a_text_with_a_column_as_others_call_it_is_not_alone(tmp_path: Path) -> None:
+    found = rows_of(tmp_path, {"text": "x", "intent": "a"})
+    assert (found.labels, found.rows[0].answer) == (("a",), "a")
+    with pytest.raises(TrainingError, match=r"test.jsonl:1: has no 'label'"):
+        rows_of(tmp_path, {"text": "x", "hypothesis": "y"})
+
+
+def test_labels_beside_a_file_are_those_of_others_column_too(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text(json.dumps(["no", "yes"]))
+    found = rows_of(tmp_path, {"text": "x", "intent": 1})
+    assert (found.labels, found.rows[0].answer) == (("no", "yes"), "yes")
 
 
 def test_a_split_of_a_folder_is_read(tmp_path: Path) -> None:

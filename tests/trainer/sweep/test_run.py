@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from reft_core.errors import TrainingError
@@ -15,7 +16,7 @@ from tests.trainer.compare.test_encoder import make_config as encoder_config
 from tests.trainer.factories import byte_model, label_rows, make_config, write_rows
 from trainer.config import TrainConfig
 from trainer.config.file import load_config
-from trainer.sweep import run
+from trainer.sweep import run, trial
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.report import best_settings, best_trial, param_importances, write_report
 from trainer.sweep.run import sweep
@@ -52,7 +53,7 @@ def test_a_sweep_goes_on_where_it_ended_and_reports_the_best(tmp_path: Path) -> 
     done = study.get_trials(states=(TrialState.COMPLETE,))
     assert best.value == min(trial.value for trial in done)  # type: ignore[type-var]
 
-    found = write_report(study, config, settings(tmp_path), 3, "reft sweep tiny.yaml")
+    found = write_report(study, config, settings(tmp_path), "reft sweep tiny.yaml")
     folder = tmp_path / "swept"
     again = load_config(folder / "best.yaml")
     assert again.test == config.test
@@ -66,16 +67,22 @@ def test_a_sweep_goes_on_where_it_ended_and_reports_the_best(tmp_path: Path) -> 
     assert document["best"]["number"] == best.number
 
 
-def test_the_best_config_trains_what_the_trial_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["loreft", "lora", "series_adapter"])
+def test_the_best_config_trains_what_the_trial_trained(tmp_path: Path, method: str) -> None:
     from trainer.train import train
 
     config = tiny(tmp_path)
-    study = sweep(config, settings(tmp_path, pruner="none"), loaded=byte_model())
-    write_report(study, config, settings(tmp_path), 3, "")
+    space = SPACE | {"method": ["direft", method] if method == "loreft" else method}
+    given = settings(tmp_path, pruner="none", space=space, trials=2)
+    study = sweep(config, given, loaded=byte_model())
+    write_report(study, config, given, "")
     best = best_trial(study)
     result = train(load_config(tmp_path / "swept" / "best.yaml"), loaded=byte_model())
     assert best is not None
     assert result.fit.best.valid_loss == best.value
+    sites, positions = best.user_attrs["settings"].get("sites"), best_settings(best)["positions"]
+    assert (method == "lora") == (sites is not None)
+    assert (method == "loreft") == (positions != "prompt")
 
 
 def test_the_test_split_is_never_read(tmp_path: Path) -> None:
@@ -121,7 +128,7 @@ def test_an_encoder_can_be_swept(tmp_path: Path) -> None:
     best = best_trial(study)
     assert best is not None
     assert best.value > 0.5
-    assert best_settings(best, settings(tmp_path, **given), 2)["positions"] in space["positions"]
+    assert best_settings(best)["positions"] in space["positions"]
 
 
 def test_accuracy_can_be_the_objective(tmp_path: Path) -> None:
@@ -156,12 +163,36 @@ def test_a_setting_the_base_cannot_take_fails_its_trial_alone(tmp_path: Path) ->
     assert "rank: got 33" in failed.user_attrs["error"]
 
 
+def test_a_trial_without_memory_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trial, "fit_on", full)
+    study = sweep(tiny(tmp_path, epochs=1), settings(tmp_path, trials=2), loaded=byte_model())
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert "out of memory" in study.trials[0].user_attrs["error"]
+
+
 def test_a_study_of_other_rows_is_not_gone_on_with(tmp_path: Path) -> None:
     config = tiny(tmp_path, epochs=1)
     sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
     write_rows(tmp_path / "train.jsonl", label_rows(0, 24))
     with pytest.raises(TrainingError, match="train_rows: got 24, expected 40 as the study's"):
         sweep(config, settings(tmp_path, trials=2), loaded=byte_model())
+
+
+@pytest.mark.parametrize(
+    "space", [{"rank": [1, 2, 4]}, {"rank": 2}, {"learning_rate": {"low": 1e-3, "high": 1e-2}}]
+)
+def test_a_study_of_another_space_is_not_gone_on_with(tmp_path: Path, space: dict) -> None:
+    config = tiny(tmp_path, epochs=1)
+    sweep(config, settings(tmp_path, trials=1), loaded=byte_model())
+    (name,) = space
+    with pytest.raises(TrainingError, match=f"space.{name}: got .*, expected .* as the study's"):
+        sweep(config, settings(tmp_path, trials=2, space=SPACE | space), loaded=byte_model())
 
 
 def test_trials_of_a_process_that_died_are_not_waited_for(tmp_path: Path) -> None:
@@ -203,6 +234,6 @@ def test_importances_tell_what_matters(tmp_path: Path) -> None:
 def test_settings_of_a_trial_are_what_it_drew(tmp_path: Path) -> None:
     study = sweep(tiny(tmp_path, epochs=1), settings(tmp_path, trials=1), loaded=byte_model())
     (trial,) = study.trials
-    found = best_settings(trial, settings(tmp_path), 3)
+    found = best_settings(trial)
     assert found["rank"] == trial.params["rank"]
     assert found["positions"].endswith(f"l{trial.params['last']}")

@@ -58,7 +58,15 @@ def test_ranges_are_whole_or_not() -> None:
         ({"method": ["lora", "loraft"]}, "method: got 'loraft', expected some of loreft"),
         ({"first": [0], "last": [0]}, "no position is edited"),
         ({"learning_rate": {"low": 1, "high": 0.1}}, "low must be below high"),
-        ({"rank": [-1]}, "greater than or equal to 0"),
+        ({"rank": [0]}, r"space.rank: got \[0\], expected one or more whole numbers of at least 1"),
+        ({"rank": {"low": 0, "high": 4}}, "rank: got {.*}, expected .* of at least 1"),
+        ({"rank": {"low": 1.5, "high": 4}}, "rank: got {.*}, expected one or more whole numbers"),
+        ({"rank": []}, r"rank: got \[\], expected one or more"),
+        ({"first": {"low": -3, "high": 4}}, "first: got {.*}, expected .* of at least 0"),
+        ({"first": []}, r"first: got \[\], expected one or more"),
+        ({"learning_rate": {"low": 0, "high": 0.1}}, "learning_rate: got {.*}, expected .* above 0"),
+        ({"learning_rate": -0.1}, "learning_rate: got -0.1, expected one or more numbers above 0"),
+        ({"tied": []}, "tied: got .* at least 1 item"),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(space: dict, problem: str) -> None:
