@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from server.settings import Settings
+from server.settings.arguments import without_secrets
 
 _WORDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
 
@@ -54,7 +55,7 @@ class Field:
         if self.is_secret:
             return self.default.get_secret_value() if value == self.default else "set (hidden)"
         if isinstance(value, tuple | list):
-            return ", ".join(map(str, value))
+            return ", ".join(map(str, self.plain(value)))
         return str(value).lower() if isinstance(value, bool) else without_password(str(value))
 
     def plain(self, value: Any) -> Any:
@@ -64,7 +65,7 @@ class Field:
         if isinstance(value, tuple | list):
             return [self.plain(item) for item in value]
         if isinstance(value, str):
-            return without_password(value)
+            return without_password(without_secrets(value) if self.is_list else value)
         return str(value) if isinstance(value, Path) else value
 
 

@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
+from server.settings.arguments import (
+    check_arguments,
+    parse_argument,
+    shown_arguments,
+    split_arguments,
+)
+
 if TYPE_CHECKING:
     from reft_core.engine.config import EngineConfig
     from reft_core.grammar import GrammarLimits
@@ -288,18 +295,12 @@ class Settings(BaseSettings):
     @field_validator("vllm_args", mode="before")
     @classmethod
     def _split_arguments(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = json.loads(value) if value.lstrip().startswith("{") else value.split(",")
-        if isinstance(value, dict):
-            return tuple(f"{name}={json.dumps(each)}" for name, each in value.items())
-        return tuple(part.strip() for part in value) if isinstance(value, list | tuple) else value
+        return split_arguments(value)
 
     @field_validator("vllm_args")
     @classmethod
     def _are_named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for argument in value:
-            if not argument.partition("=")[0].isidentifier() or "=" not in argument:
-                raise ValueError("expected name=value, such as block_size=32")
+        check_arguments(value)
         return value
 
     @field_validator("blob_options")
@@ -349,8 +350,9 @@ class Settings(BaseSettings):
         for name in of_other:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
+                shown = shown_arguments(value) if name == "vllm_args" else value
                 raise ValueError(
-                    f"{name}: got {value!r}, expected nothing with engine {self.engine!r}, which "
+                    f"{name}: got {shown!r}, expected nothing with engine {self.engine!r}, which "
                     "has no use for it"
                 )
 
@@ -395,7 +397,7 @@ class Settings(BaseSettings):
             distributed_executor_backend=self.distributed_executor_backend,
             gpu_memory_utilization=self.gpu_memory_utilization,
             resident_bytes=self.adapter_memory_bytes,
-            extra=dict(_argument(text) for text in self.vllm_args),
+            extra=dict(parse_argument(text) for text in self.vllm_args),
         )
 
     def grammar_limits(self) -> GrammarLimits:
@@ -428,15 +430,6 @@ def environment() -> tuple[dict[str, Any], list[str]]:
     known = {f"{prefix}{name}".upper() for name in Settings.model_fields} | CLIENT_VARIABLES
     strange = [name for name in os.environ if name.upper().startswith(prefix)]
     return EnvSettingsSource(Settings)(), sorted(n for n in strange if n.upper() not in known)
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    """Name and value of ``name=value``; what is no JSON is a text."""
-    name, _, value = text.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def is_loopback(host: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from reft_core.errors import InvalidRequest, explain
+from server.settings.arguments import shown_arguments
 from server.settings.fields import Field, all_fields
 from server.settings.file import nearest, read_settings_file
 from server.settings.settings import Settings, environment
@@ -75,7 +76,10 @@ def _problem(
     value = first["input"]
     if field.is_secret:
         value = f"{len(str(value))} characters (hidden)"
-    allowed = message if first["type"] == "value_error" else field.allowed
+    elif field.name == "vllm_args":
+        value = shown_arguments(value)
+    is_ours = first["type"] == "value_error"
+    allowed = message.removeprefix("expected ") if is_ours else field.allowed
     where = {
         "flag": f"from {field.flag}",
         "environment": f"from {field.variable}",

@@ -103,6 +103,37 @@ def test_a_secret_that_is_refused_is_not_repeated(tmp_path):
     assert "at least 16 characters" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("given", "mention"),
+    [
+        ('compilation_config={"level":3,"x":1}', "expected one JSON object"),
+        ("block_size=32,enforce_eager=true", "expected one JSON object"),
+        ('{"block_size": 32, "block_size": 16}', "each name once, and not block_size twice"),
+        (["block_size=32", "block_size=16"], "each name once, and not block_size twice"),
+        (["hf_token=hunter2", "block_size"], "got 'hf_token=…, block_size', expected name=value"),
+        (["hf_token=hunter2"], "vllm_args: got 'hf_token=…', expected nothing with engine"),
+        ('{"hf_token": "hunter2"', "got '22 characters', expected one JSON object"),
+    ],
+)
+def test_what_is_wrong_with_arguments_of_vllm_is_said_without_secrets(given, mention):
+    with pytest.raises(InvalidRequest) as caught:
+        load_settings(flags={"vllm_args": given})
+    assert mention in caught.value.message
+    assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize("form", ["variable", "flags"])
+def test_arguments_of_vllm_are_json(monkeypatch, form):
+    arguments = {"compilation_config": {"level": 3, "x": 1}, "hf_token": "abc"}
+    if form == "variable":
+        monkeypatch.setenv("REFT_VLLM_ARGS", json.dumps(arguments))
+        settings = load_settings(flags={"engine": "vllm"}).settings
+    else:
+        flags = ['compilation_config={"level":3,"x":1}', "hf_token=abc"]
+        settings = load_settings(flags={"engine": "vllm", "vllm_args": flags}).settings
+    assert settings.vllm_options().extra == arguments
+
+
 def test_a_variable_that_is_a_setting_misspelt_is_a_warning(monkeypatch):
     monkeypatch.setenv("REFT_MAX_MODEL_LENGTH", "9")
     monkeypatch.setenv("REFT_URL", "http://x")
@@ -152,6 +183,21 @@ def test_show_prints_values_with_their_sources_and_hides_secrets(tmp_path):
     assert listed["admin_key"] == {"value": None, "source": "default"}
     assert listed["max_n"] == {"value": 3, "source": "file"}
     assert "secret-secret" not in shown.output + json.dumps(listed)
+
+
+def test_show_hides_what_arguments_of_vllm_call_secret():
+    nested = 'other={"api_key": "hunter2", "keys": [1], "tokenizer": "plain"}'
+    flags = ("hf_token=hunter2", "long_prefill_token_threshold=64", "tokenizer_mode=slow", nested)
+    args = [part for flag in flags for part in ("--vllm-args", flag)]
+    shown = run("config", "show", "--engine", "vllm", *args, env={"COLUMNS": "400"})
+    assert shown.exit_code == 0, shown.output
+    listed = run("config", "show", "--engine", "vllm", "--json", *args)
+    assert "hunter2" not in shown.output + listed.output
+    assert json.loads(listed.output)["vllm_args"]["value"] == [
+        "hf_token=…",
+        *flags[1:3],
+        'other={"api_key": "…", "keys": [1], "tokenizer": "plain"}',
+    ]
 
 
 def test_init_writes_a_file_that_show_takes(tmp_path):
