@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ from fsspec.core import url_to_fs
 from reft_core.adapter import MAX_ADAPTER_BYTES
 
 _SUFFIX = ".safetensors"
-_FACTS_OF_ANY = {"name", "size", "type"}
-"""What every place says of a file. They alone do not tell it from the one that replaces it."""
+_VERSIONS = re.compile(r"time|modified|created|updated|etag|md5|sha|crc|ino$|version|generation")
+"""Names, in lower case, of what tells a file from the one that replaces it."""
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class AdapterFiles:
                 if not path.endswith(_SUFFIX) or (facts.get("size") or 0) > MAX_ADAPTER_BYTES:
                     continue
                 old = before.get(path)
-                if old is not None and old.facts == facts and facts.keys() - _FACTS_OF_ANY:
+                if old is not None and old.facts == facts and _tells_versions(facts):
                     now[path] = old
                 elif (data := _read(system, path)) is not None:
                     now[path] = _Listed(facts, _digest(data))
@@ -159,6 +160,11 @@ class AdapterFiles:
             if path.name.removesuffix(_SUFFIX) not in keep:
                 path.unlink(missing_ok=True)
                 excess -= facts.st_size
+
+
+def _tells_versions(facts: Mapping[str, Any]) -> bool:
+    """Whether equal facts mean an equal file; a list over HTTP has names and sizes alone."""
+    return any(_VERSIONS.search(name.lower()) and value for name, value in facts.items())
 
 
 def _digest(data: bytes) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,27 @@ def test_a_file_replaced_by_one_of_its_size_is_noticed(
     bucket.pipe("/bucket/a.safetensors", b"two")
     assert files.refresh() == {digest_of(b"two"): b"two"}
     assert files.listed() == {digest_of(b"two")}
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_folder_over_http_is_a_place(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")  # fsspec's
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    file = folder / "a.safetensors"
+    file.write_bytes(b"one")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        files = AdapterFiles(tmp_path / "spool", 1000, [f"http://127.0.0.1:{server.server_port}/"])
+        assert files.refresh() == {digest_of(b"one"): b"one"}
+        file.write_bytes(b"two")
+        assert files.refresh() == {digest_of(b"two"): b"two"}
+        assert files.get(digest_of(b"two")) == b"two"
+        server.shutdown()
 
 
 def test_what_is_used_stays_and_what_is_held(tmp_path: Path) -> None:
