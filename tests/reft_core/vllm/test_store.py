@@ -20,10 +20,14 @@ DATA = random_adapter_bytes(tiny_description())
 DIGEST = decode_adapter(DATA).digest
 
 
+def make_store(spool: Path, *places: str) -> WorkerStore:
+    files = AdapterFiles(spool, 1 << 30, places)
+    return WorkerStore(files, 1 << 30, {0, 1}, torch.device("cpu"), lambda adapter: None)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> WorkerStore:
-    files = AdapterFiles(tmp_path, 1 << 30)
-    return WorkerStore(files, 1 << 30, {0, 1}, torch.device("cpu"), lambda adapter: None)
+    return make_store(tmp_path)
 
 
 @pytest.fixture
@@ -57,6 +61,30 @@ def test_a_full_device_fails_those_who_need_it(
     assert store.get(DIGEST) is None
     monkeypatch.undo()
     assert store.get(DIGEST) is not None
+
+
+def test_a_rank_that_joins_later_has_what_the_others_were_told(tmp_path: Path) -> None:
+    """On their machine by the spool; on another one by a place that both can read."""
+    place = tmp_path / "place"
+    place.mkdir()
+    first = make_store(tmp_path / "spool", str(place))
+    first.load(DATA, DIGEST)
+    joined = make_store(tmp_path / "spool").get(DIGEST)
+    assert joined is not None
+    assert joined.digest == DIGEST
+    elsewhere = make_store(tmp_path / "other", str(place))
+    assert elsewhere.get(DIGEST) is None
+    (place / "a.safetensors").write_bytes(DATA)
+    assert elsewhere.get(DIGEST) is not None
+
+
+def test_loading_twice_is_loading_once(store: WorkerStore) -> None:
+    store.load(DATA, DIGEST)
+    before = store.resident_bytes
+    store.load(DATA, DIGEST)
+    assert store.resident_bytes == before > 0
+    store.unload(DIGEST)
+    assert store.resident_bytes == 0
 
 
 def test_a_file_that_changed_on_its_way_is_refused(worker: ReftWorker) -> None:
