@@ -2,7 +2,7 @@
 
 vLLM's layers put out the residual stream as two tensors, to be added by whoever reads them. An
 edit acts on their sum, in float32, and its change is written into the first. What a step edits is
-told by :func:`steps_plan`; a step without edits, as every decode step, finds nothing to do.
+told by :func:`begin_step`; a step without edits, as every decode step, finds nothing to do.
 
 Under ``torch.compile`` the call is ``reft::apply``, an operator that the compiler sees as one that
 changes ``hidden``. Untested: on CUDA it is one of ``splitting_ops``, so that it runs between the
@@ -11,8 +11,7 @@ graphs of a prefill and is in no graph of a decode step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,15 +67,6 @@ def begin_step(plan: EditPlan) -> Step:
 def end_step() -> None:
     """Have the layers apply nothing."""
     _current.places = {}
-
-
-@contextmanager
-def steps_plan(plan: EditPlan) -> Iterator[Step]:
-    """Have the layers apply ``plan`` while the context is open."""
-    try:
-        yield begin_step(plan)
-    finally:
-        end_step()
 
 
 def _placed(plan: EditPlan) -> dict[Place, PlacedEdits]:

@@ -6,7 +6,6 @@ carry the base model's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -14,16 +13,6 @@ from reft_core.errors import AdapterNotFound, InvalidRequest, ReftError
 from reft_core.vllm.admission import CATALOG
 from reft_core.vllm.catalog import Catalog
 from reft_core.vllm.request import KEY, from_extra_args
-
-_SERVING = "vllm.entrypoints.serve.engine.serving:BaseServing"
-_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
-
-
-def arm(wrap: Callable[[str, Callable[[Any], Any]], None]) -> None:
-    """Have vLLM's server know the adapters' names."""
-    wrap(f"{_SERVING}._check_model", with_adapters)
-    wrap(f"{_SERVING}._is_model_supported", supporting_adapters)
-    wrap(f"{_MODELS}.show_available_models", listing_adapters)
 
 
 def with_adapters(check_model: Any) -> Any:

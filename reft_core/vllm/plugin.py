@@ -33,49 +33,63 @@ def register() -> None:
 
 
 def _arm() -> None:
-    from reft_core.vllm import admission, keys, names, runner, scheduling, seeds, startup, worker
-
-    _wrap("vllm.v1.engine.input_processor:InputProcessor.__init__", admission.with_catalog)
-    _wrap("vllm.v1.engine.input_processor:InputProcessor.process_inputs", admission.with_admission)
-    _wrap("vllm.v1.core.sched.scheduler:Scheduler.update_from_output", scheduling.failing_requests)
-    _wrap("vllm.v1.engine.core:EngineCore.__init__", startup.checking_workers)
-    _wrap("vllm.v1.engine.core:EngineCore.preprocess_add_request", startup.refusing_unadmitted)
-    _wrap("vllm.v1.engine.core:EngineCoreProc._make_ready_response", startup.saying_so)
-    _wrap("vllm.v1.engine.core_client:MPClient._apply_ready_response", startup.checking_core)
-    _wrap("vllm.config.vllm:VllmConfig.compute_hash", startup.with_salt)
-    _wrap(
-        "vllm.config.compilation:CompilationConfig.set_splitting_ops_for_v1",
-        startup.splitting_at_edits,
+    from reft_core.vllm import (
+        admission,
+        keys,
+        names,
+        runner,
+        runner_v2,
+        scheduling,
+        seeds,
+        startup,
+        worker,
     )
-    for module in _RENAMED_KEYS:
-        _wrap(f"{module}:generate_block_hash_extra_keys", keys.with_edits)
-    gpu = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-    _wrap(f"{gpu}.load_model", worker.after_load_model)
-    _wrap(f"{gpu}._model_forward", runner.with_plan)
-    _wrap(f"{gpu}._update_states", runner.forgetting)
-    _wrap(f"{gpu}.sample_tokens", runner.naming_failures)
-    _wrap(f"{gpu}._sample", seeds.rewinding)
-    _wrap(f"{gpu}._bookkeeping_sync", seeds.sparing)
-    _wrap(f"{gpu}._determine_batch_execution_and_padding", runner.never_full_graph_of_edits)
-    _wrap("vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model", worker.after_load_model)
-    _arm_second_runner()
+
+    core, config = "vllm.v1.engine.core", "vllm.config"
+    inputs = "vllm.v1.engine.input_processor:InputProcessor"
+    first = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+    second = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+    cpu = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
+    client = "vllm.v1.engine.core_client:MPClient"
+    serving = "vllm.entrypoints.serve.engine.serving:BaseServing"
+    models = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
+    wrappers = {
+        f"{inputs}.__init__": admission.with_catalog,
+        f"{inputs}.process_inputs": admission.with_admission,
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": scheduling.failing_requests,
+        f"{core}:EngineCore.__init__": startup.checking_workers,
+        f"{core}:EngineCore.preprocess_add_request": startup.refusing_unadmitted,
+        f"{core}:EngineCoreProc._make_ready_response": startup.saying_so,
+        f"{client}._apply_ready_response": startup.checking_core,
+        f"{config}.vllm:VllmConfig.compute_hash": startup.with_salt,
+        f"{config}.compilation:CompilationConfig.set_splitting_ops_for_v1": (
+            startup.splitting_at_edits
+        ),
+        f"{cpu}.load_model": worker.after_load_model,
+        f"{first}.load_model": worker.after_load_model,
+        f"{first}._model_forward": runner.with_plan,
+        f"{first}._update_states": runner.forgetting,
+        f"{first}.sample_tokens": runner.naming_failures,
+        f"{first}._sample": seeds.rewinding,
+        f"{first}._bookkeeping_sync": seeds.sparing,
+        f"{first}._determine_batch_execution_and_padding": runner.never_full_graph_of_edits,
+        # Refused by the guard unless it is told otherwise.
+        f"{second}.load_model": worker.after_load_model,
+        f"{second}.add_requests": runner_v2.noting_requests,
+        f"{second}.finish_requests": runner_v2.forgetting,
+        f"{second}.gather_batch_req_state": runner_v2.beginning_a_step,
+        f"{second}.execute_model": runner_v2.ending_the_step,
+        f"{second}.sample_tokens": runner.naming_failures,
+        **{f"{module}:generate_block_hash_extra_keys": keys.with_edits for module in _RENAMED_KEYS},
+        f"{serving}._check_model": names.with_adapters,
+        f"{serving}._is_model_supported": names.supporting_adapters,
+        f"{models}.show_available_models": names.listing_adapters,
+    }
+    for target, wrapper in wrappers.items():
+        _wrap(target, wrapper)
     base = importlib.import_module("vllm.v1.worker.worker_base").WorkerBase
     for name in ("reft_load", "reft_unload", "reft_list", "reft_status"):
         setattr(base, name, getattr(worker.ReftWorker, name))
-    names.arm(_wrap)
-
-
-def _arm_second_runner() -> None:
-    """Wrap the runner that :mod:`reft_core.vllm.guard` refuses unless it is told otherwise."""
-    from reft_core.vllm import runner, runner_v2, worker
-
-    second = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
-    _wrap(f"{second}.load_model", worker.after_load_model)
-    _wrap(f"{second}.add_requests", runner_v2.noting_requests)
-    _wrap(f"{second}.finish_requests", runner_v2.forgetting)
-    _wrap(f"{second}.gather_batch_req_state", runner_v2.beginning_a_step)
-    _wrap(f"{second}.execute_model", runner_v2.ending_the_step)
-    _wrap(f"{second}.sample_tokens", runner.naming_failures)
 
 
 def _wrap(target: str, wrapper: Callable[[Any], Any]) -> None:

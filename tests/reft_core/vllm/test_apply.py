@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from reft_core.adapter import Adapter
 from reft_core.batch import AdapterUse, EditPlan, PackedChunk, PromptEdits, build_plan
-from reft_core.vllm.apply import apply_here, arm_site, steps_plan
+from reft_core.vllm.apply import Step, apply_here, arm_site, begin_step, end_step
 from reft_core.vllm.layers import SiteModule
 from tests.factories import (
     HIDDEN_SIZE,
@@ -20,6 +21,15 @@ from tests.factories import (
     tiny_description,
 )
 from tests.reference.slow import reference_delta
+
+
+@contextmanager
+def steps_plan(plan: EditPlan) -> Iterator[Step]:
+    """Have the layers apply ``plan`` while the context is open."""
+    try:
+        yield begin_step(plan)
+    finally:
+        end_step()
 
 
 class Layer(nn.Module):
