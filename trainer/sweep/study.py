@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from reft_core.errors import TrainingError, explain
 from trainer.sweep.config import SweepConfig
+from trainer.sweep.storage import storage_of
 
 FACTS = "task"
 """User attribute of a study: what all of its trials depend on."""
@@ -30,7 +29,7 @@ def open_study(sweep: SweepConfig, facts: Mapping[str, Any], *, worker: int = 0)
     """
     study = optuna.create_study(
         study_name=sweep.name,
-        storage=_storage(sweep),
+        storage=storage_of(sweep),
         sampler=optuna.samplers.TPESampler(
             seed=sweep.seed + worker,
             n_startup_trials=sweep.startup_trials,
@@ -47,7 +46,7 @@ def open_study(sweep: SweepConfig, facts: Mapping[str, Any], *, worker: int = 0)
 
 def existing_study(sweep: SweepConfig) -> optuna.Study | None:
     """The study of this name in the sweep's storage, if there is one."""
-    storage = _storage(sweep)
+    storage = storage_of(sweep)
     if sweep.name not in optuna.get_all_study_names(storage):
         return None
     return optuna.load_study(study_name=sweep.name, storage=storage)
@@ -97,17 +96,6 @@ def _forget_unfinished(study: optuna.Study | None) -> None:
     for trial in trials:
         assert study is not None
         study.tell(trial.number, state=TrialState.FAIL)
-
-
-def _storage(sweep: SweepConfig) -> JournalStorage | RDBStorage:
-    if sweep.storage is not None:
-        try:
-            return RDBStorage(sweep.storage)
-        except Exception as error:  # whatever the database's driver raises, or its absence
-            allowed = f"a database's URL that can be opened ({type(error).__name__}: {error})"
-            raise TrainingError(explain("storage", sweep.storage, allowed)) from error
-    sweep.out.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(sweep.out / "study.journal")))
 
 
 def _pruner(sweep: SweepConfig) -> optuna.pruners.BasePruner:
