@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +18,9 @@ from trainer.sweep.storage import storage_of
 
 FACTS = "task"
 """User attribute of a study: what all of its trials depend on."""
+_FOLDER = "folder"
+"""User attribute of a trial: the id of the folder it was begun in, which is kept in its lock."""
+_LOCK = "study.lock"
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -66,36 +69,44 @@ def next_trial(study: optuna.Study, sweep: SweepConfig) -> optuna.Trial | None:
     with (sweep.out / "ask.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         begun = study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING))
-        return study.ask() if len(begun) < sweep.trials else None
+        if len(begun) >= sweep.trials:
+            return None
+        trial = study.ask()
+        trial.set_user_attr(_FOLDER, (sweep.out / _LOCK).read_text())
+        return trial
 
 
 @contextmanager
 def taking_part(sweep: SweepConfig) -> Iterator[None]:
     """Held while this sweep runs on its folder; others may run on it too.
 
-    The first to come knows that no trial can be under way, and marks those whose process died
-    as failed.
+    The first to come knows that no trial of this folder can be under way, and marks those whose
+    process died as failed. Of other folders on the same database it knows nothing.
     """
     sweep.out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(sweep.out / "study.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with (sweep.out / _LOCK).open("a+") as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pass
         else:
-            _forget_unfinished(existing_study(sweep))
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+            lock.seek(0)
+            folder = lock.read()
+            if not folder:
+                lock.write(uuid.uuid4().hex)
+                lock.flush()
+            _forget_unfinished(existing_study(sweep), folder if sweep.storage else None)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _forget_unfinished(study: optuna.Study | None) -> None:
+def _forget_unfinished(study: optuna.Study | None, folder: str | None) -> None:
+    """Mark trials that are under way as failed: those begun in ``folder``, None: in any."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if study else []
     for trial in trials:
         assert study is not None
-        study.tell(trial.number, state=TrialState.FAIL)
+        if folder is None or trial.user_attrs.get(_FOLDER) == folder:
+            study.tell(trial.number, state=TrialState.FAIL)
 
 
 def _pruner(sweep: SweepConfig) -> optuna.pruners.BasePruner:
