@@ -47,7 +47,7 @@ def print_table(comparison: Comparison, rows: Sequence[Row], console: Console) -
     table = Table("method", "setting", "parameters", *numbers, "serving")
     for row in rows:
         if row.quality is None:
-            table.add_row(row.label, row.error)
+            table.add_row(row.label)
             continue
         table.add_row(
             row.label,
@@ -58,6 +58,10 @@ def print_table(comparison: Comparison, rows: Sequence[Row], console: Console) -
             f"{row.serving_scope}, {row.serving_extra_percent:+.2g} %",
         )
     console.print(table)
+    for row in rows:
+        if row.error:
+            line = f"failed: {row.label}: {row.error}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     for name, reason in comparison.left_out.items():
         console.print(f"left out: {name}: {reason}", soft_wrap=True)
     console.print(f"report: {comparison.config.out / 'report.md'}", soft_wrap=True)

@@ -17,7 +17,8 @@ _NONE = "–"
 
 def to_markdown(comparison: Comparison, rows: Sequence[Row], command: str) -> str:
     """The report: the table, then what each of its columns means."""
-    header = ["method", "setting", "parameters", "% of base", f"{comparison.metric.name} (95 %)"]
+    header = ["method", "setting", "tried", "seeds", "parameters", "% of base"]
+    header += [f"{comparison.metric.name} (95 %)"]
     header += [f"vs {comparison.config.reference}"] if comparison.config.reference else []
     header += [f"training, {comparison.clock} s", "file, bytes", "serving"]
     header += ["first token, × base", "tokens/s, × base"] if comparison.latency else []
@@ -48,9 +49,9 @@ def _about(comparison: Comparison) -> str:
     return (
         f"{task['train_rows']} training rows, {task['valid_rows']} validation rows, "
         f"{len(comparison.references)} test rows. Every training: {budget}, AdamW, the same "
-        f"schedule, the epoch of {_kept_epoch(comparison)} kept. Search: {config.search} settings "
-        f"a method, chosen on the validation rows with seed {config.seeds[0]}. Tested once with "
-        f"seeds {seeds}."
+        f"schedule, the epoch of {_kept_epoch(comparison)} kept. Search: up to {config.search} "
+        f"settings a method, chosen on the validation rows with seed {config.seeds[0]}. Tested "
+        f"once with seeds {seeds}."
     )
 
 
@@ -76,6 +77,7 @@ def _legend(comparison: Comparison, rows: Sequence[Row]) -> str:
     used = {row.serving_scope for row in rows if row.quality is not None}
     scopes = "\n".join(f"- {name}: {text}." for name, text in SCOPES.items() if name in used)
     return (
+        "Tried are the settings of the method's own search, seeds those whose run did not fail. "
         "The interval is half the width of a two-level bootstrap over seeds and test rows. "
         f"Parameters are those trained{_head_too(comparison)}, bytes those of the saved tensors' "
         f"file. Training times are {_CLOCKS[comparison.clock]}. Serving names the forwards a "
@@ -101,12 +103,12 @@ def _head_too(comparison: Comparison) -> str:
 
 def _cells(comparison: Comparison, row: Row) -> list[str]:
     with_reference = comparison.config.reference is not None
+    first = [row.label, row.setting or _NONE, str(row.num_tried), str(row.num_seeds)]
     if row.quality is None:
-        return [row.label, *[_NONE] * (7 + with_reference + 2 * bool(comparison.latency))]
+        return [*first, *[_NONE] * (6 + with_reference + 2 * bool(comparison.latency))]
     factor = 100 if comparison.metric.percent else 1
     cells = [
-        row.label,
-        row.setting or _NONE,
+        *first,
         f"{row.num_parameters:,}",
         f"{row.percent_of_base:.3g}",
         shown(row.quality, factor),
@@ -141,6 +143,7 @@ _QUARTILES = ("median", "low", "high")
 _CSV = (
     "method",
     "setting",
+    "num_tried",
     "num_seeds",
     "value",
     "low",
@@ -177,6 +180,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             [
                 row.method,
                 row.setting,
+                row.num_tried,
                 row.num_seeds,
                 *((quality.value, quality.low, quality.high) if quality else ("", "", "")),
                 " ".join(map(str, row.by_seed)),

@@ -51,6 +51,8 @@ class Comparison:
     """By method that has no place on the base, why."""
     chosen: dict[str, Setting | None]
     """By method; None where every setting of the search failed."""
+    tried: dict[str, int]
+    """By method, how many settings its search tried; 1 where there was no choice."""
     finals: dict[str, list[Record]]
     """By method, its tested runs in the order of the seeds."""
     latency: Record = field(default_factory=dict)
@@ -90,8 +92,9 @@ def compare(
     if not contenders:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise TrainingError(f"methods: none has a place on this base; {reasons}", field="methods")
-    for contender in contenders:  # whatever is wrong with a setting is said now
-        for setting in search_settings(task, contender, comparison):
+    searches = {c: search_settings(task, c, comparison) for c in contenders}
+    for contender, settings in searches.items():  # whatever is wrong with one is said now
+        for setting in settings:
             training_config(arena, contender, setting, comparison.seeds[0], comparison)
     facts = task.facts | {
         "test_rows": comparison.test_rows,
@@ -122,6 +125,7 @@ def compare(
         num_base_parameters=task.loaded.description.num_parameters,
         left_out=left_out,
         chosen=chosen,
+        tried={contender.name: len(settings) for contender, settings in searches.items()},
         finals={name: [runner.read(job) for job in jobs] for name, jobs in finals.items()},
         latency=_latency(runner, finals, test) if comparison.measure_serving else {},
     )

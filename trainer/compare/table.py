@@ -31,9 +31,12 @@ class Row:
     method: str
     label: str
     setting: str
+    num_tried: int
+    """Settings that its search tried; 1 where there was no choice."""
     num_seeds: int
+    """Of the tested runs that did not fail."""
     error: str = ""
-    """Why there is no number: the message of its first failed run."""
+    """The message of its first failed run; with no other run there is no number."""
     quality: Estimate | None = None
     """The metric as it is, not in percent."""
     by_seed: tuple[float, ...] = ()
@@ -70,7 +73,8 @@ def table_rows(comparison: Comparison) -> list[Row]:
     for name in comparison.chosen:
         if name not in statistics:
             error = _first_error(comparison, name)
-            rows.append(Row(name, CONTENDERS[name].label, "", 0, error=error))
+            label, num_tried = CONTENDERS[name].label, comparison.tried[name]
+            rows.append(Row(name, label, "", num_tried, num_seeds=0, error=error))
             continue
         records, statistic = done[name], statistics[name]
         is_other = reference is not None and name != comparison.config.reference
@@ -79,6 +83,7 @@ def table_rows(comparison: Comparison) -> list[Row]:
                 method=name,
                 label=CONTENDERS[name].label,
                 setting=_shown_setting(records[0]),
+                num_tried=comparison.tried[name],
                 num_seeds=len(records),
                 error=_first_error(comparison, name),
                 quality=resampling.estimate(statistic),

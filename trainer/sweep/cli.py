@@ -16,6 +16,7 @@ from trainer.sections import read_section
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.report import best_trial, param_importances, write_report
 from trainer.sweep.run import sweep
+from trainer.sweep.storage import without_password
 
 
 def sweep_command(
@@ -40,6 +41,7 @@ def sweep_command(
         config = read_config(str(path), overrides)
         settings = read_section(path, "sweep", SweepConfig, given)
         study = sweep(config, settings, on_trial=on_trial)
+        command = without_password(command, settings.storage)
         found = write_report(study, config, settings, command)
     best = best_trial(study)
     if best is None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from reft_core.errors import TrainingError, explain
 from trainer.sweep.config import SweepConfig
+from trainer.sweep.storage import storage_of
 
 FACTS = "task"
 """User attribute of a study: what all of its trials depend on."""
+_FOLDER = "folder"
+"""User attribute of a trial: the id of the folder it was begun in, which is kept in its lock."""
+_LOCK = "study.lock"
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -30,7 +32,7 @@ def open_study(sweep: SweepConfig, facts: Mapping[str, Any], *, worker: int = 0)
     """
     study = optuna.create_study(
         study_name=sweep.name,
-        storage=_storage(sweep),
+        storage=storage_of(sweep),
         sampler=optuna.samplers.TPESampler(
             seed=sweep.seed + worker,
             n_startup_trials=sweep.startup_trials,
@@ -47,7 +49,7 @@ def open_study(sweep: SweepConfig, facts: Mapping[str, Any], *, worker: int = 0)
 
 def existing_study(sweep: SweepConfig) -> optuna.Study | None:
     """The study of this name in the sweep's storage, if there is one."""
-    storage = _storage(sweep)
+    storage = storage_of(sweep)
     if sweep.name not in optuna.get_all_study_names(storage):
         return None
     return optuna.load_study(study_name=sweep.name, storage=storage)
@@ -67,47 +69,44 @@ def next_trial(study: optuna.Study, sweep: SweepConfig) -> optuna.Trial | None:
     with (sweep.out / "ask.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         begun = study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING))
-        return study.ask() if len(begun) < sweep.trials else None
+        if len(begun) >= sweep.trials:
+            return None
+        trial = study.ask()
+        trial.set_user_attr(_FOLDER, (sweep.out / _LOCK).read_text())
+        return trial
 
 
 @contextmanager
 def taking_part(sweep: SweepConfig) -> Iterator[None]:
     """Held while this sweep runs on its folder; others may run on it too.
 
-    The first to come knows that no trial can be under way, and marks those whose process died
-    as failed.
+    The first to come knows that no trial of this folder can be under way, and marks those whose
+    process died as failed. Of other folders on the same database it knows nothing.
     """
     sweep.out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(sweep.out / "study.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with (sweep.out / _LOCK).open("a+") as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pass
         else:
-            _forget_unfinished(existing_study(sweep))
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+            lock.seek(0)
+            folder = lock.read()
+            if not folder:
+                lock.write(uuid.uuid4().hex)
+                lock.flush()
+            _forget_unfinished(existing_study(sweep), folder if sweep.storage else None)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield
-    finally:
-        os.close(descriptor)
 
 
-def _forget_unfinished(study: optuna.Study | None) -> None:
+def _forget_unfinished(study: optuna.Study | None, folder: str | None) -> None:
+    """Mark trials that are under way as failed: those begun in ``folder``, None: in any."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if study else []
     for trial in trials:
         assert study is not None
-        study.tell(trial.number, state=TrialState.FAIL)
-
-
-def _storage(sweep: SweepConfig) -> JournalStorage | RDBStorage:
-    if sweep.storage is not None:
-        try:
-            return RDBStorage(sweep.storage)
-        except Exception as error:  # whatever the database's driver raises, or its absence
-            allowed = f"a database's URL that can be opened ({type(error).__name__}: {error})"
-            raise TrainingError(explain("storage", sweep.storage, allowed)) from error
-    sweep.out.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(sweep.out / "study.journal")))
+        if folder is None or trial.user_attrs.get(_FOLDER) == folder:
+            study.tell(trial.number, state=TrialState.FAIL)
 
 
 def _pruner(sweep: SweepConfig) -> optuna.pruners.BasePruner:

@@ -47,6 +47,19 @@ def test_sweep_reads_its_section_and_flags(config: Path, tmp_path: Path) -> None
     assert str(tmp_path / "here" / "best.yaml") in result.stdout.replace("\n", "")
 
 
+def test_a_sweep_in_a_database_tells_nobody_its_password(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}?timeout=31"  # an option as a password may be
+    arguments = ["sweep", str(config), "--storage", url, "--out", str(tmp_path / "here")]
+    monkeypatch.setattr("sys.argv", ["reft", *arguments])
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    written = "".join(path.read_text() for path in (tmp_path / "here").glob("*.*"))
+    assert "timeout=31" not in written + result.output
+    assert "--storage" in written
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from reft_core.adapter import decode_adapter
 from reft_core.errors import TrainingError
@@ -17,15 +19,17 @@ from trainer.compare import causal, runner
 from trainer.compare.answering import answer_by_model
 from trainer.compare.answers import Answers
 from trainer.compare.arena import arena_for
+from trainer.compare.cli import print_table
 from trainer.compare.contenders import CONTENDERS
 from trainer.compare.render import to_csv, to_latex, to_markdown
 from trainer.compare.report import write_report
 from trainer.compare.run import Comparison, compare
 from trainer.compare.store import Job, Store
 from trainer.compare.table import table_rows
-from trainer.compare.task import load_task, load_test
+from trainer.compare.task import Task, fit_on, load_task, load_test
 from trainer.config import TrainConfig
-from trainer.fit import diverged
+from trainer.fit import FitResult, diverged
+from trainer.task import TrainedModel
 
 LABELS = {"labels": ("y", "n"), "epochs": 2, "positions": "prompt"}
 
@@ -152,6 +156,31 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert "learning_rate" in red.error
     assert zero.quality is not None
     assert "Runs that failed" in to_markdown(found, [red, zero], "")
+
+
+def test_how_much_was_tried_and_which_runs_failed_is_told_of_each_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_times(task: Task, config: TrainConfig, model: TrainedModel) -> FitResult:
+        if config.seed == 1 and config.method == "red":
+            raise diverged("the loss became nan at step 3")
+        return fit_on(task, config, model)
+
+    monkeypatch.setattr(runner, "fit_on", at_times)
+    given = {"settings": {"red": {"learning_rate": 0.01}}, "search": 2, "seeds": (0, 1)}
+    config = make_config(tmp_path, **LABELS | {"epochs": 1})
+    found = run(config, tmp_path, methods=("red", "loreft"), **given)
+    rows = table_rows(found)
+    assert [(row.num_tried, row.num_seeds) for row in rows] == [(1, 1), (2, 2)]
+    report = to_markdown(found, rows, "")
+    assert "| method | setting | tried | seeds |" in report
+    assert "| RED | – | 1 | 1 |" in report
+    assert "up to 2 settings a method" in report
+    terminal = io.StringIO()
+    print_table(found, rows, Console(file=terminal, width=200))
+    (line,) = [line for line in terminal.getvalue().splitlines() if line.startswith("failed: ")]
+    assert line.startswith("failed: RED: ")
+    assert "nan at step 3" in line
 
 
 def test_a_run_without_memory_is_told_and_the_others_go_on(

@@ -20,7 +20,7 @@ from trainer.sweep import run, trial
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.report import best_settings, best_trial, param_importances, write_report
 from trainer.sweep.run import sweep
-from trainer.sweep.study import existing_study, open_study
+from trainer.sweep.study import existing_study, next_trial, open_study, taking_part
 
 SPACE = {"first": [0, 1], "last": [1, 2], "layers": ["all", "upper_half"], "rank": [1, 2]}
 
@@ -207,6 +207,24 @@ def test_trials_of_a_process_that_died_are_not_waited_for(tmp_path: Path) -> Non
         TrialState.FAIL,
         TrialState.COMPLETE,
     ]
+
+
+def test_trials_under_way_in_another_folder_are_left_to_it(tmp_path: Path) -> None:
+    config = tiny(tmp_path, epochs=1)
+    database = {"storage": f"sqlite:///{tmp_path / 'study.db'}", "trials": 3}
+    here, there = (settings(tmp_path, out=tmp_path / name, **database) for name in ("a", "b"))
+    sweep(config, here.model_copy(update={"trials": 1}), loaded=byte_model())
+    study = existing_study(here)
+    assert study is not None
+    for begun in (here, there):
+        with taking_part(begun):
+            assert next_trial(study, begun) is not None
+    complete, failed, running = TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING
+    with taking_part(here):
+        assert [trial.state for trial in study.trials] == [complete, failed, running]
+        assert next_trial(study, here) is None, "three of three are over or under way"
+    with taking_part(there):
+        assert [trial.state for trial in study.trials] == [complete, failed, failed]
 
 
 def test_no_trial_begins_after_the_timeout(tmp_path: Path) -> None:
