@@ -57,6 +57,19 @@ def test_the_page_is_what_the_committed_results_make() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(read_documents(), read_minute())
 
 
+def test_the_readme_has_figures_of_the_committed_results() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    for document in read_documents():
+        found = verdict(document)
+        if document["group"] == "labels":
+            assert found is not None
+            figures = [found.untrained, found.reft, found.lora]
+            cells = [f"{100 * each['quality']['value']:.1f}" for each in figures if each]
+            assert f"| {' | '.join((found.name, *cells))} |" in readme
+            assert found.reft["parameters"] == 11_530
+            assert (len(found.reft["seeds"]), len(found.lora["seeds"])) == (3, 1)
+
+
 def test_every_task_is_planned_and_compares_with_settings_that_exist() -> None:
     for task in TASKS.values():
         assert task.name in NOT_RUN
