@@ -126,7 +126,7 @@ def to_markdown(
         f"Objective: {unit}. No test row was read.",
     ]
     if best is not None:
-        lines = "\n".join(f"- {name}: {_shown(value)}" for name, value in found.items())
+        lines = "\n".join(f"- {name}: {shown(value)}" for name, value in found.items())
         parts.append(f"## Best: trial {best.number}, {unit} {best.value:.4g}\n\n{lines}")
         parts.append("`reft train best.yaml` trains it again, and tests it if there are test rows.")
     if importances:
@@ -150,13 +150,14 @@ def _trial_table(study: optuna.Study, settings: SweepConfig, unit: str) -> str:
             f"{trial.value:.4g}",
             f"{trial.user_attrs.get('num_parameters', 0):,}",
             f"{trial.user_attrs.get('training_seconds', 0):.0f}",
-            *(_shown(trial.params.get(name, "")) for name in names),
+            *(shown(trial.params.get(name, "")) for name in names),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "## The best trials\n\n" + "\n".join(lines)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A setting's value in few characters."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
