@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reft_core.classification.labels import Tokens
 from trainer.collate import IGNORED, Collator
 from trainer.data import TokenisedExample
 from trainer.fit import batches
 from trainer.reft_model import LossAndLogits
-
-Tokens = tuple[int, ...]
 
 _SLACK = 0.05
 """Added to a bound, which must hold although another batch rounds otherwise (bfloat16)."""

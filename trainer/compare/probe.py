@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from reft_core.classification.labels import Tokens
 from trainer.collate import IGNORED, Collator
 from trainer.compare.baseline import to_left_edge
-from trainer.compare.choosing import Tokens
 from trainer.data import TokenisedExample
 from trainer.fit import batches
 from trainer.frozen import FrozenBase

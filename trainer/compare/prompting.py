@@ -6,12 +6,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from reft_core.classification.labels import Tokens
 from reft_core.errors import TrainingError, explain
 from reft_core.templates import encode_chat
 from trainer.compare.task import Split, Task
 from trainer.data import Dataset, Example, TokenisedExample
-
-Tokens = tuple[int, ...]
 
 
 def with_shots(task: Task, split: Split, shots: int, seed: int) -> Split:

@@ -14,7 +14,7 @@ from statistics import fmean
 import numpy as np
 
 from trainer.compare.answers import Answers
-from trainer.compare.contenders import CONTENDERS
+from trainer.compare.contenders import CONTENDERS, Setting
 from trainer.compare.run import Comparison
 from trainer.compare.store import Record, as_text
 from trainer.evaluation.scoring import Estimate, Resampling, Statistic
@@ -82,7 +82,7 @@ def table_rows(comparison: Comparison) -> list[Row]:
             Row(
                 method=name,
                 label=CONTENDERS[name].label,
-                setting=_shown_setting(records[0]),
+                setting=setting_text(records[0]["setting"]),
                 num_tried=comparison.tried[name],
                 num_seeds=len(records),
                 error=_first_error(comparison, name),
@@ -123,11 +123,12 @@ def _statistic(comparison: Comparison, record: Record) -> Statistic:
     return comparison.metric.statistic(rows, comparison.labels)
 
 
-def _shown_setting(record: Record) -> str:
+def setting_text(setting: Setting) -> str:
+    """``lr 0.0017, r 4``: a method's setting in few words."""
     short = {"learning_rate": "lr", "prefix_length": "n", "rank": "r", "shots": "k"}
     return ", ".join(
         f"{short.get(name, name)} {f'{value:g}' if isinstance(value, float) else as_text(value)}"
-        for name, value in record["setting"].items()
+        for name, value in setting.items()
     )
 
 

@@ -14,7 +14,7 @@ from trainer.cli import EXIT_ERROR, ending_told
 from trainer.config.file import read_config
 from trainer.sections import read_section
 from trainer.sweep.config import SweepConfig
-from trainer.sweep.report import best_trial, param_importances, write_report
+from trainer.sweep.report import best_trial, param_importances, shown, write_report
 from trainer.sweep.run import sweep
 from trainer.sweep.storage import without_password
 
@@ -33,7 +33,7 @@ def sweep_command(
     def on_trial(trial: FrozenTrial) -> None:
         value = "" if trial.value is None else f"{trial.value:.4g}"
         error = trial.user_attrs.get("error", "")
-        drawn = " ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
+        drawn = " ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
         line = f"trial {trial.number}: {trial.state.name.lower()} {value} {drawn} {error}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -50,12 +50,8 @@ def sweep_command(
     out = Console()
     out.print(f"best: trial {best.number}, {settings.objective} {best.value:.4g}", highlight=False)
     for name, value in found.items():
-        out.print(f"  {name}: {value}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"  {name}: {shown(value)}", markup=False, highlight=False, soft_wrap=True)
     for name, share in param_importances(study).items():
         out.print(f"  importance of {name}: {100 * share:.0f} %", highlight=False)
     out.print(f"config: {settings.out / 'best.yaml'}", soft_wrap=True, highlight=False)
     out.print(f"report: {settings.out / 'report.md'}", soft_wrap=True, highlight=False)
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -18,6 +18,7 @@ from trainer.config import TrainConfig
 from trainer.sections import validated
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.run import to_json
+from trainer.sweep.study import FACTS
 from trainer.sweep.trial import SETTINGS
 
 _FEWEST_FOR_IMPORTANCE = 4
@@ -43,7 +44,7 @@ def write_report(
     document = {
         "command": command,
         "sweep": settings.model_dump(mode="json", exclude={"storage"}),  # it may hold a password
-        "task": study.user_attrs.get("task"),
+        "task": study.user_attrs.get(FACTS),
         "best": None if best is None else {"number": best.number, "value": best.value, **found},
         "importances": importances,
         "trials": to_json(study),
@@ -57,9 +58,14 @@ def write_report(
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """The completed trial of the best objective."""
+    return next(iter(_best_first(study)), None)
+
+
+def _best_first(study: optuna.Study) -> list[FrozenTrial]:
+    """The completed trials, the earlier one first among equals."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
-    return min(done, key=lambda t: (sign * (t.value or 0.0), t.number), default=None)
+    return sorted(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 
 
 def best_settings(best: FrozenTrial) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def to_markdown(
         f"Objective: {unit}. No test row was read.",
     ]
     if best is not None:
-        lines = "\n".join(f"- {name}: {_shown(value)}" for name, value in found.items())
+        lines = "\n".join(f"- {name}: {shown(value)}" for name, value in found.items())
         parts.append(f"## Best: trial {best.number}, {unit} {best.value:.4g}\n\n{lines}")
         parts.append("`reft train best.yaml` trains it again, and tests it if there are test rows.")
     if importances:
@@ -135,27 +141,23 @@ def to_markdown(
 
 
 def _trial_table(study: optuna.Study, settings: SweepConfig, unit: str) -> str:
-    sign = 1 if settings.objective == "loss" else -1
-    done = sorted(
-        (t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE),
-        key=lambda trial: sign * (trial.value or 0.0),
-    )
     names = settings.space.searched
     header = ["trial", unit, "parameters", "training, s", *names]
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
-    for trial in done[:_SHOWN]:
+    for trial in _best_first(study)[:_SHOWN]:
         cells = [
             str(trial.number),
             f"{trial.value:.4g}",
             f"{trial.user_attrs.get('num_parameters', 0):,}",
             f"{trial.user_attrs.get('training_seconds', 0):.0f}",
-            *(_shown(trial.params.get(name, "")) for name in names),
+            *(shown(trial.params.get(name, "")) for name in names),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "## The best trials\n\n" + "\n".join(lines)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A setting's value in few characters."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

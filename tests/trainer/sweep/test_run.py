@@ -136,6 +136,7 @@ def test_accuracy_can_be_the_objective(tmp_path: Path) -> None:
     study = sweep(tiny(tmp_path), settings(tmp_path, **given), loaded=byte_model())
     assert study.direction == optuna.study.StudyDirection.MAXIMIZE
     assert all(0 <= trial.value <= 1 for trial in study.trials)
+    assert best_trial(study).value == max(trial.value for trial in study.trials)
     with pytest.raises(TrainingError, match="objective: got 'accuracy', expected 'loss'"):
         sweep(make_config(tmp_path, labels=None), settings(tmp_path, **given), loaded=byte_model())
 
@@ -151,6 +152,24 @@ def test_a_trial_that_does_badly_is_given_up(tmp_path: Path) -> None:
     best = best_trial(study)
     assert best is not None
     assert best.params["learning_rate"] == 2e-2
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband", "none"])
+def test_each_pruner_gives_up_what_is_ever_worse_or_nothing(tmp_path: Path, pruner: str) -> None:
+    study = open_study(settings(tmp_path, pruner=pruner), {})
+    lengths = []
+    for number in range(12):
+        begun = study.ask()
+        for epoch in range(1, 10):
+            begun.report(float(number), epoch)
+            if begun.should_prune():
+                study.tell(begun, state=TrialState.PRUNED)
+                break
+        else:
+            study.tell(begun, float(number))
+        lengths.append(epoch)
+    assert lengths[0] == 9, "there is nothing to be worse than"
+    assert (min(lengths) < 9) == (pruner != "none")
 
 
 def test_a_setting_the_base_cannot_take_fails_its_trial_alone(tmp_path: Path) -> None:
