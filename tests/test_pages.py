@@ -28,6 +28,41 @@ def test_files_that_a_page_names_are_there(page):
     assert missing == []
 
 
+def test_the_map_names_every_package():
+    text = (ROOT / "docs/architecture.md").read_text()
+    packages = {
+        str(init.parent.relative_to(ROOT))
+        for top in ("reft_core", "server", "trainer")
+        for init in (ROOT / top).rglob("__init__.py")
+    }
+    # What is below a package that is named there, and has a page or a table of its own.
+    below = {name for name in packages if re.match(r"reft_core/convert/|server/migrations/", name)}
+    missing = [name for name in packages - below if not re.search(rf"\b{name}\b", text)]
+    assert missing == []
+
+
+def test_the_map_has_every_file_of_the_other_engine():
+    section = (ROOT / "docs/architecture.md").read_text().split("## The other engine")[1]
+    named = set(re.findall(r"`(\w+\.py)`", section.split("\n## ")[0]))
+    files = {path.name for path in (ROOT / "reft_core/vllm").glob("*.py")} - {"__init__.py"}
+    assert named == files
+
+
+@pytest.mark.parametrize(
+    ("package", "other", "allowed"),
+    [
+        ("reft_core", "server|trainer", ()),
+        ("server", "trainer", ("server/cli/",)),
+        ("trainer", "server", ("trainer/evaluation/asking/url.py",)),
+    ],
+)
+def test_imports_point_the_ways_that_the_map_says(package, other, allowed):
+    imports = re.compile(rf"^ *(?:from|import) (?:{other})\b", re.MULTILINE)
+    for path in (ROOT / package).rglob("*.py"):
+        name = str(path.relative_to(ROOT))
+        assert name.startswith(allowed) or not imports.search(path.read_text()), name
+
+
 def test_the_tree_of_the_readme_names_what_is_there():
     tree = (ROOT / "README.md").read_text().split("## What is where")[1].split("```")[1]
     folder, missing = ROOT, []

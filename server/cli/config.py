@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from server.cli.errors import console, one_line_errors
-from server.cli.options import AsJson
+from server.cli.options import AsJson, Force
 from server.cli.settings import with_settings_and
 from server.cli.text import print_json
 
@@ -52,7 +52,7 @@ def show(config: Path | None, flags: dict[str, Any], *, as_json: bool) -> None:
 @config_app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="A new file: .yaml or .toml")] = Path("reft.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there")] = False,
+    force: Force = False,
 ) -> None:
     """Write a file with every setting, its default and its range, all commented out."""
     with one_line_errors():

@@ -10,6 +10,7 @@ import typer
 from reft_core.errors import InvalidRequest
 from server.cli.errors import console, one_line_errors
 from server.cli.files import check_free, layer_numbers, write
+from server.cli.options import Force
 
 if TYPE_CHECKING:
     from reft_core.spec import TemplateSpec
@@ -59,7 +60,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="Stored as float32, float16, bfloat16")] = "float32",
     description: Annotated[str, typer.Option(help="For people")] = "",
     licence: Annotated[str, typer.Option(help="For people")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Replace the file at --out")] = False,
+    force: Force = False,
 ) -> None:
     """Turn another library's adapter into an adapter file. Executes nothing from it.
 

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from reft_core.errors import ReftError, explain
 from server.cli.errors import console, one_line_errors
-from server.cli.options import AsJson, DataDir
+from server.cli.options import AsJson, DataDir, OptionalAdminKey
 from server.cli.settings import Config, settings_of_data
 from server.cli.text import print_json, print_table, safe
 
@@ -28,9 +28,6 @@ keys_app = typer.Typer(
 )
 
 Url = Annotated[str | None, typer.Option(help="A running server; default: the database itself")]
-AdminKey = Annotated[
-    str | None, typer.Option("--key", envvar="REFT_ADMIN_KEY", help="An admin key, with --url")
-]
 _DAY_S = 86400
 
 
@@ -57,7 +54,7 @@ def create(
     ] = None,
     expires_in_days: Annotated[float | None, typer.Option(help="Default: never")] = None,
     url: Url = None,
-    key: AdminKey = None,
+    key: OptionalAdminKey = None,
     data_dir: DataDir = None,
     config: Config = None,
 ) -> None:
@@ -91,7 +88,7 @@ def create(
 def list_(
     tenant: Annotated[str | None, typer.Option(help="Only of this tenant")] = None,
     url: Url = None,
-    key: AdminKey = None,
+    key: OptionalAdminKey = None,
     data_dir: DataDir = None,
     config: Config = None,
     as_json: AsJson = False,
@@ -131,7 +128,7 @@ def list_(
 def revoke(
     key_id: Annotated[str, typer.Argument(help="Its id: the 16 digits in the key, or the list")],
     url: Url = None,
-    key: AdminKey = None,
+    key: OptionalAdminKey = None,
     data_dir: DataDir = None,
     config: Config = None,
 ) -> None:

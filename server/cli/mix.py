@@ -10,6 +10,7 @@ import typer
 from reft_core.errors import InvalidRequest
 from server.cli.errors import one_line_errors
 from server.cli.files import check_free, write
+from server.cli.options import Force
 
 if TYPE_CHECKING:
     from reft_core.mix import Ingredient
@@ -25,7 +26,7 @@ def mix(
     ],
     out: Annotated[Path, typer.Option(help="The adapter file to write")],
     name: Annotated[str | None, typer.Option(help="Its name; default: that of --out")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file at --out")] = False,
+    force: Force = False,
 ) -> None:
     """Write one adapter that equals a stack of several, exactly, or say why there is none."""
     with one_line_errors():

@@ -11,11 +11,14 @@ import typer
 
 Url = Annotated[str, typer.Option(envvar="REFT_URL", help="The server")]
 Key = Annotated[str | None, typer.Option(envvar="REFT_API_KEY", help="Its key")]
-AdminKey = Annotated[str, typer.Option("--key", envvar="REFT_ADMIN_KEY", help="Its admin key")]
+_ADMIN_KEY = typer.Option("--key", envvar="REFT_ADMIN_KEY", help="The server's admin key")
+AdminKey = Annotated[str, _ADMIN_KEY]
+OptionalAdminKey = Annotated[str | None, _ADMIN_KEY]
 Tenant = Annotated[str, typer.Option(envvar="REFT_TENANT", help="Whose name; empty: shared by all")]
 DataDir = Annotated[
     Path | None, typer.Option(help="Where the server keeps its data; as for reft serve")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file that is there")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, on standard output")]
 
 TrainConfigFile = Annotated[Path, typer.Argument(help="YAML file of a training")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.errors import one_line_errors
-from server.cli.options import Tenant, Url
+from server.cli.options import OptionalAdminKey, Tenant, Url
 from server.cli.transfer import shown_progress
 from server.client.address import DEFAULT_URL, adapter_path
 
@@ -25,9 +25,7 @@ _OF_HUB = ("private", "revision", "base_model")
 def push(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="An adapter file")],
-    key: Annotated[
-        str | None, typer.Option(envvar="REFT_ADMIN_KEY", help="The server's admin key")
-    ] = None,
+    key: OptionalAdminKey = None,
     name: Annotated[str | None, typer.Option(help="Served under; default: its own name")] = None,
     signature: Annotated[
         Path | None, typer.Option(help="Its signature file by OpenSSF model-signing")

@@ -1,4 +1,4 @@
-"""``reft adapter push``, ``list`` and the like: the adapters of a running server."""
+"""``reft adapter list``, ``show`` and the like: the adapters of a running server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from reft_core.errors import InvalidRequest, ReftError
 from server.cli.errors import one_line_errors
 from server.cli.files import check_free
-from server.cli.options import AdminKey, AsJson, Tenant, Url
+from server.cli.options import AdminKey, AsJson, Force, Tenant, Url
 from server.cli.text import print_json, print_table
 from server.client.address import DEFAULT_URL, adapter_path
 
@@ -44,7 +44,6 @@ def list_(
             return
         table = Table("name", "version", "method", "digest", "bytes", "in use by")
         for card in cards:
-            users = "none seen" if card["num_users"] is None else str(card["num_users"])
             owner = f"{card['tenant']}/" if card["tenant"] else ""
             table.add_row(
                 f"{owner}{card['name']}",
@@ -52,7 +51,7 @@ def list_(
                 card["method"],
                 card["digest"][:12],
                 f"{card['num_bytes']:,}",
-                users,
+                _users(card),
             )
         print_table(table)
 
@@ -73,13 +72,12 @@ def show(
         table = Table("version", "", "digest", "bytes", "in use by")
         for card in answer["versions"]:
             notes = {answer["current"]: "current", answer["previous"]: "previous"}
-            users = "none seen" if card["num_users"] is None else str(card["num_users"])
             table.add_row(
                 str(card["version"]),
                 notes.get(card["version"], ""),
                 card["digest"],
                 f"{card['num_bytes']:,}",
-                users,
+                _users(card),
             )
         spec = answer["spec"]
         typer.echo(f"{answer['name']}: {spec['method']} on {spec['base']['name']}")
@@ -118,7 +116,7 @@ def pull(
     name: Reference,
     key: AdminKey,
     out: Annotated[Path | None, typer.Option(help="Default: <name>.safetensors")] = None,
-    force: Annotated[bool, typer.Option(help="Replace the file that is there")] = False,
+    force: Force = False,
     url: Url = DEFAULT_URL,
     tenant: Tenant = "",
 ) -> None:
@@ -166,6 +164,11 @@ def _cards(client: AdminClient, admit: dict[str, str | None]) -> Iterator[dict[s
             yield card
             after = {"after": card["name"], "after_tenant": card["tenant"]}
         more = page["has_more"]
+
+
+def _users(card: dict[str, Any]) -> str:
+    """How many use it, where the server can tell."""
+    return "none seen" if card["num_users"] is None else str(card["num_users"])
 
 
 def _change(method: str, path: str, url: str, key: str, tenant: str, more: str = "") -> None:

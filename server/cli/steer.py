@@ -10,6 +10,7 @@ import typer
 from reft_core.errors import InvalidRequest
 from server.cli.errors import one_line_errors
 from server.cli.files import check_free, layer_numbers, write
+from server.cli.options import Force
 
 
 def steer(
@@ -36,7 +37,7 @@ def steer(
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the lines as they are, without a chat template")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file at --out")] = False,
+    force: Force = False,
 ) -> None:
     """Write an adapter that adds the difference of two sets of prompts' mean states.
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from server.cli.errors import one_line_errors
-from server.cli.options import Tenant
+from server.cli.options import Key, OptionalAdminKey, Tenant
 from server.cli.text import printable
 
 if TYPE_CHECKING:
@@ -30,12 +30,8 @@ def train(
         str | None,
         typer.Option(metavar="URL", help="Upload it to this server, and ask it something there"),
     ] = None,
-    key: Annotated[
-        str | None, typer.Option(envvar="REFT_ADMIN_KEY", help="The server's admin key")
-    ] = None,
-    user_key: Annotated[
-        str | None, typer.Option(envvar="REFT_API_KEY", help="Its key to ask, if it wants one")
-    ] = None,
+    key: OptionalAdminKey = None,
+    user_key: Key = None,
     tenant: Tenant = "",
 ) -> None:
     """Train an adapter.

@@ -102,13 +102,19 @@ def test_settings_are_taken(
                 monkeypatch.setenv(name, value)
         settings = Settings()
         assert settings.engine == "vllm"
-        defaults = type(settings).model_fields
-        for name in ("max_num_seqs", "max_model_len"):  # whose defaults are for a CPU
-            assert getattr(settings, name) > defaults[name].default
         options = settings.vllm_options()
         assert options.distributed_executor_backend == "ray"
         resident = options.extra["additional_config"]["reft"]["resident_bytes"]
         assert resident >= settings.adapter_memory_bytes
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_model_len"])
+def test_limits_are_not_those_of_a_cpu(container: dict[str, Any], name: str) -> None:
+    head = yaml.safe_load((FOLDER / "head.yml").read_text())["services"]["head"]["environment"]
+    pod = {entry["name"]: entry.get("value") for entry in container["env"]}
+    for environment in (head, pod):
+        given = int(environment[f"REFT_{name.upper()}"])
+        assert given > Settings.model_fields[name].default
 
 
 @pytest.mark.parametrize("version", ["1.28.0", "1.34.0"])

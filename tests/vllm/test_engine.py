@@ -15,6 +15,7 @@ from reft_core.adapter import decode_adapter
 from reft_core.engine.interface import AdapterChoice
 from reft_core.errors import EngineUnavailable, InvalidRequest, RequestFailed, UnsupportedFeature
 from reft_core.vllm.admission import catalog_of
+from reft_core.vllm.loading import ask_workers
 from tests.conformance.lab import WAIT_S, Lab, greedy, make_lab
 from tests.factories import random_adapter, random_prefix_adapter, random_prompt, shift_adapter
 from tests.vllm.tiny import TinyWorld
@@ -35,7 +36,7 @@ def lab(world: TinyWorld) -> Iterator[Lab]:
 def held(lab: Lab) -> set[str]:
     """Digests of the files that every worker holds."""
     engine: Any = lab.engine
-    first, *others = engine._loop.call(engine._delivery.llm.collective_rpc("reft_list"), WAIT_S)
+    first, *others = engine._loop.call(ask_workers(engine._delivery.llm, "reft_list"), WAIT_S)
     assert all(other == first for other in others)
     return set(first)
 

@@ -64,11 +64,7 @@ def test_ranges_are_whole_or_not() -> None:
         ({"rank": []}, r"rank: got \[\], expected one or more"),
         ({"first": {"low": -3, "high": 4}}, "first: got {.*}, expected .* of at least 0"),
         ({"first": []}, r"first: got \[\], expected one or more"),
-<<<<<<< HEAD
-        ({"learning_rate": {"low": 0, "high": 0.1}}, "learning_rate: got .*expected .* above 0"),
-=======
         ({"learning_rate": {"low": 0, "high": 0.1}}, "rate: got {.*}, expected .* above 0"),
->>>>>>> mend5
         ({"learning_rate": -0.1}, "learning_rate: got -0.1, expected one or more numbers above 0"),
         ({"tied": []}, "tied: got .* at least 1 item"),
     ],
