@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from reft_core.adapter import encode_adapter
 from reft_core.errors import AdapterError, AdapterMismatch, AdapterNotFound, UnsupportedFeature
-from tests.factories import random_adapter_bytes, random_prompt
+from tests.factories import random_adapter_bytes, random_prompt, shift_adapter
 from tests.reft_core.vllm.test_guard import GOOD
 from tests.vllm.tiny import (
     ADAPTERS,
@@ -300,6 +301,25 @@ def test_an_adapter_that_overflows_fails_its_requests_alone(llm: Any, world: Tin
     check_overflow(llm, world)
     jobs = mixed_jobs(1)
     assert num_wrong(answers(llm, world, jobs), world, jobs) == 0
+
+
+def test_who_reads_a_failing_block_in_its_step_fails_too(llm: Any, world: TinyWorld) -> None:
+    """The second prompt begins with the first, whose one block it finds cached while it is made."""
+    from reft_core.vllm.loading import load_adapter
+
+    adapter = shift_adapter(world.description, shift=3e38, gain=3e38, positions="20")
+    digest = load_adapter(llm, encode_adapter(adapter.spec, adapter.edits))
+    whole = random_prompt(BLOCK_TOKENS + 1, seed=3)
+    jobs = [Job(whole[:-1]), Job(whole), Job(whole, (("last", 1.0),))]
+    params = [world.params(job) for job in jobs]
+    for failing in params[:2]:
+        failing.extra_args = {"reft": {"adapters": [{"digest": digest}]}}
+    *failed, fine = llm.generate(
+        [{"prompt_token_ids": list(job.prompt)} for job in jobs], params, use_tqdm=False
+    )
+    assert [output.num_cached_tokens for output in failed] == [0, BLOCK_TOKENS]
+    assert [output.outputs[0].finish_reason for output in failed] == ["error", "error"]
+    assert list(fine.outputs[0].token_ids) == world.expected(jobs[2])
 
 
 @pytest.mark.parametrize(

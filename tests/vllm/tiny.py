@@ -224,7 +224,8 @@ def check_lost_file(llm: Any, world: TinyWorld) -> None:
     """:func:`check_fails_alone` with an adapter whose file is gone, where workers keep but one."""
     from reft_core.vllm.loading import load_adapter
 
-    data = random_adapter_bytes(world.description, seed=30, name="lost", positions="l3")
+    # Of the last layer, whose edits change no keys and values.
+    data = random_adapter_bytes(world.description, seed=30, name="lost", positions="l3", layers=[3])
     digest = load_adapter(llm, data)
     load_adapter(llm, world.files["last"])
     (Path(world.spool) / f"{digest}.safetensors").unlink()
