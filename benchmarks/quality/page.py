@@ -151,13 +151,18 @@ def _about(document: Document) -> str:
     parts = [
         f"{document['train_rows']:,} training rows, {steps} steps, {document['valid_rows']:,} of "
         f"validation, {document['test_rows']:,} of {document['of_test_rows']:,} test rows"
-        + (f", {document['labels']} labels" if document["labels"] else "")
+        + (f", {_labels(document)}" if document["labels"] else "")
         + "."
     ]
     if document["prompt"]:
         text = "".join(document["prompt"].values()).replace("\n", "⏎")
         parts.append(f"Prompt: `{text.replace('{content}', '…')}`.")
     return " ".join(parts)
+
+
+def _labels(document: Document) -> str:
+    share = number(document["most_frequent"], percent=True)
+    return f"{document['labels']} labels, of which one is right for {share} %"
 
 
 def _cells(document: Document, result: Document) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -59,6 +60,7 @@ def summarise(task: QualityTask, data: Path, out: Path) -> Document:
         "test_sha256": facts["test_sha256"],
         "prompt": dict(task.config.get("template", {})),
         "labels": len(rows.labels),
+        "most_frequent": rows.most_frequent if rows.labels else None,
         "results": [group.summary(rows, _reference(found)) for group in found],
         "not_run": missing,
         "provenance": {
@@ -91,6 +93,12 @@ class _TestRows:
     labels: tuple[str, ...]
     available: int
     """Rows of the split, of which those may be drawn."""
+
+    @property
+    def most_frequent(self) -> float:
+        """Share of the rows whose right answer is the one that most have."""
+        ((_, count),) = Counter(self.right).most_common(1)
+        return round(count / len(self.right), 4)
 
     @cached_property
     def resampling(self) -> Resampling:
