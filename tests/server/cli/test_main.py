@@ -261,7 +261,8 @@ class Process:
     def url(self) -> str:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
-            if found := re.search(r"http://127\.0\.0\.1:\d+", self.shown):
+            found = re.search(r"http://127\.0\.0\.1:\d+", self.shown)
+            if found and "is ready" in self.shown:  # the log has the address before the banner
                 return found[0]
             time.sleep(0.05)
         raise AssertionError(f"no banner in:\n{self.shown}")
