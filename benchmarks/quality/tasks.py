@@ -173,6 +173,21 @@ ENCODING_RATES: dict[str, Settings] = {
 }
 """The same with half and twice the rate."""
 
+POOLING: Settings = {
+    **_ENCODER_ROWS,
+    "methods": ["loreft"],
+    "search": 3,
+    "settings": {
+        "loreft": {
+            "positions": "prompt",
+            "rank": 16,
+            "learning_rate": 1e-3,
+            "head": {"pooling": ["mean", "first", "pooler"]},
+        }
+    },
+}
+"""At the rate that sst2's validation rows chose."""
+
 _ENCODING: Settings = {
     "dtype": DTYPES[ENCODER],
     "epochs": 3,
@@ -301,7 +316,7 @@ _ALL = (
         {"0": "negative", "1": "positive"},
     ),
     _encoder_task("trec", ENCODING_SEARCHED),
-    _encoder_task("sst2", ENCODING_RATES),
+    _encoder_task("sst2", ENCODING_RATES | {"pooling": POOLING}),
     _encoder_task("cola", metrics=("matthews",)),
     _encoder_task("mrpc"),
     _encoder_task("rte"),
