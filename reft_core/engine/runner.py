@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reft_core.adapter import EditKey
+from reft_core.agreement import TOLERANCE, disagreement
 from reft_core.batch import (
     AdapterUse,
     EditPlan,
@@ -44,8 +45,6 @@ NO_EDITS = EditPlan()
 
 _CHECK_TOKENS = 12
 log = logging.getLogger(__name__)
-
-_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class ModelRunner:
         grouped_kernel(self._device)  # compiled now, not in the first request that needs it
         self.graphs: DecodeGraphs | None = None
         if record is not None:
-            tolerance = _CHECK_TOLERANCE[kv.all.dtype]
+            tolerance = TOLERANCE[kv.all.dtype]
             self.graphs = DecodeGraphs(self._decode_plain, kv, record, tolerance=tolerance)
             self.graphs.warm_up()
 
@@ -376,8 +375,8 @@ class ModelRunner:
             found.append(self._forward(tokens[:, now], positions[:, now], decode, 0)[0])
         self._kv.clear(0, count)
 
-        error = (torch.cat(found) - expected).abs().max() / expected.abs().max()
-        tolerance = _CHECK_TOLERANCE[self._kv.all.dtype]
+        dtype = self._kv.all.dtype
+        error, tolerance = disagreement(torch.cat(found), expected, dtype), TOLERANCE[dtype]
         if not error <= tolerance:
             raise UnsupportedModel(
                 f"{type(model).__name__}: the engine's logits differ from the model's own by "

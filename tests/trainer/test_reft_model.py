@@ -307,8 +307,9 @@ def test_long_rows_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> N
         assert_same(gradients(model, ours), gradients(model, theirs))
 
 
-def test_a_base_whose_rows_cannot_be_packed_is_refused() -> None:
-    base = tiny_model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_whose_rows_cannot_be_packed_is_refused(dtype: torch.dtype) -> None:
+    base = tiny_model().to(dtype)
     base.model.layers[0].register_forward_hook(lambda _m, _a, out: out + out.mean(1, keepdim=True))
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM computes other logits"):
         make_model(base, PositionRule.parse("l1"))
