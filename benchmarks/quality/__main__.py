@@ -16,17 +16,16 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.provenance import save
-from benchmarks.quality.domains import TASK as DOMAINS_TASK
-from benchmarks.quality.domains import run_domains, summarise_domains
+from benchmarks.quality.domains import DOMAINS_TASKS, run_domains, summarise_domains
 from benchmarks.quality.minute import NAME, measure_all
 from benchmarks.quality.page import PAGE, read_documents, read_minute, render
 from benchmarks.quality.run import base_model, run_part
 from benchmarks.quality.summary import summarise
-from benchmarks.quality.tasks import DTYPES, ENCODER, SEEDS, TASKS
+from benchmarks.quality.tasks import DTYPES, SEEDS, TASKS
 from reft_core.loading import LoadedModel, load_any
 from trainer.progress import BarProgress
 
-ALL = [*TASKS, DOMAINS_TASK]
+ALL = [*TASKS, *DOMAINS_TASKS]
 
 
 def main() -> None:
@@ -66,11 +65,14 @@ def _run(arguments: argparse.Namespace) -> None:
     command = shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]])
     bases: dict[str, LoadedModel] = {}
     for name in arguments.tasks:
-        base = ENCODER if name == DOMAINS_TASK else TASKS[name].base
+        together = DOMAINS_TASKS.get(name)
+        base = (together or TASKS[name]).base
         if base not in bases:
             bases[base] = load_any(base_model(base), dtype=DTYPES[base])
-        if name == DOMAINS_TASK:
-            run_domains(arguments.data, arguments.out, loaded=bases[base], progress=progress)
+        if together is not None:
+            run_domains(
+                together, arguments.data, arguments.out, loaded=bases[base], progress=progress
+            )
             continue
         task = TASKS[name]
         for part in task.parts:
@@ -90,8 +92,8 @@ def _run(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     """Tasks without a result yet are left as they were."""
     for name in arguments.tasks:
-        if name == DOMAINS_TASK:
-            if document := summarise_domains(arguments.out):
+        if name in DOMAINS_TASKS:
+            if document := summarise_domains(DOMAINS_TASKS[name], arguments.out):
                 save(f"train-{name}", document)
         elif any((arguments.out / name).glob("*/results/final/*/*.json")):
             _check_data(arguments)

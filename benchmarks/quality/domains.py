@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,35 @@ from benchmarks.provenance import provenance
 from benchmarks.quality.rows import prepare, read_rows
 from benchmarks.quality.run import base_model
 from benchmarks.quality.summary import without_folders
-from benchmarks.quality.tasks import ENCODER, QualityTask
+from benchmarks.quality.tasks import (
+    CAUSAL,
+    DTYPES,
+    ENCODER,
+    NAMES,
+    QualityTask,
+    Settings,
+    template,
+)
 from reft_core.adapter import decode_adapter, write_durably
-from reft_core.classification import EncoderClassifier, EncoderEngine, TextRequest, classify
+from reft_core.classification import (
+    Classifier,
+    EncoderEngine,
+    TextRequest,
+    classifier_on,
+    classify,
+)
 from reft_core.engine.config import EngineConfig
+from reft_core.engine.engine import EmbeddedEngine
 from reft_core.engine.interface import AdapterChoice
-from reft_core.loading import LoadedModel
+from reft_core.loading import LoadedModel, model_kind
 from trainer.config import TrainConfig
 from trainer.evaluation.scoring import Resampling
 from trainer.evaluation.scoring.base import mean_of
 from trainer.progress import Progress
 from trainer.train import train
 
-TASK = "clinc150"
+FOLDER = "clinc150"
+"""Of the data."""
 DOMAINS = (
     "auto_and_commute",
     "banking",
@@ -42,71 +60,137 @@ DOMAINS = (
     "utility",
     "work",
 )
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    "head_only": {"method": "none", "learning_rate": 2e-2},
-    "loreft": {"method": "loreft", "rank": 2, "positions": "prompt", "learning_rate": 5e-3},
-}
-"""Nothing is searched here: rank and rate are those of an earlier development run."""
-
-_CONFIG = {"epochs": 4, "batch_size": 32, "seed": 0}
-_AT_ONCE = 256
-"""Requests in one call, of all domains; the engine makes its batches of them."""
+_AT_ONCE = 64
+"""Texts in one call, of all domains; the engine makes its batches of them."""
+_MAX_WAITING = 4096
+"""More than these texts with all their labels, each of which a causal model is asked."""
+_MAX_TOKENS = 256
+"""More than any text has."""
 
 Texts = Sequence[tuple[str, str, str]]
 """Of each: its domain, the text, and its label."""
+Document = dict[str, Any]
 
 
-def run_domains(data: Path, out: Path, *, loaded: LoadedModel, progress: Progress) -> None:
-    """Train what is missing, then serve everything together; the outcome is in ``out``."""
-    folder = out / TASK
-    for method in METHODS:
-        found = [_trained(method, domain, data, out, loaded, progress) for domain in DOMAINS]
-        result = {
-            "method": method,
-            "setting": dict(METHODS[method]),
-            "adapters": found,
-            **_served(folder / method, _texts(data, out), loaded),
-            "provenance": provenance(),
+@dataclass(frozen=True)
+class DomainsTask:
+    """All domains on one base."""
+
+    name: str
+    base: str
+    methods: Mapping[str, Settings]
+    """What each is trained with: nothing is searched, and these are all settings it has."""
+    untrained: str | None = None
+    """Method whose adapters are asked at strength 0 as well, which is the base alone."""
+
+    @property
+    def answering(self) -> dict[str, tuple[str, float]]:
+        """Whose adapters answer, and at which strength, by the name that the result has."""
+        base = {} if self.untrained is None else {"zero_shot": (self.untrained, 0.0)}
+        return base | {method: (method, 1.0) for method in self.methods}
+
+
+_SNIPS = {"rank": 1, "positions": "l1", "layers": "every:3", "learning_rate": 8e-3, "steps": 250}
+_ENCODER = {"epochs": 4, "batch_size": 32}
+_CAUSAL_TASK = DomainsTask(
+    FOLDER,
+    CAUSAL,
+    {
+        "loreft": _SNIPS
+        | {
+            "dtype": DTYPES[CAUSAL],
+            "batch_size": 16,
+            "template": template("Text: {content}\n", "Label:"),
         }
-        write_durably(folder / f"{method}.json", json.dumps(result, indent=1).encode())
+    },
+    untrained="loreft",
+)
+_ENCODER_TASK = DomainsTask(
+    f"{FOLDER}-encoder",
+    ENCODER,
+    {
+        "head_only": {"method": "none", "learning_rate": 2e-2} | _ENCODER,
+        "loreft": {"rank": 2, "positions": "prompt", "learning_rate": 5e-3} | _ENCODER,
+    },
+)
+DOMAINS_TASKS = {task.name: task for task in (_CAUSAL_TASK, _ENCODER_TASK)}
+"""The causal model's settings are those that snips' validation rows chose, the encoder's those of
+an earlier development run."""
 
 
-def summarise_domains(out: Path) -> dict[str, Any] | None:
+def run_domains(
+    task: DomainsTask, data: Path, out: Path, *, loaded: LoadedModel, progress: Progress
+) -> None:
+    """Train what is missing, then serve everything together; the outcome is in ``out``."""
+    folder = out / task.name
+    trained = {
+        method: [_trained(task, method, domain, data, out, loaded, progress) for domain in DOMAINS]
+        for method in task.methods
+    }
+    texts = _texts(task, data, out)
+    with _serving(loaded) as classifier:
+        for name, (method, strength) in task.answering.items():
+            files = {domain: folder / method / f"{domain}.safetensors" for domain in DOMAINS}
+            result = {
+                "method": name,
+                "setting": dict(task.methods[method]) if strength else {},
+                "adapters": trained[method] if strength else [],
+                **_answered(classifier, files, strength, texts),
+                "provenance": provenance(),
+            }
+            write_durably(folder / f"{name}.json", json.dumps(result, indent=1).encode())
+
+
+def summarise_domains(task: DomainsTask, out: Path) -> Document | None:
     """What is done, as one document; None if nothing is."""
-    paths = [out / TASK / f"{method}.json" for method in METHODS]
+    paths = [out / task.name / f"{name}.json" for name in task.answering]
     found = [_read(path) for path in paths if path.exists()]
     if not found:
         return None
     runs = {result["method"]: [without_folders(result.pop("provenance"))] for result in found}
-    return {"task": TASK, "group": "domains", "results": found, "provenance": runs}
+    return {
+        "task": task.name,
+        "group": "domains",
+        "model": NAMES[task.base],
+        "results": found,
+        "provenance": runs,
+    }
 
 
-def _task(domain: str) -> QualityTask:
-    return QualityTask(
-        f"{TASK}-{domain}", "domains", TASK, {}, where={"domain": domain}, base=ENCODER
-    )
+def _rows_of(task: DomainsTask, domain: str, data: Path, out: Path) -> Path:
+    """The folder of one domain's rows, with labels in words."""
+    labels = {
+        row["label"]: row["label"].replace("_", " ")
+        for row in read_rows(data / FOLDER / "train.jsonl")
+        if row["domain"] == domain
+    }
+    name = f"{FOLDER}-{domain}"
+    where = {"domain": domain}
+    rows = QualityTask(name, "domains", FOLDER, {}, words=labels, where=where, base=task.base)
+    return prepare(rows, data, out)
 
 
 def _trained(
+    task: DomainsTask,
     method: str,
     domain: str,
     data: Path,
     out: Path,
     loaded: LoadedModel,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Document:
     """One domain's adapter file, unless it is there, and what its training took."""
-    file = out / TASK / method / f"{domain}.safetensors"
+    file = out / task.name / method / f"{domain}.safetensors"
     about = file.with_suffix(".json")
-    setting = _CONFIG | dict(METHODS[method])
+    setting = dict(task.methods[method])
     if not about.exists() or _read(about)["config"] != setting:
-        task = _task(domain)
         config = TrainConfig(
-            data=str(prepare(task, data, out)),
-            model=base_model(ENCODER),
+            data=str(_rows_of(task, domain, data, out)),
+            model=base_model(task.base),
             name=domain,
             output=file,
-            report_dir=out / TASK / method / "reports" / domain,
+            report_dir=file.parent / "reports" / domain,
+            seed=0,
             **setting,
         )
         done = train(config, loaded=loaded, progress=progress)
@@ -127,42 +211,50 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _texts(data: Path, out: Path) -> Texts:
+def _texts(task: DomainsTask, data: Path, out: Path) -> Texts:
     """The test texts of all domains, mixed."""
     found = []
     for domain in DOMAINS:
-        folder = prepare(_task(domain), data, out)
-        rows = read_rows(folder / "test.jsonl")
+        rows = read_rows(_rows_of(task, domain, data, out) / "test.jsonl")
         found += [(domain, row["text"], row["label"]) for row in rows]
     random.Random(0).shuffle(found)
     return found
 
 
-def _served(folder: Path, texts: Texts, loaded: LoadedModel) -> dict[str, Any]:
-    """How the adapters in ``folder`` answer the mixed texts, all in one engine."""
-    adapters = {
-        domain: decode_adapter((folder / f"{domain}.safetensors").read_bytes())
-        for domain in DOMAINS
-    }
-    engine = EncoderEngine(loaded, EngineConfig(max_model_len=loaded.description.max_positions))
+@contextmanager
+def _serving(loaded: LoadedModel) -> Iterator[Classifier]:
+    """A classifier on an engine that ends with the block."""
+    longest = min(_MAX_TOKENS, loaded.description.max_positions)
+    config = EngineConfig(max_model_len=longest, max_num_seqs=32, max_waiting=_MAX_WAITING)
+    is_encoder = model_kind(loaded.model.config) == "encoder"
+    engine = (EncoderEngine if is_encoder else EmbeddedEngine)(loaded, config)
     engine.start()
     try:
-        for adapter in adapters.values():
-            engine.load_adapter(adapter)
-        classifier = EncoderClassifier(engine, loaded.tokenizer)
-        requests = [
-            TextRequest(f"text-{number}", text, (AdapterChoice(adapters[domain].digest),))
-            for number, (domain, text, _) in enumerate(texts)
-        ]
-        start = time.process_time()
-        answers = [
-            each.best
-            for place in range(0, len(requests), _AT_ONCE)
-            for each in classify(classifier, requests[place : place + _AT_ONCE])
-        ]
-        seconds = time.process_time() - start
+        yield classifier_on(engine, loaded.tokenizer)
     finally:
         engine.stop()
+
+
+def _answered(
+    classifier: Classifier, files: Mapping[str, Path], strength: float, texts: Texts
+) -> Document:
+    """How the adapters in ``files``, by domain, answer the mixed texts, all in one engine."""
+    chosen = {}
+    for domain, file in files.items():
+        adapter = decode_adapter(file.read_bytes())
+        classifier.engine.load_adapter(adapter)
+        chosen[domain] = (AdapterChoice(adapter.digest, strength),)
+    requests = [
+        TextRequest(f"text-{number}", text, chosen[domain])
+        for number, (domain, text, _) in enumerate(texts)
+    ]
+    start = time.process_time()
+    answers = [
+        each.best
+        for place in range(0, len(requests), _AT_ONCE)
+        for each in classify(classifier, requests[place : place + _AT_ONCE])
+    ]
+    seconds = time.process_time() - start
     right = [float(answer == label) for answer, (_, _, label) in zip(answers, texts, strict=True)]
     return {
         "test_rows": len(texts),
@@ -170,7 +262,7 @@ def _served(folder: Path, texts: Texts, loaded: LoadedModel) -> dict[str, Any]:
         "serving_cpu_seconds": round(seconds, 2),
         "by_domain": {
             domain: _estimate([r for r, t in zip(right, texts, strict=True) if t[0] == domain])
-            for domain in DOMAINS
+            for domain in files
         },
     }
 

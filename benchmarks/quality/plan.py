@@ -17,7 +17,8 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "domains": (
         "Many adapters in one batch",
-        "One adapter for each domain, all of them loaded in one engine and asked in mixed batches.",
+        "One adapter for each domain, all of them loaded in one engine and asked in mixed batches. "
+        "An encoder's parameters count its head's.",
     ),
     "choices": (
         "Multiple choice, by a causal model",
@@ -39,7 +40,8 @@ NOT_RUN: dict[str, str] = {
         f"{name}-encoder": f"{name} by the encoder"
         for name in ("trec", "sst2", "cola", "mrpc", "rte", "stsb", "sick", "banking77")
     },
-    "clinc150": "one adapter for each of ten domains, served together",
+    "clinc150": "one adapter for each of ten domains, served together, causal",
+    "clinc150-encoder": "the same by the encoder",
     "boolq": "accuracy",
     "ARC-Easy": "accuracy",
     "ARC-Challenge": "accuracy",

@@ -9,7 +9,7 @@ from benchmarks.quality.tables import number, shown, table
 
 Document = Mapping[str, Any]
 
-_LABELS = {"head_only": "head only", "loreft": "LoReFT"}
+_LABELS = {"zero_shot": "zero-shot", "head_only": "head only", "loreft": "LoReFT"}
 
 
 def section(document: Document) -> str:
@@ -18,7 +18,7 @@ def section(document: Document) -> str:
     names = [_LABELS[result["method"]] for result in results]
     rows = [_cells(document, domain) for domain in results[0]["by_domain"]]
     every = [shown(result["quality"], percent=True) for result in results]
-    costs = [f"- {_LABELS[result['method']]}: {_cost(result)}" for result in results]
+    costs = [f"- {_LABELS[r['method']]}: {_cost(r)}" for r in results if r["adapters"]]
     header = ["domain", *names]
     if len(results) > 1:
         header.append("difference")
@@ -28,7 +28,8 @@ def section(document: Document) -> str:
     return "\n\n".join(
         [
             f"### {document['task']}",
-            f"{results[0]['test_rows']:,} test texts in random order, one training seed.",
+            f"{document['model']}; {results[0]['test_rows']:,} test texts in random order, one "
+            "training seed.",
             table(header, rows),
             "\n".join(costs),
         ]
@@ -52,7 +53,7 @@ def _cost(result: Document) -> str:
     sizes = [adapter["file_bytes"] for adapter in adapters]
     return (
         f"{len(adapters)} files of {min(sizes):,} to {max(sizes):,} bytes, "
-        f"{adapters[0]['parameters']:,} parameters each with the head, {min(seconds):.0f} to "
+        f"{adapters[0]['parameters']:,} parameters each, {min(seconds):.0f} to "
         f"{max(seconds):.0f} CPU s of training; all {result['test_rows']:,} answers took "
         f"{result['serving_cpu_seconds']:.0f} CPU s"
     )
