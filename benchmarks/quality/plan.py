@@ -13,7 +13,7 @@ GROUPS: dict[str, tuple[str, str]] = {
         "A head on pooled states is trained beside the edits; `head only` is what it reaches "
         "alone. Parameters count the head's. Positions, rank and rates were searched on trec; the "
         "other tasks take them over, sst2 with half and twice the rate to choose from, and there "
-        "the head's pooling was searched as well.",
+        "the head's pooling and the rank were searched as well.",
     ),
     "domains": (
         "Many adapters in one batch",

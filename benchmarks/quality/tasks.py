@@ -188,6 +188,14 @@ POOLING: Settings = {
 }
 """At the rate that sst2's validation rows chose."""
 
+SIZES: Settings = {
+    **_ENCODER_ROWS,
+    "methods": ["loreft"],
+    "search": 4,
+    "settings": {"loreft": {"positions": "prompt", "rank": [8, 32], "learning_rate": [5e-4, 1e-3]}},
+}
+"""Half and twice the rank, at that rate and at half of it, which was not tried before."""
+
 _ENCODING: Settings = {
     "dtype": DTYPES[ENCODER],
     "epochs": 3,
@@ -316,7 +324,7 @@ _ALL = (
         {"0": "negative", "1": "positive"},
     ),
     _encoder_task("trec", ENCODING_SEARCHED),
-    _encoder_task("sst2", ENCODING_RATES | {"pooling": POOLING}),
+    _encoder_task("sst2", ENCODING_RATES | {"pooling": POOLING, "sizes": SIZES}),
     _encoder_task("cola", metrics=("matthews",)),
     _encoder_task("mrpc"),
     _encoder_task("rte"),
