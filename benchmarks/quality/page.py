@@ -23,7 +23,7 @@ _INTRO = """# Results on real data
 
 What adapters trained here reach on published data sets, beside the untrained base, a linear head
 on its frozen states, and LoRA of rank 8 on the query and value maps whose learning rate was
-searched too (on encoders on trec alone, and taken over from there). Every figure is read from
+searched too (of encoders on trec and sst2 alone; others take trec's). Every figure is read from
 [benchmarks/results](../benchmarks/results) (`train-*.json`); this page is written from those
 files by `python -m benchmarks.quality report`. [comparing.md](comparing.md) says how to do the
 same with data of your own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -209,11 +209,20 @@ class _Group:
 
     def _setting(self) -> dict[str, Any]:
         """What the section gives the method, and where one that edits chosen tokens does so."""
-        given = dict(self.section.settings.get(self.method, {}))
+        given = dict(_flat(self.section.settings.get(self.method, {})))
         contender = CONTENDERS[self.method]
         if contender.kind != "registry" or contender.every_token:
             return given
         return given | {name: self.shared[name] for name in _PLACES if name not in given}
+
+
+def _flat(settings: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted names, as searches write them: ``head.pooling``."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", value
 
 
 def without_folders(provenance: Mapping[str, Any]) -> Document:

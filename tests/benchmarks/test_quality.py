@@ -28,7 +28,13 @@ COLOURS = QualityTask(
         "loreft": {
             "methods": ["zero_shot", "loreft"],
             "seeds": [0, 1],
-            "settings": {"loreft": {"rank": 1, "learning_rate": [1e-3, 1e-2]}},
+            "settings": {
+                "loreft": {
+                    "rank": 1,
+                    "learning_rate": [1e-3, 1e-2],
+                    "head": {"pooling": "mean"},
+                }
+            },
         },
         "lora": {"methods": ["lora"], "seeds": [0], "settings": {"lora": {"rank": 8}}},
         "direft": {"methods": ["direft"], "seeds": [0]},
@@ -104,8 +110,8 @@ def test_a_summary_counts_right_answers_and_says_what_is_missing(
     assert found["loreft"]["quality"]["value"] == 0.875  # four and three of four
     assert found["loreft"]["seeds"] == [0, 1]
     assert found["loreft"]["difference"]["value"] == pytest.approx(0.125)  # LoRA has three
-    places = {"positions": "l1", "layers": "all"}
-    assert found["loreft"]["setting"] == {"rank": 1, "learning_rate": 1e-2} | places
+    given = {"rank": 1, "positions": "l1", "layers": "all", "head.pooling": "mean"}
+    assert found["loreft"]["setting"] == given | {"learning_rate": 1e-2}
     assert found["loreft"]["training_cpu_seconds"] == [10.0, 25.0, 40.0]  # the search's too
     assert found["lora"]["difference"] is None
     assert document["not_run"] == [{"part": "direft", "method": "direft"}]
@@ -170,7 +176,7 @@ def test_the_page_shows_a_document(data: Path, tmp_path: Path) -> None:
     document = summarise(COLOURS, data, tmp_path / "out")
     document["task"] = "trec"
     page = render([document])
-    assert "| LoReFT | r 1, l1, layers all, lr 0.01 | 12 | 87.5 ± " in page
+    assert "| LoReFT | r 1, l1, layers all, head.pooling mean, lr 0.01 | 12 | 87.5 ± " in page
     assert "- trec: direft (direft)" in page
     assert "Prompt: `…⏎Hue:`" in page
 
