@@ -53,8 +53,9 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 def test_linear(dtype: torch.dtype, sizes: tuple[int, ...], bias: bool) -> None:
     """From one row to more than fill a tile, and outputs that fill no panel, one, and several."""
     maps = [nn.Linear(30, size, bias=bias, dtype=dtype).requires_grad_(False) for size in sizes]
-    linear = native(dtype).linear(*maps)
-    assert isinstance(linear, NativeLinear)
+    library = load_library()
+    assert library is not None
+    linear = NativeLinear(library, tuple(maps))
     for num_rows in (*range(1, 18), 50):
         x, other = torch.randn(num_rows, 30).to(dtype), torch.randn(num_rows, sum(sizes)).to(dtype)
         expected = torch.cat([each.float()(x.float()) for each in deepcopy(maps)], dim=1)
